@@ -1,0 +1,301 @@
+"""Sketches: linear maps R^d -> R^k, shared by all samples, that compress one axis of a gradient.
+
+A new sketch is one class with one method, :meth:`Sketch.axis`. Every table is a function of
+(seed, layer name, axis length, calibration statistics) alone: never of batch order, batch size,
+device or number of ranks. Random bits come from Philox's raw stream, which is stable across versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from dropinf_kernels import sketch as _gather
+from torch import Tensor
+
+Statistics = Literal["energy", "covariance"]
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The sketch of one axis, R^size -> R^dim: a table (``index``, ``weight``) or a dense ``matrix``.
+
+    Table: ``(S x)[j] = sum_f weight[f, j] * x[index[f, j]]``, ``index`` int32 [fan_in, dim], ``weight``
+    float32 [fan_in, dim] or None (all ones). Dense: ``S x = matrix @ x``, ``matrix`` float32 [dim, size].
+    ``group`` promises that ``index`` consists of aligned runs of that length.
+    """
+
+    size: int
+    index: Tensor | None = None
+    weight: Tensor | None = None
+    matrix: Tensor | None = None
+    group: int = 1
+
+    @classmethod
+    def identity(cls, size: int) -> Axis:
+        """The axis kept whole."""
+        return cls(size, torch.arange(size, dtype=torch.int32)[None], group=size)
+
+    @property
+    def dim(self) -> int:
+        """What is stored, k."""
+        table = self.index if self.matrix is None else self.matrix.T
+        assert table is not None
+        return int(table.shape[1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing is dropped: the sketch is the identity."""
+        return self.matrix is None and self.weight is None and self.dim == self.size
+
+    @property
+    def is_gather(self) -> bool:
+        """Plain dropout: each output is one input, so the sketch commutes with elementwise products."""
+        return self.matrix is None and self.weight is None
+
+    @property
+    def table(self) -> tuple[Tensor | None, Tensor | None]:
+        """(index, weight) as the ops take them: (None, None) where the axis is whole."""
+        return (None, None) if self.is_whole else (self.index, self.weight)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
+        if self.matrix is not None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return x.to(dtype) @ self.matrix.to(dtype).T
+        if self.is_whole:
+            return x
+        assert self.index is not None
+        return _gather(x, self.index, self.weight, self.group)
+
+    def to(self, device: torch.device) -> Axis:
+        """The same sketch with its tables on ``device``."""
+        moved = [t if t is None else t.to(device) for t in (self.index, self.weight, self.matrix)]
+        return Axis(self.size, *moved, group=self.group)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tables by field name, for saving and for :meth:`digest`."""
+        parts = {"index": self.index, "weight": self.weight, "matrix": self.matrix}
+        return {name: table for name, table in parts.items() if table is not None}
+
+    def digest(self) -> bytes:
+        """A fingerprint of the map: two axes with equal digests compress alike."""
+        h = hashlib.blake2b(str(self.size).encode(), digest_size=16)
+        for name, table in self.tensors().items():
+            h.update(f"{name}{tuple(table.shape)}".encode())
+            h.update(table.cpu().contiguous().numpy().tobytes())
+        return h.digest()
+
+
+def _bits(seed: int, key: str, n: int) -> np.ndarray:
+    """n uint64 that depend on (seed, key) alone."""
+    word = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n)
+
+
+def _uniform(seed: int, key: str, n: int) -> np.ndarray:
+    """n floats in the open interval (0, 1)."""
+    return ((_bits(seed, key, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+class Sketch(ABC):
+    """Compresses one axis. ``dim`` is what is stored per axis: an int, or (out, in).
+
+    Class attributes say what a sketch needs: ``statistics`` (``"energy"``: E[x_j^2]; ``"covariance"``: E[x x^T];
+    None: no calibration pass) and ``dense`` (a matrix rather than a table, so that a flattened
+    parameter is never sketched as one long axis).
+    """
+
+    statistics: Statistics | None = None
+    dense: ClassVar[bool] = False
+    mode: str = "factorized"
+
+    def __init__(self, dim: int | tuple[int, int], *, seed: int = 0) -> None:
+        out_in = dim if isinstance(dim, tuple) else (dim, dim)
+        if len(out_in) != 2:
+            raise ValueError(f"dim must be an int or a pair (out, in), got {dim!r}")
+        self.dim_out = _whole_number("dim", out_in[0])
+        self.dim_in = _whole_number("dim", out_in[1])
+        self.seed = seed
+
+    @property
+    def dim_flat(self) -> int:
+        """What is stored of a flattened matrix: as much as of a factorized one."""
+        return self.dim_out * self.dim_in
+
+    @abstractmethod
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
+        """The sketch of the axis named ``key``, of length ``size``, to ``dim`` < ``size`` values.
+
+        ``statistics`` is E[x_j^2] [size] or E[x x^T] [size, size] over the calibration pass, or None.
+        """
+
+    def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:
+        """:meth:`axis`, or the axis kept whole where ``dim`` >= ``size``."""
+        return Axis.identity(size) if dim >= size else self.axis(size, dim, key, statistics)
+
+    def __repr__(self) -> str:
+        dim = self.dim_out if self.dim_out == self.dim_in else (self.dim_out, self.dim_in)
+        return f"{type(self).__name__}(dim={dim}, seed={self.seed})"
+
+
+def _fold_table(order: np.ndarray, runs: int, group: int, signs: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Lay the surviving runs ``order`` into [fan_in, runs] slots, zero weight where a slot stays empty."""
+    fan_in = math.ceil(len(order) / runs)
+    slots = np.zeros(fan_in * runs, dtype=np.int64)
+    slots[: len(order)] = order
+    used = np.zeros(fan_in * runs, dtype=np.float32)
+    used[: len(order)] = 1.0
+    index = (slots[:, None] * group + np.arange(group)).reshape(fan_in, runs * group)
+    weight = np.repeat(used, group).reshape(fan_in, -1) * signs[: fan_in * runs * group].reshape(fan_in, -1)
+    return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight.astype(np.float32))
+
+
+class Dropout(Sketch):
+    """Keep few coordinates and drop the rest: one fixed random mask per axis, shared by all samples.
+
+    ``dim``: what is stored per axis, an int or (out, in); ``dim`` >= d keeps the axis whole.
+    ``keep``: the surviving fraction of an axis. None: exactly ``dim`` coordinates survive. More survivors than
+    ``dim`` are folded: each stored value is a sum with random signs of several survivors.
+    ``group``: coordinates survive in aligned runs of this length (the greatest common divisor of
+    ``group``, d and ``dim`` where they do not divide).
+    ``sampling``: ``"uniform"``, or ``"energy"``: without replacement, with probability proportional to E[x_j^2],
+    which needs :meth:`Compressor.calibrate`.
+    ``mode``: ``"factorized"`` masks the inputs and output gradients of a layer, ``"flat"`` the flattened
+    gradient of a parameter (``dim`` values of it).
+    ``scale``: multiply by sqrt(d / survivors), so that inner products are unbiased (uniform sampling only).
+    Source: Zhang & Amiri, arXiv 2509.15651, reconstructed from the abstract and headline results.
+    """
+
+    def __init__(
+        self,
+        dim: int | tuple[int, int] = 64,
+        *,
+        keep: float | None = None,
+        group: int = 1,
+        sampling: Literal["uniform", "energy"] = "uniform",
+        mode: Literal["factorized", "flat"] = "factorized",
+        scale: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dim, seed=seed)
+        if keep is not None and not 0 < keep <= 1:
+            raise ValueError(f"keep must be a fraction in (0, 1] or None, got {keep!r}")
+        if sampling not in ("uniform", "energy"):
+            raise ValueError(f"sampling must be 'uniform' or 'energy', got {sampling!r}")
+        if mode not in ("factorized", "flat"):
+            raise ValueError(f"mode must be 'factorized' or 'flat', got {mode!r}")
+        if scale and sampling == "energy":
+            raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
+        self.keep, self.group, self.scale = keep, _whole_number("group", group), scale
+        self.statistics = "energy" if sampling == "energy" else None
+        self.mode = mode
+
+    @property
+    def dim_flat(self) -> int:
+        return self.dim_out if self.mode == "flat" else super().dim_flat
+
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
+        group = math.gcd(self.group, size, dim)
+        survivors = dim if self.keep is None else min(size, max(dim, round(self.keep * size)))
+        ranks: np.ndarray = _bits(self.seed, key, size // group)
+        if statistics is not None:
+            # Efraimidis & Spirakis (2006): the smallest -log(u) / w are a weighted sample without replacement.
+            energy = statistics.double().cpu().numpy().reshape(-1, group).mean(1)
+            with np.errstate(divide="ignore"):
+                ranks = -np.log(_uniform(self.seed, key, size // group)) / energy
+        order = np.argsort(ranks, kind="stable")[: math.ceil(survivors / group)]
+        factor = math.sqrt(size / survivors) if self.scale else 1.0
+        if survivors == dim:
+            index = (np.sort(order)[:, None] * group + np.arange(group)).reshape(1, -1)
+            weight = torch.full((1, dim), factor) if self.scale else None
+            return Axis(size, torch.from_numpy(index.astype(np.int32)), weight, group=group)
+        slots = math.ceil(len(order) * group / dim) * dim
+        signs = (_bits(self.seed, key + "/sign", slots) & np.uint64(1)).astype(np.float32) * 2 - 1
+        table, weight = _fold_table(order, dim // group, group, signs)
+        return Axis(size, table, weight * factor, group=group)
+
+
+class SJLT(Sketch):
+    """Sparse Johnson-Lindenstrauss transform, one nonzero per column: every coordinate survives, folded with
+    random signs into ``dim`` sums of equal size. Source: Kane & Nelson, arXiv 1012.1577."""
+
+    def __init__(self, dim: int | tuple[int, int] = 64, *, seed: int = 0) -> None:
+        super().__init__(dim, seed=seed)
+        self._fold = Dropout(dim, keep=1.0, seed=seed)
+
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
+        return self._fold.axis(size, dim, key, statistics)
+
+
+class Gaussian(Sketch):
+    """Dense random projection with N(0, 1/dim) entries (LoGra's random factors, arXiv 2405.13954)."""
+
+    dense = True
+
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+        normal = torch.special.ndtri(torch.from_numpy(_uniform(self.seed, key, dim * size)))
+        return Axis(size, matrix=(normal / math.sqrt(dim)).float().view(dim, size))
+
+
+class Rademacher(Sketch):
+    """Dense random projection with +-1/sqrt(dim) entries (TRAK's default, arXiv 2303.14186)."""
+
+    dense = True
+
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+        signs = (_bits(self.seed, key, dim * size) & np.uint64(1)).astype(np.float32) * 2 - 1
+        return Axis(size, matrix=torch.from_numpy(signs / np.float32(math.sqrt(dim))).view(dim, size))
+
+
+class PCA(Sketch):
+    """Projection on the leading eigenvectors of E[x x^T] over the calibration pass (LoGra's PCA factors).
+
+    An axis of one-hot inputs (an embedding's vocabulary) has a diagonal second moment: its leading
+    eigenvectors are the most frequent rows, kept by lookup. The same is done for axes too long for a
+    covariance, where it is an approximation.
+    """
+
+    statistics = "covariance"
+    dense = True
+
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+        assert statistics is not None, "the compressor calibrates first"
+        if statistics.ndim == 1:
+            top = torch.sort(statistics, descending=True, stable=True).indices[:dim]
+            return Axis(size, top.sort().values.to(torch.int32)[None])
+        vectors = torch.linalg.eigh(statistics.double()).eigenvectors[:, -dim:].flip(1).T  # [dim, size]
+        # An eigenvector's sign is arbitrary: fix it, so that equal statistics give equal sketches.
+        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        return Axis(size, matrix=(vectors * largest.sign()).float().contiguous())
+
+
+class Identity(Sketch):
+    """No compression: the uncompressed per-sample gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    @property
+    def dim_flat(self) -> int:
+        return 1
+
+    def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:  # noqa: ARG002
+        return Axis.identity(size)
+
+    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+        return Axis.identity(size)
+
+    def __repr__(self) -> str:
+        return "Identity()"
