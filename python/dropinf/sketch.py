@@ -73,6 +73,13 @@ class Axis:
         assert self.index is not None
         return _gather(x, self.index, self.weight, self.group)
 
+    def fold(self, gathered: Tensor) -> Tensor:
+        """Finish a table sketch whose coordinates ``index.flatten()`` are gathered: [..., fan_in * dim] -> [..., dim]."""
+        if self.weight is None:
+            return gathered
+        fan_in = len(self.weight)
+        return (gathered.unflatten(-1, (fan_in, self.dim)) * self.weight.to(gathered.dtype)).sum(-2)
+
     def to(self, device: torch.device) -> Axis:
         """The same sketch with its tables on ``device``."""
         moved = [t if t is None else t.to(device) for t in (self.index, self.weight, self.matrix)]
@@ -197,7 +204,9 @@ class Dropout(Sketch):
         if mode not in ("factorized", "flat"):
             raise ValueError(f"mode must be 'factorized' or 'flat', got {mode!r}")
         if scale and sampling == "energy":
-            raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
+            raise ValueError(
+                "scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'"
+            )
         self.keep, self.group, self.scale = keep, _whole_number("group", group), scale
         self.statistics = "energy" if sampling == "energy" else None
         self.mode = mode

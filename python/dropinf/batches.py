@@ -1,0 +1,57 @@
+"""Batches of any structure: tensors nested in lists, tuples, mappings and dataclasses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """The same structure with every tensor replaced. Other leaves stay."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in batch.items()}
+        if type(batch) is dict:
+            return mapped
+        try:  # a transformers BatchEncoding, say, whose attributes the loss may read
+            clone: Any = copy.copy(batch)
+            data = getattr(clone, "data", None)
+            if isinstance(data, dict):
+                clone.data = mapped
+            else:
+                clone.update(mapped)
+            return clone
+        except (AttributeError, TypeError):
+            return mapped
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {
+            f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init
+        }
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """Every tensor of a batch, in a fixed order."""
+    found: list[Tensor] = []
+    map_tensors(lambda t: (found.append(t), t)[1], batch)
+    return found
+
+
+def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
+    """The same structure with its tensors taken from ``values``, in the order of :func:`tensors`."""
+    return map_tensors(lambda _: next(values), batch)
+
+
+def batch_size_hint(batch: Any) -> int | None:
+    """The leading size of the batch's first tensor that has one."""
+    return next((len(t) for t in tensors(batch) if t.ndim), None)

@@ -1,0 +1,231 @@
+"""Hooks that compress per-sample gradients as they are formed, and the guards that keep them honest.
+
+The forward hook keeps only the compressed input; a hook on the output's gradient calls the fused op. State
+travels in closures on the autograd graph, so modules called twice, activation checkpointing and nested
+calls are right by construction. Weights need no gradient, and none is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .layers import Layer
+from .uses import NormUse, Samples, Untied, Use
+
+# Called in backward with the module's use, its saved input, the output gradient and the samples.
+Sink = Callable[[Use, "Tensor | None", Tensor, Samples], None]
+
+
+class _Anchor(torch.autograd.Function):
+    """Ties an output that needs no gradient to ``anchor``, so that backward reaches it and goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:  # noqa: ARG004
+        # .data: a view must not be marked as made here, or modifying it in place would fail.
+        return box[0].data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
+        return gradient.new_zeros(()), None
+
+
+@dataclass
+class Pass:
+    """One forward and backward of one batch."""
+
+    samples: Samples
+    save: Callable[[Use, Tensor, Tensor], Tensor | None]
+    sink: Sink
+    anchor: Tensor
+    known: bool = False  # samples.n is known from the loss, not guessed from the batch
+    untied: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    unfit: set[str] = field(default_factory=set)
+    shared: bool = False  # some output was expanded to one copy per sample
+    calls: int = 0
+
+
+class UseGuard(TorchFunctionMode):
+    """Finds tracked parameters that are used by anything but their own module's forward."""
+
+    def __init__(self, owners: Mapping[int, set[nn.Module]], active: Counter[nn.Module]) -> None:
+        super().__init__()
+        self.owners, self.active = owners, active
+        self.found: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list):
+            for value in (*args, *(kwargs or {}).values()):
+                for item in value if isinstance(value, list | tuple) else (value,):
+                    if isinstance(item, nn.Parameter):
+                        self._note(item)
+        return result
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        modules = self.owners.get(id(parameter))
+        if modules is not None and not any(self.active[m] for m in modules):
+            self.found.add(id(parameter))
+
+
+class Capture:
+    """Hooks on the tracked modules of one model. They do nothing outside :meth:`run`."""
+
+    def __init__(self, model: nn.Module, uses: Mapping[str, Use]) -> None:
+        self.model, self.uses = model, dict(uses)
+        self.active: Counter[nn.Module] = Counter()
+        self.shared: set[str] = set()  # modules whose output has no sample dimension
+        self._pass: Pass | None = None
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on, weights frozen; afterwards the model is bit for bit and flag for flag what it was."""
+        handles = []
+        with _preserved(self.model):
+            try:
+                for use in self.uses.values():
+                    handles.append(use.module.register_forward_pre_hook(self._enter))
+                    handles.append(use.module.register_forward_hook(self._hook(use), with_kwargs=True))
+                    handles.append(use.module.register_forward_hook(self._leave, always_call=True))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                self._pass = None
+
+    @contextlib.contextmanager
+    def running(self, current: Pass) -> Iterator[None]:
+        """Hooks feed ``current`` inside."""
+        self.active.clear()
+        self._pass = current
+        try:
+            yield
+        finally:
+            self._pass = None
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.active[module] += 1
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self.active[module] -= 1
+
+    def _hook(self, use: Use) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+            current = self._pass
+            if current is None or not torch.is_grad_enabled():
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            return self._tap(use, current, x, out)
+
+        return hook
+
+    def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor:
+        current.calls += 1
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            try:
+                saved = current.save(use, x.detach(), out.detach())
+            except Untied:
+                raise ValueError(untied_message(use.name, tuple(x.shape), current.samples.n)) from None
+            if isinstance(use, NormUse) and use.name not in current.unfit:
+                fits = use.is_scale_of(x.detach(), out.detach())
+                current.unfit |= set() if fits else {use.name}
+        version = None if saved is None or saved.is_inference() else saved._version
+        n = current.samples.n
+        shared = use.name in self.shared and n > 1
+        if shared:
+            current.shared = True
+            saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
+            out = _per_sample(out, n, one=out.shape[0] == 1)
+        if not out.requires_grad:
+            out = _Anchor.apply(current.anchor, [out])
+
+        def backward(g: Tensor) -> None:
+            if saved is not None and version is not None and saved._version != version:
+                raise RuntimeError(
+                    f"layer {use.name}: its input was modified in place after the layer read it, so its gradient "
+                    "would be wrong; use an out-of-place operation (inplace=False, x = x + y) after this layer"
+                )
+            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+                try:
+                    current.sink(use, saved, g, current.samples)
+                except Untied:
+                    current.untied[use.name] = tuple(g.shape)
+
+        out.register_hook(backward)
+        return out
+
+
+def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
+    """A tensor that all samples share, as one (unmaterialised) copy per sample."""
+    return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
+
+
+def untied_message(name: str, shape: tuple[int, ...], n: int) -> str:
+    """What to say of a tensor that cannot be tied to samples."""
+    return (
+        f"layer {name}: a tensor of shape {list(shape)} cannot be tied to the {n} samples of the batch; it must have "
+        f"them in its leading dimension ([N, ...] or [N*T, d], row by row of each sample) and must not mix them. "
+        f"Put the batch first (batch_first=True), or leave the layer out with layers="
+    )
+
+
+def accumulate(store: dict[str, Tensor], layer: Layer, gradient: Tensor) -> None:
+    """Add one call's compressed gradient: a module called twice sums its calls."""
+    if layer.name in store:
+        store[layer.name] = store[layer.name] + gradient
+    else:
+        store[layer.name] = gradient
+
+
+def check_batchnorm(model: nn.Module) -> None:
+    """A batch norm on batch statistics mixes samples: no per-sample gradient exists."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            state = "is in train mode" if module.training else "has no running statistics"
+            raise ValueError(
+                f"model: BatchNorm {name!r} {state}, so it mixes the samples of a batch and no per-sample gradient "
+                "exists; call model.eval() (or replace it with GroupNorm) before compressing"
+            )
+
+
+@contextlib.contextmanager
+def _preserved(model: nn.Module) -> Iterator[None]:
+    """Freeze every parameter inside; restore flags, buffers and random state afterwards."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    # Only train mode updates buffers (spectral norm's vectors, say).
+    training = any(m.training for m in model.modules())
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with torch.random.fork_rng(devices=devices), _eager():
+        try:
+            # The fused inference path of nn.TransformerEncoderLayer would call none of its modules.
+            torch.backends.mha.set_fastpath_enabled(False)
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled code does not see hooks that are added later: run it eagerly while they are on."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,510 @@
+"""The compressor: from a model, a sketch and a loss to compressed per-sample gradients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sized
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batches import batch_size_hint, tensors
+from .capture import Capture, Pass, UseGuard, accumulate, check_batchnorm, untied_message
+from .exact import ExactGradients, LossFn
+from .gradients import Gradients, GradientsBuilder
+from .layers import (
+    Layer,
+    LayerFilter,
+    Target,
+    axis_statistics,
+    clean_name,
+    find_targets,
+    make_layer,
+    module_kind,
+)
+from .sketch import Axis, Sketch
+from .statistics import Moments
+from .uses import USES, Samples, Use
+
+CuSeqlens = Callable[[Any], Tensor]
+
+
+class Compressor:
+    """Compresses the per-sample gradients of any ``nn.Module`` while they are formed.
+
+    ``loss_fn(model, batch) -> Tensor [N]``: one loss per sample, not reduced. ``layers``: name patterns (fnmatch,
+    on module or parameter names) or module types to track; by default every trainable parameter, or every
+    parameter of a model that is frozen throughout. ``cu_seqlens(batch) -> int Tensor [N + 1]``: where the documents
+    of a packed batch start and end; the loss then has one entry per document.
+
+    ``layers`` maps the name of each tracked layer to its plan, ``skipped`` the name of each other parameter to the
+    reason. The model keeps its train or eval mode; weights, flags, gradients and random state are untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sketch: Sketch,
+        loss_fn: LossFn,
+        *,
+        layers: LayerFilter = None,
+        cu_seqlens: CuSeqlens | None = None,
+    ) -> None:
+        _check_arguments(model, sketch, loss_fn)
+        self.model, self.sketch, self.loss_fn, self.cu_seqlens = unwrap(model), sketch, loss_fn, cu_seqlens
+        self._targets, skipped = find_targets(self.model, layers)
+        if not self._targets:
+            raise ValueError(f"model: nothing to track; {skipped or 'it has no parameters'}")
+        self.skipped: Mapping[str, str] = MappingProxyType(skipped)
+        self._exact_names = {name for name, t in self._targets.items() if t.route == "exact"}
+        self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
+        self._layers: dict[str, Layer] = {}
+        if not self._moments.needed:
+            self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
+        self._known_shared: set[str] = set()
+        self._attribution_checked = False
+        self._warned = False
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """Layer name -> plan: ``kind``, ``out_axis``, ``in_axis``, each axis with ``dim``, ``index``, ``weight``."""
+        if not self._layers:
+            raise RuntimeError(
+                f"{self.sketch!r} needs statistics of the data: call compressor.calibrate(batches) first, or "
+                "compressor.load(path) with a saved calibration"
+            )
+        return MappingProxyType(self._layers)
+
+    def compress(self, batches: Iterable[Any], *, progress: bool = False) -> Gradients:
+        """The compressed gradient of every sample, in order. ``progress`` shows a bar on standard error."""
+        layers = {n: _on_device(layer, self._targets[n]) for n, layer in self.layers.items()}
+        builder: GradientsBuilder | None = None
+
+        def take(store: dict[str, Tensor], n: int) -> None:
+            nonlocal builder
+            if builder is None:
+                shapes = {name: layer.stored_shape for name, layer in layers.items()}
+                capacity = n * len(batches) if isinstance(batches, Sized) else n
+                builder = GradientsBuilder(shapes, self.digest(), capacity=capacity)
+            builder.append(store)
+
+        self._sweep(batches, layers, None, take, progress)
+        if builder is None:
+            raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+        return builder.finish()
+
+    def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> None:
+        """Gather the statistics that the sketch needs. A second call adds to the first."""
+        if not self._moments.needed:
+            return
+        plain = {n: _whole(t) for n, t in self._targets.items()}
+        counted = 0
+
+        def take(_: dict[str, Tensor], n: int) -> None:
+            nonlocal counted
+            counted += n
+
+        self._sweep(batches, plain, self._moments, take, progress)
+        if not counted:
+            raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+        self._layers = {n: make_layer(t, self.sketch, self._moments.of(n)) for n, t in self._targets.items()}
+
+    def digest(self) -> dict[str, str]:
+        """Layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
+        return {name: _layer_digest(layer) for name, layer in self.layers.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks (with what calibration found) to a safetensors file."""
+        tables = {
+            f"{name}/{side}/{field}": table.cpu().contiguous()
+            for name, layer in self.layers.items()
+            for side, axis in (("out", layer.out_axis), ("in", layer.in_axis))
+            if axis is not None
+            for field, table in axis.tensors().items()
+        }
+        plan = {
+            name: {
+                side: {"size": axis.size, "group": axis.group}
+                for side, axis in (("out", layer.out_axis), ("in", layer.in_axis))
+                if axis is not None
+            }
+            for name, layer in self.layers.items()
+        }
+        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        try:
+            save_file(tables, temporary, {"format": "dropinf-masks-1", "plan": json.dumps(plan)})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take the masks that :meth:`save` wrote. Raises ValueError where they belong to another model."""
+        try:
+            with safe_open(os.fspath(path), "pt") as file:
+                metadata = file.metadata() or {}
+                tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"path: {path} is not a file of masks that Compressor.save wrote ({error})"
+            ) from None
+        if metadata.get("format") != "dropinf-masks-1":
+            raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote")
+        plan = json.loads(metadata["plan"])
+        self._check_masks(plan, str(path))
+        layers = {}
+        for name, target in self._targets.items():
+            axes = {
+                side: Axis(
+                    **entry, **{f: tables.get(f"{name}/{side}/{f}") for f in ("index", "weight", "matrix")}
+                )
+                for side, entry in plan[name].items()
+            }
+            layers[name] = Layer(
+                name,
+                target.kind,
+                target.parameter,
+                target.shape,
+                target.transposed,
+                axes["out"],
+                axes.get("in"),
+                target.route,
+            )
+        self._layers = layers
+
+    def _check_masks(self, plan: Mapping[str, Mapping[str, Mapping[str, int]]], path: str) -> None:
+        way_out = "load the masks that this model's own compressor saved, or calibrate again"
+        for name in [*self._targets, *plan]:
+            if name not in plan or name not in self._targets:
+                where = "these masks lack it" if name not in plan else "this model does not track it"
+                raise ValueError(
+                    f"path: the masks in {path} are of another model: layer {name}: {where}; {way_out}"
+                )
+            rows, columns = _whole(self._targets[name]).matrix_shape
+            sides = plan[name]
+            sizes = [sides[s]["size"] for s in ("out", "in") if s in sides]
+            if sizes not in ([rows, columns], [rows * columns]):
+                raise ValueError(
+                    f"path: the masks in {path} are of another model: layer {name} is {rows} x {columns} here and "
+                    f"{' x '.join(map(str, sizes))} there; {way_out}"
+                )
+
+    # The work of one sweep over the batches.
+
+    def _sweep(
+        self,
+        batches: Iterable[Any],
+        layers: Mapping[str, Layer],
+        moments: Moments | None,
+        take: Callable[[dict[str, Tensor], int], None],
+        progress: bool,
+    ) -> None:
+        check_batchnorm(self.model)
+        self._warn_train_mode()
+        capture = Capture(self.model, self._uses(layers))
+        capture.shared = self._known_shared
+        done = 0
+        with capture.attached(), tqdm(batches, disable=not progress, desc="compress", unit="batch") as bar:
+            for batch in bar:
+                store, n = self._batch(capture, layers, batch, moments)
+                for name, c in store.items():
+                    _check_finite(name, c, done)
+                done += n
+                take(store, n)
+
+    def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
+        """The hooked modules, with the plans of their weight and bias."""
+        by_parameter = {
+            id(t.tensor): layers[n] for n, t in self._targets.items() if n not in self._exact_names
+        }
+        uses = {}
+        for full_name, module in self.model.named_modules():
+            kind = module_kind(module)
+            if kind is None:
+                continue
+            weight = by_parameter.get(id(getattr(module, "weight", None)))
+            bias = by_parameter.get(id(getattr(module, "bias", None)))
+            if weight is not None or bias is not None:
+                name = clean_name(full_name) or type(module).__name__
+                uses[name] = USES[kind](name, module, weight, bias)
+        return uses
+
+    def _batch(
+        self, capture: Capture, layers: Mapping[str, Layer], batch: Any, moments: Moments | None
+    ) -> tuple[dict[str, Tensor], int]:
+        """One batch. Runs again where the first run shows that the plan must change: a parameter used outside its
+        module, or an output that all samples share."""
+        cu = None if self.cu_seqlens is None else self.cu_seqlens(batch)
+        n = len(cu) - 1 if cu is not None else batch_size_hint(batch)
+        known = cu is not None
+        while True:
+            store: dict[str, Tensor] = {}
+            current = self._pass(capture, store, Samples(n or 1, cu), moments)
+            guard = UseGuard(
+                {id(t.tensor): self._owners(capture, t) for t in self._targets.values()}, capture.active
+            )
+            with capture.running(current):
+                losses = self._losses(batch, guard, current, cu)
+                changed = self._reroute(capture, layers, guard.found, current)
+                if current.shared and not known and len(losses) != n:
+                    n, known, changed = len(losses), True, True
+                current.samples = Samples(len(losses), cu)
+                if changed:
+                    continue
+                if self._backward(capture, current, losses, store):
+                    break
+        exact = [layer for name, layer in layers.items() if name in self._exact_names]
+        if exact:
+            self._exact(exact, batch, losses.detach(), store, moments)
+        if moments is not None:
+            moments.samples += len(losses)
+            return {}, len(losses)
+        return self._complete(layers, store, losses), len(losses)
+
+    def _pass(
+        self, capture: Capture, store: dict[str, Tensor], samples: Samples, moments: Moments | None
+    ) -> Pass:
+        anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
+
+        def sink(use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+            for layer, c in use.emit(saved, g, samples):
+                accumulate(store, layer, c)
+
+        if moments is None:
+            return Pass(samples, lambda use, x, out: use.save(x, out), sink, anchor)
+        return Pass(samples, lambda use, x, out: use.inputs(x, out), moments.add, anchor)
+
+    def _owners(self, capture: Capture, target: Target) -> set[nn.Module]:
+        return {
+            u.module for u in capture.uses.values() for p in u.module.parameters(False) if p is target.tensor
+        }
+
+    def _losses(self, batch: Any, guard: UseGuard, current: Pass, cu: Tensor | None) -> Tensor:
+        try:
+            with guard, torch.enable_grad():
+                losses = self.loss_fn(self.model, batch)
+        except RuntimeError as error:
+            raise _explain(error, self.model, batch) from error
+        _check_losses(losses, batch, cu)
+        return losses
+
+    def _reroute(self, capture: Capture, layers: Mapping[str, Layer], found: set[int], current: Pass) -> bool:
+        """Move what the hooks do not cover to the exact route."""
+        names = {n for n, t in self._targets.items() if id(t.tensor) in found}
+        names |= {u.weight.name for n in current.unfit if (u := capture.uses[n]).weight is not None}
+        new = names - self._exact_names
+        if not new:
+            return False
+        self._exact_names |= new
+        for use in capture.uses.values():
+            use.weight = None if use.weight is not None and use.weight.name in new else use.weight
+            use.bias = None if use.bias is not None and use.bias.name in new else use.bias
+        return True
+
+    def _backward(self, capture: Capture, current: Pass, losses: Tensor, store: dict[str, Tensor]) -> bool:
+        """Backward through the hooks. False where a module's output turned out to be shared by all samples."""
+        hooked = any(u.weight is not None or u.bias is not None for u in capture.uses.values())
+        if not hooked or (not current.calls and self._exact_names):
+            return True
+        if not losses.requires_grad:
+            raise ValueError(
+                "loss_fn: its loss does not depend on any tracked layer; was it computed under torch.no_grad, "
+                "detached, or by a part of the model that layers= leaves out?"
+            )
+        if len(losses) > 1 and not self._attribution_checked:
+            self._check_attribution(current, losses)
+        if not current.untied:
+            losses.sum().backward()
+        if not current.untied:
+            self._attribution_checked |= len(losses) > 1
+            return True
+        name, shape = next(iter(current.untied.items()))
+        if set(current.untied) <= capture.shared:
+            raise ValueError(untied_message(name, shape, len(losses)))
+        capture.shared |= set(current.untied)
+        store.clear()
+        return False
+
+    def _check_attribution(self, current: Pass, losses: Tensor) -> None:
+        """Backpropagate the first loss alone: rows that belong to other samples must see no gradient."""
+        sink = current.sink
+
+        def check(use: Use, _: Tensor | None, g: Tensor, samples: Samples) -> None:
+            rows, cu = samples.tie(g if use.module is None else use.rows(g))
+            others = rows[int(cu[1]) :] if cu is not None else rows[1:]
+            if bool((others != 0).any()):
+                current.untied[use.name] = tuple(g.shape)
+
+        current.sink = check
+        first = torch.zeros_like(losses)
+        first[0] = 1
+        losses.backward(first, retain_graph=True)
+        current.sink = sink
+
+    def _exact(
+        self,
+        layers: list[Layer],
+        batch: Any,
+        losses: Tensor,
+        store: dict[str, Tensor],
+        moments: Moments | None,
+    ) -> None:
+        gradients = ExactGradients(
+            self.model, self.loss_fn, {x.name: self._targets[x.name].tensor for x in layers}
+        )
+        parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+        for chunk in gradients(batch, losses):
+            for layer in layers:
+                if moments is not None:
+                    moments.add_exact(layer, chunk[layer.name])
+                else:
+                    wide = torch.promote_types(chunk[layer.name].dtype, torch.float32)
+                    parts[layer.name].append(layer.compress_exact(chunk[layer.name].to(wide)))
+        if moments is None:
+            store.update({name: torch.cat(rows) for name, rows in parts.items()})
+
+    def _complete(
+        self, layers: Mapping[str, Layer], store: dict[str, Tensor], losses: Tensor
+    ) -> dict[str, Tensor]:
+        """A layer that a batch does not reach has a zero gradient."""
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        return {
+            name: store[name]
+            if name in store
+            else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
+            for name, layer in layers.items()
+        }
+
+    def _warn_train_mode(self) -> None:
+        random = [
+            n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0
+        ]
+        if random and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"model: it is in train mode and {random[0] or 'it'} drops activations at random, so its gradients are "
+                "noisy; call model.eval() for reproducible influence",
+                stacklevel=4,
+            )
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    sketch: Sketch,
+    *,
+    layers: LayerFilter = None,
+    progress: bool = False,
+) -> Gradients:
+    """One call for :class:`Compressor`: calibrates on ``batches`` where the sketch needs it, then compresses them.
+
+    Masks without statistics agree between calls with the same seed.
+    """
+    compressor = Compressor(model, sketch, loss_fn, layers=layers)
+    if sketch.statistics is not None:
+        if iter(batches) is batches:
+            raise ValueError(
+                f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator"
+            )
+        compressor.calibrate(batches)
+    return compressor.compress(batches, progress=progress)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _whole(target: Target) -> Layer:
+    """A plan that keeps everything: what calibration runs with."""
+    axes = [Axis(1), Axis(1)]
+    return Layer(
+        target.name,
+        target.kind,
+        target.parameter,
+        target.shape,
+        target.transposed,
+        axes[0],
+        axes[1],
+        target.route,
+    )
+
+
+def _on_device(layer: Layer, target: Target) -> Layer:
+    return layer if target.tensor.device.type == "cpu" else layer.to(target.tensor.device)
+
+
+def _layer_digest(layer: Layer) -> str:
+    h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
+    for axis in (layer.out_axis, layer.in_axis):
+        h.update(b"none" if axis is None else axis.digest())
+    return h.hexdigest()
+
+
+def _check_arguments(model: object, sketch: object, loss_fn: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(sketch, Sketch):
+        raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")
+
+
+def _check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
+    way_out = "return one loss per sample, not reduced (reduction='none', then summed within each sample)"
+    if not isinstance(losses, Tensor) or losses.ndim != 1:
+        what = (
+            f"a tensor of shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        )
+        raise ValueError(f"loss_fn must return a tensor of shape [N], it returned {what}; {way_out}")
+    if not losses.is_floating_point():
+        raise ValueError(f"loss_fn must return floating-point losses, it returned {losses.dtype}")
+    if cu is not None:
+        if len(losses) != len(cu) - 1:
+            raise ValueError(
+                f"loss_fn returned {len(losses)} losses for the {len(cu) - 1} documents of cu_seqlens; {way_out}"
+            )
+        return
+    sizes = {len(t) for t in tensors(batch) if t.ndim}
+    if sizes and len(losses) not in sizes:
+        raise ValueError(
+            f"loss_fn returned {len(losses)} losses for a batch whose tensors have leading sizes {sorted(sizes)}; {way_out}"
+        )
+
+
+def _check_finite(name: str, c: Tensor, offset: int) -> None:
+    if bool(c.sum().isfinite()):
+        return
+    bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"layer {name}: the gradient of sample {offset + int(bad[0])} is not finite (NaN or inf), and of "
+            f"{len(bad)} samples of its batch; look at that sample's loss, or compute in a wider dtype"
+        )
+
+
+def _explain(error: RuntimeError, model: nn.Module, batch: Any) -> Exception:
+    """Say what a failed forward most likely is: data on another device than the model."""
+    here = {str(p.device) for p in model.parameters()}
+    there = {str(t.device) for t in tensors(batch)}
+    if there and not there & here:
+        return ValueError(
+            f"batch: its tensors are on {', '.join(sorted(there))} and the model is on {', '.join(sorted(here))}; "
+            "move one of them, or let loss_fn move the batch"
+        )
+    return error

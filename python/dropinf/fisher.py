@@ -1,0 +1,218 @@
+"""The Fisher matrix of compressed gradients: built in any order, merged, and solved with damping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dropinf._solvers import Block, Damping, DenseBlock, DiagonalBlock, Form, KroneckerBlock, solver_dtype
+from dropinf.gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch
+
+Kind = Literal["block", "joint", "diagonal", "kronecker"]
+
+
+class Fisher:
+    """`F = (1/N) sum_n c_n c_n^T` of compressed gradients, added up block by block.
+
+    Args:
+        kind: "block" (one block per layer), "joint" (one over all layers), "diagonal" (of each layer's
+            block), or "kronecker" (Kronecker factors of each layer's block, K-FAC: Martens and Grosse 2015,
+            arXiv 1503.05671; EK-FAC after `correct`: George et al. 2018, arXiv 1806.03884; a layer with one
+            axis keeps its full block).
+        damping: `lambda = damping * mean(diag F)` of each block. The larger it is, the closer scores come to
+            plain dot products; raise it where N is small beside K, since F is then known badly. To choose
+            one, try 0.01 to 1 on something you can check: mislabelled samples, or retrained subsets.
+        absolute: `lambda = damping` in every block instead.
+
+    A dense block of N < K samples holds references to the rows that it was given, so do not change those
+    gradients in place. Sums, factorizations and results are in at least fp32. A layer whose training
+    gradients are all zero solves to 0: it adds nothing to any score.
+
+    Raises:
+        ValueError: unknown kind; a damping that is negative, infinite or NaN.
+    """
+
+    def __init__(
+        self, kind: Kind = "block", damping: float = 0.1, absolute: bool = False, *, _form: Form | None = None
+    ) -> None:
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(Kind)))}")
+        if not (math.isfinite(damping) and damping >= 0):
+            raise ValueError(
+                f"damping is {damping}; it must be a finite number of at least 0, for instance 0.1"
+            )
+        self.kind: Kind = kind
+        self.damping = damping
+        self.absolute = absolute
+        self._form = _form
+        self._count = 0
+        self._shapes: Shapes = {}
+        self._digest: Mapping[str, str] = {}
+        self._blocks: list[tuple[slice, Block]] = []  # columns and their block
+        self._device = torch.device("cpu")
+
+    @property
+    def count(self) -> int:
+        """Number of samples added so far, N."""
+        return self._count
+
+    @property
+    def shapes(self) -> Shapes:
+        """Layer name -> per-sample shape, in column order; empty before the first update."""
+        return self._shapes
+
+    @property
+    def digest(self) -> Mapping[str, str]:
+        """Layer name -> hex digest of the sketch's tables."""
+        return self._digest
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are and results come out: the device of the first gradients."""
+        return self._device
+
+    def update(self, gradients: GradientSource) -> Fisher:
+        """Add samples; returns self. Drops the factorization, and the correction of a Kronecker Fisher.
+
+        Raises:
+            ValueError: compressed differently from the samples before.
+        """
+        self._adopt(gradients, "fisher and gradients")
+        for part in _parts(gradients):
+            self._count += len(part)
+            for columns, block in self._blocks:
+                block.update(part.flat[:, columns].to(self._device))
+        return self
+
+    def merge(self, other: Fisher) -> Fisher:
+        """Add the sums of another Fisher, of other samples; returns self. Keeps self's damping.
+
+        A Kronecker Fisher loses its correction, since its eigenbasis changes: call `correct` again.
+
+        Raises:
+            ValueError: another kind, or compressed differently.
+        """
+        if self.kind != other.kind:
+            raise ValueError(
+                f"other is a Fisher of kind {other.kind!r}; it must be {self.kind!r}, the kind merged into"
+            )
+        if other.count == 0:
+            return self
+        self._adopt(other, "fisher and other")
+        self._count += other.count
+        for (_, block), (_, theirs) in zip(self._blocks, other._blocks, strict=True):
+            block.merge(theirs)
+        return self
+
+    def correct(self, gradients: GradientSource) -> Fisher:
+        """Add samples to the EK-FAC eigenvalues of a Kronecker Fisher; returns self.
+
+        A second pass over what `update` has seen, in as many calls as wanted. Without it the eigenvalues are
+        K-FAC's products.
+
+        Raises:
+            ValueError: another kind of Fisher, one without samples, or gradients compressed differently.
+        """
+        if self.kind != "kronecker":
+            raise ValueError(
+                f"kind is {self.kind!r}; only a Fisher of kind 'kronecker' has eigenvalues to correct"
+            )
+        self.check(gradients)
+        for part in _parts(gradients):
+            for columns, block in self._blocks:
+                if isinstance(block, KroneckerBlock):
+                    block.correct(part.flat[:, columns])
+        return self
+
+    def solve(self, gradients: Gradients) -> Gradients:
+        """Return `(F + lambda I)^{-1} c` for every sample, in at least fp32, with the same layers.
+
+        Raises:
+            ValueError: no samples were added; compressed differently; or a block that is singular with this
+                damping, by layer, with a damping that would do.
+        """
+        self.check(gradients)
+        flat = gradients.flat.to(self._device)
+        solved = torch.empty_like(flat, dtype=solver_dtype(flat.dtype))
+        for columns, block in self._blocks:
+            solved[:, columns] = block.solve(flat[:, columns])
+        return Gradients(solved, gradients.shapes, gradients.digest)
+
+    def quadratic(self, gradients: GradientSource) -> Tensor:
+        """Return `c^T (F + lambda I)^{-1} c` for every sample, `[n]` in at least fp32.
+
+        Streams the samples by row blocks; raises as `solve` does.
+        """
+        self.check(gradients)
+        out = torch.zeros(len(gradients), dtype=solver_dtype(gradients.dtype), device=self._device)
+        for offset, part in gradients.blocks(block_rows(gradients)):
+            for columns, block in self._blocks:
+                out[offset : offset + len(part)] += block.quadratic(part.flat[:, columns].to(self._device))
+        return out
+
+    def check(self, gradients: GradientSource, what: str = "fisher and gradients") -> None:
+        """Raise ValueError if no samples were added, or if `gradients` were compressed differently.
+
+        `what` names both in the message, as in `check_same_sketch`.
+        """
+        if self._count == 0:
+            raise ValueError("fisher has no samples; call fisher.update(train), or use build_fisher(train)")
+        check_same_sketch(self, gradients, what)
+
+    def __repr__(self) -> str:
+        damping = f"damping={self.damping:g}" + (", absolute=True" if self.absolute else "")
+        size = f"{self._count} samples, {len(self._blocks)} blocks"
+        return f"Fisher({self.kind!r}, {damping}, {size}, {self._device})"
+
+    def _adopt(self, source: GradientSource | Fisher, what: str) -> None:
+        """Take the layout of the first source; check every later one against it."""
+        if self._blocks:
+            check_same_sketch(self, source, what)
+            return
+        self._shapes, self._digest, self._device = source.shapes, source.digest, source.device
+        damping = Damping(self.damping, self.absolute)
+        if self.kind == "joint":
+            width = sum(map(math.prod, self._shapes.values()))
+            self._blocks = [(slice(0, width), DenseBlock("all layers", width, damping, self._form))]
+            return
+        start = 0
+        for name, shape in self._shapes.items():
+            width = math.prod(shape)
+            self._blocks.append((slice(start, start + width), self._block(name, shape, damping)))
+            start += width
+
+    def _block(self, name: str, shape: tuple[int, ...], damping: Damping) -> Block:
+        if self.kind == "diagonal":
+            return DiagonalBlock(name, math.prod(shape), damping)
+        if self.kind == "kronecker" and len(shape) == 2:
+            return KroneckerBlock(name, (shape[0], shape[1]), damping)
+        return DenseBlock(name, math.prod(shape), damping, self._form)
+
+
+def build_fisher(
+    train: GradientSource, kind: Kind = "block", damping: float = 0.1, *, absolute: bool = False
+) -> Fisher:
+    """Return the Fisher matrix of the training gradients; see `Fisher` for the arguments.
+
+    "kronecker" takes two passes over `train`: the factors, then the corrected eigenvalues (EK-FAC).
+
+    Raises:
+        ValueError: `train` is empty, or an argument that `Fisher` refuses.
+    """
+    fisher = Fisher(kind, damping, absolute)
+    if len(train) == 0:
+        raise ValueError("train has 0 samples; a Fisher matrix needs at least 1")
+    fisher.update(train)
+    return fisher.correct(train) if kind == "kronecker" else fisher
+
+
+def _parts(source: GradientSource) -> Iterator[Gradients]:
+    """Yield the samples in memory-sized parts; in-memory gradients whole, so that dual rows stay views."""
+    if isinstance(source, Gradients):
+        yield source
+    else:
+        yield from (part for _, part in source.blocks(block_rows(source)))

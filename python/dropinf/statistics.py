@@ -1,0 +1,108 @@
+"""Second moments of inputs and output gradients over a calibration pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import dropinf_kernels as ops
+import torch
+from torch import Tensor
+
+from .layers import Layer
+from .sketch import Statistics
+from .uses import ConvUse, EmbeddingUse, NormUse, Samples, Use
+
+Needs = Mapping[str, Mapping[str, tuple[Statistics, int]]]
+
+
+class Moments:
+    """Sums of x_j^2 (``energy``) or x x^T (``covariance``) by layer and side, in float64; additive."""
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = {name: dict(sides) for name, sides in needs.items() if sides}
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.samples = 0
+
+    @property
+    def needed(self) -> bool:
+        return bool(self.needs)
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """Side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached."""
+        found = {}
+        for side, (kind, size) in self.needs.get(name, {}).items():
+            shape = (size,) if kind == "energy" else (size, size)
+            total = self.sums.get((name, side), torch.zeros(shape, dtype=torch.float64))
+            found[side] = total / max(1, self.samples)
+        return found
+
+    def _needs(self, layer: Layer, side: str) -> bool:
+        return side in self.needs.get(layer.name, {})
+
+    def _put(self, layer: Layer, side: str, total: Tensor) -> None:
+        key = (layer.name, side)
+        total = total.cpu()
+        self.sums[key] = self.sums[key] + total if key in self.sums else total
+
+    def _rows(self, layer: Layer, side: str, x: Tensor) -> None:
+        """Add the second moment of the rows of x [..., d]."""
+        if not self._needs(layer, side):
+            return
+        rows = x.reshape(-1, x.shape[-1]).double()
+        kind, _ = self.needs[layer.name][side]
+        self._put(layer, side, rows.square().sum(0) if kind == "energy" else rows.T @ rows)
+
+    def add(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+        """One call of one module: its whole input and its output gradient."""
+        assert saved is not None
+        rows = use.rows(g)
+        samples.tie(rows)
+        if use.bias is not None:
+            self._vector(use.bias, None, rows, samples)
+        layer = use.weight
+        if layer is None:
+            return
+        if isinstance(use, NormUse):
+            self._vector(layer, saved, rows, samples)
+        elif isinstance(use, EmbeddingUse):
+            if layer.kind != "tied":  # a tied weight is judged by its output layer
+                self._rows(layer, "out", rows)
+                self._tokens(layer, saved, use)
+        else:
+            self._rows(layer, "out", rows)
+            if isinstance(use, ConvUse):
+                self._patches(layer, saved, use)
+            else:
+                self._rows(layer, "in", saved)
+
+    def _vector(self, layer: Layer, a: Tensor | None, g: Tensor, samples: Samples) -> None:
+        g, cu = samples.tie(g)
+        a = a if a is None else samples.tie(a)[0]
+        self._rows(layer, "out", ops.compress_norm(a, g, cu_seqlens=cu))
+
+    def _tokens(self, layer: Layer, ids: Tensor, use: EmbeddingUse) -> None:
+        if self._needs(layer, "in"):
+            counts = torch.bincount(ids.flatten(), minlength=layer.matrix_shape[1]).double()
+            if use.padding_idx >= 0:
+                counts[use.padding_idx] = 0
+            self._put(layer, "in", counts)
+
+    def _patches(self, layer: Layer, x: Tensor, use: ConvUse) -> None:
+        """One sample and one group at a time, so that no full unfold exists."""
+        if not self._needs(layer, "in"):
+            return
+        every = torch.arange(layer.matrix_shape[1], dtype=torch.int32, device=x.device)[None]
+        for sample in x.split(1):
+            for part in sample.chunk(use.groups, 1):
+                patches = ops.sketch_patches(part, use.kernel, use.stride, use.padding, use.dilation, every)
+                self._rows(layer, "in", patches)
+
+    def add_exact(self, layer: Layer, gradient: Tensor) -> None:
+        """Whole per-sample gradients [n, *shape] of a parameter that no hook covers."""
+        matrix = layer.as_matrix(gradient)
+        if "in" in self.needs.get(layer.name, {}) or matrix.shape[2] > 1:
+            self._rows(layer, "out", matrix.mT)
+            self._rows(layer, "in", matrix)
+            self._rows(layer, "flat", matrix.reshape(len(matrix), -1))
+        else:
+            self._rows(layer, "out", matrix.reshape(len(matrix), -1))
