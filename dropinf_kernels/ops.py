@@ -1,0 +1,188 @@
+"""Registration of the ops as `torch.ops.dropinf.*`: schemas and fake implementations.
+
+The bodies in `reference*.py` serve every device: CUDA runs them too until Triton kernels land. No op
+is differentiable. `functional.py` holds the Python functions that most callers want.
+"""
+
+# ruff: noqa: ARG001  a fake takes its op's whole signature
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference, reference_conv, reference_score, reference_sparse
+from .reference import accumulator
+
+_SKETCH = "Tensor x, Tensor index, Tensor? weight=None, int group=1"
+_TABLES = "Tensor? in_index=None, Tensor? in_weight=None, Tensor? out_index=None, Tensor? out_weight=None"
+_WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
+
+
+def _register(
+    schema: str, body: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()
+) -> None:
+    name = f"dropinf::{body.__name__}"
+    op = torch.library.custom_op(name, body, mutates_args=mutates, schema=schema)
+    op.register_fake(fake)
+
+
+def _kept(index: Tensor | None, d: int) -> int:
+    return d if index is None else index.shape[1]
+
+
+def _samples(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _fake_sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
+    return x.new_empty(*x.shape[:-1], index.shape[1])
+
+
+def _fake_compress_linear(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    shape = (_samples(g, cu_seqlens), _kept(out_index, g.shape[-1]), _kept(in_index, a.shape[-1]))
+    return g.new_empty(shape, dtype=accumulator(a, g))
+
+
+def _fake_compress_conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+) -> Tensor:
+    taps = x.shape[1] // groups * math.prod(kernel_size)
+    shape = (x.shape[0], _kept(out_index, g.shape[1]), _kept(in_index, taps))
+    return x.new_empty(shape, dtype=accumulator(x, g))
+
+
+def _fake_sketch_patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    index: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
+    out = reference_conv.conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty(x.shape[0], math.prod(out), index.shape[1])
+
+
+def _fake_compress_embedding(
+    ids: Tensor,
+    g: Tensor,
+    num_embeddings: int,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    padding_idx: int = -1,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    shape = (_samples(g, cu_seqlens), _kept(out_index, g.shape[-1]), _kept(in_index, num_embeddings))
+    return g.new_empty(shape, dtype=accumulator(g))
+
+
+def _fake_compress_norm(
+    a: Tensor | None,
+    g: Tensor,
+    index: Tensor | None = None,
+    weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return g.new_empty(_samples(g, cu_seqlens), _kept(index, g.shape[-1]), dtype=accumulator(a, g))
+
+
+def _fake_compress_flat(
+    a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    return g.new_empty(_samples(g, cu_seqlens), rows.shape[0], dtype=accumulator(a, g))
+
+
+def _fake_gram_update(F: Tensor, C: Tensor) -> None:
+    return None
+
+
+def _fake_score_topk(
+    q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    shape = (q.shape[0], torch.sym_min(k, c.shape[0]))  # type: ignore[no-untyped-call]
+    return q.new_empty(shape, dtype=accumulator(q, c)), q.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _fake_dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+_register(f"({_SKETCH}) -> Tensor", reference.sketch, _fake_sketch)
+_register(
+    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None) -> Tensor",
+    reference.compress_linear,
+    _fake_compress_linear,
+)
+_register(
+    f"(Tensor x, Tensor g, {_WINDOW}, int groups, {_TABLES}, int group=1) -> Tensor",
+    reference_conv.compress_conv,
+    _fake_compress_conv,
+)
+_register(
+    f"(Tensor x, {_WINDOW}, Tensor index, Tensor? weight=None) -> Tensor",
+    reference_conv.sketch_patches,
+    _fake_sketch_patches,
+)
+_register(
+    f"(Tensor ids, Tensor g, SymInt num_embeddings, {_TABLES}, int padding_idx=-1, int group=1, "
+    "Tensor? cu_seqlens=None) -> Tensor",
+    reference_sparse.compress_embedding,
+    _fake_compress_embedding,
+)
+_register(
+    "(Tensor? a, Tensor g, Tensor? index=None, Tensor? weight=None, int group=1, "
+    "Tensor? cu_seqlens=None) -> Tensor",
+    reference.compress_norm,
+    _fake_compress_norm,
+)
+_register(
+    "(Tensor a, Tensor g, Tensor rows, Tensor cols, Tensor? cu_seqlens=None) -> Tensor",
+    reference_sparse.compress_flat,
+    _fake_compress_flat,
+)
+_register("(Tensor(a!) F, Tensor C) -> ()", reference_score.gram_update, _fake_gram_update, mutates=("F",))
+_register(
+    "(Tensor q, Tensor c, SymInt k, Tensor? c_scale=None, SymInt offset=0) -> (Tensor, Tensor)",
+    reference_score.score_topk,
+    _fake_score_topk,
+)
+_register("(Tensor x) -> (Tensor, Tensor)", reference_score.quantize_rows, _fake_quantize_rows)
+_register(
+    "(Tensor q, Tensor scale, ScalarType dtype=float32) -> Tensor",
+    reference_score.dequantize_rows,
+    _fake_dequantize_rows,
+)

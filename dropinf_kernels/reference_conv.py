@@ -1,0 +1,256 @@
+"""Compressed gradients of convolutions in plain PyTorch: only the kept taps are ever gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ._checks import check_bounds, check_float, check_table
+from .reference import accumulator, exact, fold
+
+# Gathered patches; beyond this, mapping fresh pages costs more than gathering.
+BUFFER_BYTES = 4 << 20
+
+
+def conv_output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Return the output positions per spatial axis of a convolution over `size`.
+
+    Raises ValueError if the arguments differ in length or the kernel does not fit.
+    """
+    arguments = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, value in arguments.items():
+        if len(value) != len(size):
+            raise ValueError(f"{name} is {list(value)}; it must have one entry per spatial axis, {len(size)}")
+        if any(v < (0 if name == "padding" else 1) for v in value):
+            raise ValueError(
+                f"{name} is {list(value)}; its entries must be at least {int(name != 'padding')}"
+            )
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    ]
+    if any(n < 1 for n in out):
+        raise ValueError(
+            f"kernel_size {list(kernel_size)} with dilation {list(dilation)} does not fit into x's "
+            f"spatial shape {list(size)} with padding {list(padding)}"
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    out: tuple[int, ...]
+    channels: int  # per group
+
+    @property
+    def taps(self) -> int:
+        return self.channels * math.prod(self.kernel_size)
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.out)
+
+    def windows(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return [N, offsets, *O] aliasing padded `x`, the offset of each tap, and the channel stride.
+
+        Element [n, offset, *o] lies `offset` elements after the first tap of window o, so one axis
+        reaches every tap of every channel without a copy.
+        """
+        if any(self.padding):
+            x = pad(x, [p for n in reversed(self.padding) for p in (n, n)])
+        tap_strides = [x.stride(1), *(s * d for s, d in zip(x.stride()[2:], self.dilation, strict=True))]
+        reach = [x.shape[1], *self.kernel_size]
+        length = 1 + sum((n - 1) * s for n, s in zip(reach, tap_strides, strict=True))
+        steps = [s * step for s, step in zip(x.stride()[2:], self.stride, strict=True)]
+        view = x.as_strided((x.shape[0], length, *self.out), (x.stride(0), 1, *steps))
+        offsets = torch.zeros((), dtype=torch.int64, device=x.device)
+        for size, tap_stride in zip((self.channels, *self.kernel_size), tap_strides, strict=True):
+            axis = torch.arange(size, device=x.device) * tap_stride
+            offsets = offsets.unsqueeze(-1) + axis
+        return view, offsets.flatten(), x.stride(1)
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Chunks of S_in applied to the patches of the channel groups `present`."""
+
+    geometry: _Geometry
+    index: Tensor | None
+    weight: Tensor | None
+    present: Tensor
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        return self.geometry.taps if self.index is None else self.index.shape[1]
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (groups, columns, patches [N, groups, columns, T]), each within the buffer bound."""
+        view, offsets, channel_stride = self.geometry.windows(x)
+        table = offsets.unsqueeze(0) if self.index is None else offsets[self.index.long()]
+        bases = self.present * (self.geometry.channels * channel_stride)
+        unit = x.shape[0] * self.geometry.positions * self.dtype.itemsize
+        columns = max(1, min(self.width, BUFFER_BYTES // unit))
+        groups = max(1, BUFFER_BYTES // (unit * max(1, self.width)))
+        for i in range(0, bases.numel(), groups):
+            for j in range(0, self.width, columns):
+                picked, part = slice(i, i + groups), slice(j, j + columns)
+                where = bases[picked].view(-1, 1) + table[:, part].unsqueeze(1)  # [fan_in, groups, columns]
+                yield picked, part, self._gather(view, where, part)
+
+    def _gather(self, view: Tensor, where: Tensor, columns: slice) -> Tensor:
+        weight = None if self.weight is None else self.weight[:, columns].unsqueeze(-1)
+        # index_select copies its whole overlapping input first; advanced indexing does not.
+        return fold(lambda f: view[:, where[f]].flatten(3).to(self.dtype), where.shape[0], weight)
+
+
+@dataclass(frozen=True)
+class _OutputRows:
+    """Which output channels each present channel group needs, padded to one count per group."""
+
+    present: Tensor  # [G]
+    channels: Tensor  # [G, m]
+    position: Tensor  # [fan_in, k_out], into G * m
+
+    @classmethod
+    def build(cls, out_index: Tensor, per_group: int) -> _OutputRows:
+        flat = out_index.long().flatten()
+        present, slot = torch.unique(flat // per_group, return_inverse=True)
+        counts = torch.bincount(slot, minlength=present.numel())
+        most = int(counts.max()) if counts.numel() else 0
+        order = torch.argsort(slot, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel(), device=order.device)
+        position = slot * most + rank - (counts.cumsum(0) - counts)[slot]
+        channels = (present * per_group).view(-1, 1).repeat(1, most)
+        channels.view(-1)[position] = flat
+        return cls(present, channels, position.view(out_index.shape))
+
+
+def _sketch_rows(x: Tensor, index: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sketch axis 1 of `x` [N, d, T] in `dtype`."""
+    weight = None if weight is None else weight.unsqueeze(-1)
+    return fold(lambda f: x.index_select(1, index[f]).to(dtype), index.shape[0], weight)
+
+
+def _geometry(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> _Geometry:
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups is {groups}; it must be positive and divide x's channels, {x.shape[1]}")
+    out = conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    window = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+    return _Geometry(*window, tuple(out), x.shape[1] // groups)
+
+
+@exact
+def compress_conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+) -> Tensor:
+    check_float("x", x, 3, 4, 5)
+    check_float("g", g, x.dim())
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    if g.shape[0] != x.shape[0] or tuple(g.shape[2:]) != geometry.out or g.shape[1] % groups:
+        raise ValueError(
+            f"g has shape {list(g.shape)}; it must be [{x.shape[0]}, C_out, "
+            f"{', '.join(map(str, geometry.out))}] with C_out a multiple of groups, {groups}"
+        )
+    check_table("in_", in_index, in_weight, geometry.taps, group)
+    check_table("out_", out_index, out_weight, g.shape[1], group)
+    for name, index, size in (("in_index", in_index, geometry.taps), ("out_index", out_index, g.shape[1])):
+        if index is not None and not index.is_cuda:
+            check_bounds(name, index, size)
+    dtype = accumulator(x, g)
+    rows = None
+    present = torch.zeros(1, dtype=torch.int64, device=x.device)
+    if groups > 1:
+        if out_index is None:
+            out_index = torch.arange(g.shape[1], dtype=torch.int32, device=g.device).unsqueeze(0)
+        rows = _OutputRows.build(out_index, g.shape[1] // groups)
+        present = rows.present
+    taps = _Taps(geometry, in_index, in_weight, present, dtype)
+    k_out = g.shape[1] if out_index is None else out_index.shape[1]
+    out = x.new_empty(x.shape[0], k_out, taps.width, dtype=dtype)
+    lines = max(taps.width * present.numel(), k_out if rows is None else rows.channels.numel(), 1)
+    samples = max(1, BUFFER_BYTES // (lines * geometry.positions * dtype.itemsize))
+    for n in range(0, x.shape[0], samples):
+        block = slice(n, n + samples)
+        if rows is None:
+            left = g[block].flatten(2)
+            left = left.to(dtype) if out_index is None else _sketch_rows(left, out_index, out_weight, dtype)
+            _multiply(out[block].unsqueeze(1), left.unsqueeze(1), taps, x[block])
+        else:
+            out[block] = _grouped(g[block], rows, out_weight, taps, x[block])
+    return out
+
+
+def _multiply(out: Tensor, left: Tensor, taps: _Taps, x: Tensor) -> None:
+    """Fill `out` [N, G, m, k_in] with `left` [N, G, m, T] times the gathered patches of each group."""
+    for groups, columns, patches in taps.chunks(x):
+        out[:, groups, :, columns] = left[:, groups] @ patches.transpose(2, 3)
+
+
+def _grouped(g: Tensor, rows: _OutputRows, out_weight: Tensor | None, taps: _Taps, x: Tensor) -> Tensor:
+    """Multiply each output channel with its own group's patches, then mix channels into rows."""
+    left = g.flatten(2).index_select(1, rows.channels.flatten()).to(taps.dtype)
+    product = left.new_empty(g.shape[0], *rows.channels.shape, taps.width)
+    _multiply(product, left.view(g.shape[0], *rows.channels.shape, left.shape[2]), taps, x)
+    # A gather per fan-in, not a scatter: the order of the sum is fixed on every device.
+    return _sketch_rows(product.flatten(1, 2), rows.position, out_weight, taps.dtype)
+
+
+@exact
+def sketch_patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    index: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
+    check_float("x", x, 3, 4, 5)
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, 1)
+    check_table("", index, weight, geometry.taps, 1)
+    if not index.is_cuda:
+        check_bounds("index", index, geometry.taps)
+    present = torch.zeros(1, dtype=torch.int64, device=x.device)
+    taps = _Taps(geometry, index, weight, present, accumulator(x))
+    out = x.new_empty(x.shape[0], geometry.positions, taps.width)
+    row_bytes = max(1, taps.width) * geometry.positions * taps.dtype.itemsize
+    samples = max(1, BUFFER_BYTES // row_bytes)
+    for n in range(0, x.shape[0], samples):
+        for _, columns, patches in taps.chunks(x[n : n + samples]):
+            out[n : n + samples, :, columns] = patches.squeeze(1).transpose(1, 2)
+    return out

@@ -1,0 +1,125 @@
+"""Fisher accumulation, streaming top-k scores and int8 storage in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_float
+from .reference import BUFFER_BYTES, accumulator, exact
+
+_GRAM_BLOCK = 1024
+
+
+@exact
+def gram_update(F: Tensor, C: Tensor) -> None:
+    check_float("C", C, 2)
+    if F.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"F has dtype {F.dtype}; it must be float32 or float64")
+    if F.dim() != 2 or F.shape[0] != F.shape[1] or F.shape[0] != C.shape[1]:
+        raise ValueError(f"F has shape {list(F.shape)}; it must be [K, K] with C's width, K = {C.shape[1]}")
+    rows = C.shape[0]
+    if C.dtype != F.dtype:
+        rows = max(1, BUFFER_BYTES // max(1, C.shape[1] * F.element_size()))
+    for n in range(0, C.shape[0], max(1, rows)):
+        part = C[n : n + rows].to(F.dtype)
+        for i in range(0, F.shape[0], _GRAM_BLOCK):
+            # The upper triangle alone: half the multiplications.
+            F[i : i + _GRAM_BLOCK, i:].addmm_(part[:, i : i + _GRAM_BLOCK].t(), part[:, i:])
+    _mirror_upper(F)
+
+
+def _mirror_upper(F: Tensor) -> None:
+    """Copy the upper triangle onto the lower: a product's two halves need not round alike."""
+    for i in range(0, F.shape[0], _GRAM_BLOCK):
+        stop = min(i + _GRAM_BLOCK, F.shape[0])
+        corner = F[i:stop, i:stop]
+        corner.copy_(corner.triu() + corner.triu(1).t())
+        F[stop:, i:stop] = F[i:stop, stop:].t()
+
+
+@exact
+def score_topk(
+    q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    check_float("q", q, 2)
+    if c.dtype == torch.int8:
+        if c_scale is None:
+            raise ValueError("c is int8 and c_scale is missing; pass the scale of each row, float32 [N]")
+        if c.dim() != 2:
+            raise ValueError(f"c has shape {list(c.shape)}; it must have 2 dimensions")
+    else:
+        check_float("c", c, 2)
+    if c.shape[1] != q.shape[1]:
+        raise ValueError(f"c has {c.shape[1]} columns and q has {q.shape[1]}; they must agree")
+    if c_scale is not None and (c_scale.dtype != torch.float32 or c_scale.shape != c.shape[:1]):
+        raise ValueError(
+            f"c_scale is {c_scale.dtype} {list(c_scale.shape)}; "
+            f"it must be float32 [N] with c's N = {c.shape[0]}"
+        )
+    if k < 0:
+        raise ValueError(f"k is {k}; it must not be negative")
+    dtype = accumulator(q, c)
+    query = q.to(dtype)
+    values = query.new_empty(q.shape[0], 0)
+    indices = torch.empty(q.shape[0], 0, dtype=torch.int64, device=q.device)
+    step = max(1, min(BUFFER_BYTES // (max(1, *q.shape) * dtype.itemsize), c.shape[0]))
+    for n in range(0, c.shape[0], step):
+        scores = query @ c[n : n + step].to(dtype).t()
+        if c_scale is not None:
+            scores.mul_(c_scale[n : n + step].to(dtype))
+        block_values, block_indices = _topk_lowest_index(scores, min(k, scores.shape[1]))
+        merged = torch.cat([values, block_values], 1)
+        # Earlier blocks come first, so a stable sort leaves ties at the lowest index.
+        order = torch.sort(merged, dim=1, descending=True, stable=True).indices[:, :k]
+        values = merged.gather(1, order)
+        indices = torch.cat([indices, block_indices + (n + offset)], 1).gather(1, order)
+    return values, indices
+
+
+def _topk_lowest_index(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-k per row, descending, ties to the lowest index; torch.topk promises no order of ties."""
+    values, indices = torch.topk(scores, min(k + 1, scores.shape[1]), dim=1)
+    if k == 0 or scores.shape[0] == 0:
+        return values[:, :k], indices[:, :k]
+    if values.shape[1] > k:
+        # A tie across the cut: topk may have kept any of the equal ones, so sort those rows in full.
+        # "Not greater" rather than "equal" so that rows with NaN go the same way.
+        cut = (~(values[:, k - 1] > values[:, k])).nonzero().flatten()
+        if cut.numel():
+            values[cut, :k], indices[cut, :k] = (
+                t[:, :k] for t in torch.sort(scores[cut], dim=1, descending=True, stable=True)
+            )
+    indices, by_index = torch.sort(indices[:, :k], dim=1)
+    values, by_value = torch.sort(values.gather(1, by_index), dim=1, descending=True, stable=True)
+    return values, indices.gather(1, by_value)
+
+
+@exact
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_float("x", x, 2)
+    if x.shape[1] == 0:
+        return x.new_empty(x.shape, dtype=torch.int8), x.new_zeros(x.shape[0], dtype=torch.float32)
+    wide = x.to(accumulator(x))
+    low, high = torch.aminmax(wide, dim=1)
+    scale = (torch.maximum(-low, high) / 127).float()
+    bad = (~torch.isfinite(scale)).nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"x is not finite, or beyond float32, in row {int(bad[0])} ({bad.shape[0]} such rows)"
+        )
+    divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+    q = (wide / divisor).round_().clamp_(-127, 127).to(torch.int8)
+    return q, scale
+
+
+@exact
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    if q.dtype != torch.int8 or q.dim() != 2:
+        raise TypeError(f"q is {q.dtype} {list(q.shape)}; it must be int8 [N, K]")
+    if scale.dtype != torch.float32 or scale.shape != q.shape[:1]:
+        raise ValueError(
+            f"scale is {scale.dtype} {list(scale.shape)}; it must be float32 [N] with q's N = {q.shape[0]}"
+        )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return q.to(wide).mul_(scale.to(wide).unsqueeze(1)).to(dtype)

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dropinf_kernels as kernels
+from tests.reference.helpers import assert_near, dense, layouts, make_table
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def per_sample_gradients(a: Tensor, g: Tensor) -> Tensor:
+    """Gradients of nn.Linear's weight, one backward per sample, in float64."""
+    layer = nn.Linear(a.shape[-1], g.shape[-1], bias=False, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad((layer(a[n].double()) * g[n].double()).sum(), layer.weight)[0]
+        for n in range(a.shape[0])
+    ]
+    return torch.stack(grads)
+
+
+def folded(grads: Tensor, tables, d_in: int, d_out: int) -> Tensor:
+    in_index, in_weight, out_index, out_weight = tables
+    return dense(out_index, out_weight, d_out) @ grads @ dense(in_index, in_weight, d_in).T
+
+
+def documents(x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    return [rows[lo:hi].unsqueeze(0) for lo, hi in pairwise(cu_seqlens)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize(("fan_in", "weighted"), [(1, False), (2, True), (3, False), (4, True)])
+def test_linear_equals_folded_autograd(dtype, group, fan_in, weighted):
+    a, g = torch.randn(3, 7, 32).to(dtype), torch.randn(3, 7, 24).to(dtype)
+    tables = (*make_table(32, 16, fan_in, weighted, group), *make_table(24, 8, fan_in, weighted, group))
+    got = kernels.compress_linear(a, g, *tables, group)
+    assert_near(got, folded(per_sample_gradients(a, g), tables, 32, 24), dtype)
+
+
+@pytest.mark.parametrize("sides", ["neither", "in", "out"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_side_without_index_stays_whole(sides, dtype):
+    a, g = torch.randn(2, 5, 6).to(dtype), torch.randn(2, 5, 4).to(dtype)
+    none = (None, None)
+    tables = (
+        *(make_table(6, 3, 2, True) if sides == "in" else none),
+        *(make_table(4, 2, 2, True) if sides == "out" else none),
+    )
+    assert_near(
+        kernels.compress_linear(a, g, *tables), folded(per_sample_gradients(a, g), tables, 6, 4), dtype
+    )
+
+
+def test_mixed_dtypes_accumulate_in_the_wider():
+    a, g = torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 4, dtype=torch.float64)
+    assert_near(kernels.compress_linear(a, g), per_sample_gradients(a, g), torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(0, 4),
+    t=st.integers(0, 6),
+    d_in=st.integers(1, 9),
+    d_out=st.integers(1, 9),
+    k=st.integers(1, 5),
+    fan_in=st.integers(1, 4),
+)
+def test_linear_random_shapes(n, t, d_in, d_out, k, fan_in):
+    a, g = torch.randn(n, t, d_in, dtype=torch.float64), torch.randn(n, t, d_out, dtype=torch.float64)
+    tables = (*make_table(d_in, k, fan_in, True), *make_table(d_out, k + 1, fan_in))
+    want = folded(torch.einsum("nto,nti->noi", g, a), tables, d_in, d_out)
+    torch.testing.assert_close(kernels.compress_linear(a, g, *tables), want)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_linear_strides_do_not_matter(group):
+    a, g = torch.randn(3, 4, 16), torch.randn(3, 4, 8)
+    tables = (*make_table(16, 8, 2, True, group), *make_table(8, 4, 2, True, group))
+    want = kernels.compress_linear(a, g, *tables, group)
+    for name in layouts(a):
+        got = kernels.compress_linear(layouts(a)[name], layouts(g)[name], *tables, group)
+        torch.testing.assert_close(got, want, msg=name)
+    spread = torch.ones(1, 1, 8).expand(3, 4, 8)
+    torch.testing.assert_close(
+        kernels.compress_linear(a, spread, *tables, group),
+        kernels.compress_linear(a, spread.contiguous(), *tables, group),
+    )
+
+
+CUTS = [[0, 3, 3, 8, 12], [0, 0, 12], [0, 12, 12], [0, 1, 2, 12]]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("packed", [(12,), (3, 4)])
+def test_linear_documents_equal_a_loop(cuts, dtype, packed):
+    a, g = torch.randn(*packed, 8), torch.randn(*packed, 6)
+    cu_seqlens = torch.tensor(cuts, dtype=dtype)
+    tables = (*make_table(8, 4, 2, True), *make_table(6, 2))
+    got = kernels.compress_linear(a, g, *tables, cu_seqlens=cu_seqlens)
+    pairs = zip(documents(a, cu_seqlens), documents(g, cu_seqlens), strict=True)
+    want = torch.cat([kernels.compress_linear(x, y, *tables) for x, y in pairs])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(("fan_in", "weighted"), [(1, False), (1, True), (3, True)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_equals_folded_autograd(dtype, group, fan_in, weighted, bias):
+    x, g = torch.randn(3, 5, 16), torch.randn(3, 5, 16).to(dtype)
+    layer = nn.LayerNorm(16, dtype=torch.float64)
+    a = nn.functional.layer_norm(x, [16]).to(dtype)
+    index, weight = make_table(16, 8, fan_in, weighted, group)
+    got = kernels.compress_norm(None if bias else a, g, index, weight, group)
+    grads = []
+    for n in range(3):
+        # The affine part alone, on the input as it was stored.
+        loss = ((layer.weight * a[n].double() + layer.bias) * g[n].double()).sum()
+        grads.append(torch.autograd.grad(loss, layer.bias if bias else layer.weight)[0])
+    assert_near(got, torch.stack(grads) @ dense(index, weight, 16).T, dtype)
+
+
+def test_norm_without_index_is_the_whole_gradient():
+    a, g = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(kernels.compress_norm(a, g), (a * g).sum(1))
+    torch.testing.assert_close(kernels.compress_norm(None, g), g.sum(1))
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("fan_in", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_documents_equal_a_loop(cuts, fan_in, bias):
+    a, g = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    cu_seqlens = torch.tensor(cuts)
+    table = make_table(8, 4, fan_in, True)
+    got = kernels.compress_norm(None if bias else a, g, *table, cu_seqlens=cu_seqlens)
+    pairs = zip(documents(a, cu_seqlens), documents(g, cu_seqlens), strict=True)
+    want = torch.cat([kernels.compress_norm(None if bias else x, y, *table) for x, y in pairs])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (1, 1, 8)])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_norm_empty_and_single(shape, indexed):
+    index = make_table(8, 4)[0] if indexed else None
+    x = torch.randn(shape)
+    for a in (None, x):
+        got = kernels.compress_norm(a, x, index)
+        assert got.shape == (shape[0], 4 if indexed else 8)
+        assert shape[1] != 0 or not got.any()
+
+
+def test_norm_strides_and_chunks_do_not_matter(monkeypatch):
+    a, g = torch.randn(5, 4, 16), torch.randn(5, 4, 16)
+    table = make_table(16, 8, 2, True)
+    want = kernels.compress_norm(a, g, *table)
+    monkeypatch.setattr("dropinf_kernels.reference.BUFFER_BYTES", 2 * 4 * 16 * 4)
+    for name in layouts(a):
+        got = kernels.compress_norm(layouts(a)[name], layouts(g)[name], *table)
+        torch.testing.assert_close(got, want, msg=name)
+
+
+A, G = torch.ones(2, 3, 8), torch.ones(2, 3, 4)
+INDEX = torch.zeros(1, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"a": A[0], "g": G}, ValueError, r"a has shape \[3, 8\]; it must have 3 dimensions"),
+        ({"a": A, "g": G[:, :2]}, ValueError, "leading dimensions"),
+        ({"a": A.int(), "g": G}, TypeError, "a has dtype torch.int32"),
+        ({"a": A, "g": G, "in_index": INDEX.long()}, TypeError, "in_index has dtype torch.int64"),
+        ({"a": A, "g": G, "out_index": INDEX[0]}, ValueError, "out_index has shape"),
+        (
+            {"a": A, "g": G, "out_weight": torch.ones(1, 4)},
+            ValueError,
+            "out_weight is given without out_index",
+        ),
+        ({"a": A, "g": G, "cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens has dtype"),
+        ({"a": A, "g": G, "cu_seqlens": torch.tensor([1, 6])}, ValueError, "must start with 0"),
+        ({"a": A, "g": G, "cu_seqlens": torch.tensor([0, 5])}, ValueError, "ends at 5.* 6"),
+        ({"a": A, "g": G, "cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens decreases"),
+    ],
+)
+def test_linear_bad_input_names_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        kernels.compress_linear(**arguments)
+
+
+def test_norm_bad_input_names_the_argument():
+    with pytest.raises(ValueError, match=r"a has shape .* and g has shape"):
+        kernels.compress_norm(A, G)
+    with pytest.raises(ValueError, match=r"^weight is given without index"):
+        kernels.compress_norm(A, A, None, torch.ones(1, 4))
