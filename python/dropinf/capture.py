@@ -25,17 +25,23 @@ from .uses import NormUse, Samples, Untied, Use
 Sink = Callable[[Use, "Tensor | None", Tensor, Samples], None]
 
 
-class _Anchor(torch.autograd.Function):
-    """Ties an output that needs no gradient to ``anchor``, so that backward reaches it and goes no further."""
+class _Tap(torch.autograd.Function):
+    """An output, with ``call`` on its gradient. ``source`` is the output itself, or the anchor where the output needs
+    no gradient: backward then reaches the layer and goes no further.
+
+    A tensor hook would be lost where a view is modified in place afterwards (a ReLU behind a Linear on [N, T, d]).
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:  # noqa: ARG004
-        # .data: a view must not be marked as made here, or modifying it in place would fail.
+    def forward(ctx: Any, source: Tensor, box: list[Tensor], call: Callable[[Tensor], None]) -> Tensor:
+        ctx.call, ctx.is_anchor = call, source is not box[0]
+        # .data: no view of the source, or modifying it in place would fail.
         return box[0].data
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
-        return gradient.new_zeros(()), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.call(g)
+        return g.new_zeros(()) if ctx.is_anchor else g, None, None
 
 
 @dataclass
@@ -144,8 +150,6 @@ class Capture:
             current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
             out = _per_sample(out, n, one=out.shape[0] == 1)
-        if not out.requires_grad:
-            out = _Anchor.apply(current.anchor, [out])
 
         def backward(g: Tensor) -> None:
             if saved is not None and version is not None and saved._version != version:
@@ -159,8 +163,8 @@ class Capture:
                 except Untied:
                     current.untied[use.name] = tuple(g.shape)
 
-        out.register_hook(backward)
-        return out
+        tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], backward)
+        return tapped
 
 
 def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:

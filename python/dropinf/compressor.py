@@ -94,7 +94,10 @@ class Compressor:
             if builder is None:
                 shapes = {name: layer.stored_shape for name, layer in layers.items()}
                 capacity = n * len(batches) if isinstance(batches, Sized) else n
-                builder = GradientsBuilder(shapes, self.digest(), capacity=capacity)
+                first = next(iter(store.values()))
+                builder = GradientsBuilder(
+                    shapes, self.digest(), capacity=capacity, dtype=first.dtype, device=first.device
+                )
             builder.append(store)
 
         self._sweep(batches, layers, None, take, progress)

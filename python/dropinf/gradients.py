@@ -167,7 +167,7 @@ class Gradients:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
-                return self._with(self._flat[start : max(start, stop)])
+                return self._with(self._flat[start:stop])
             key = list(range(start, stop, step))
         index = torch.as_tensor(key, device=self.device)
         if index.numel() == 0 and index.dtype != torch.bool:

@@ -1,0 +1,114 @@
+"""Compressed gradients equal a float64 micro-batch-of-one oracle, for every kind of module and model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import HUGGING_FACE, PLAIN, N, build
+from oracle import assert_equal_gradients, oracle
+
+import dropinf
+from dropinf.batches import map_tensors
+from dropinf.compressor import unwrap
+
+SKETCHES = {
+    "identity": dropinf.Identity(),
+    "dropout": dropinf.Dropout(dim=(3, 2)),
+    "group": dropinf.Dropout(dim=4, group=4),
+    "fold": dropinf.Dropout(dim=2, keep=0.6),
+    "scaled": dropinf.Dropout(dim=3, scale=True),
+    "flat": dropinf.Dropout(dim=17, mode="flat"),
+    "flat_fold": dropinf.Dropout(dim=7, mode="flat", keep=0.4),
+    "energy": dropinf.Dropout(dim=3, sampling="energy"),
+    "sjlt": dropinf.SJLT(dim=3),
+    "gaussian": dropinf.Gaussian(dim=3),
+    "rademacher": dropinf.Rademacher(dim=3),
+    "pca": dropinf.PCA(dim=3),
+}
+TOLERANCE = {"gaussian": 1e-10, "pca": 1e-10}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *HUGGING_FACE])
+@pytest.mark.parametrize("sketch", ["identity", "dropout", "flat", "gaussian"])
+def test_models(name, sketch):
+    model, batch, loss_fn = build(name)
+    expected = oracle(unwrap(model), loss_fn, batch, N)
+    compressor = dropinf.Compressor(model, SKETCHES[sketch], loss_fn)
+    assert_equal_gradients(compressor, compressor.compress([batch]), expected)
+
+
+@pytest.mark.parametrize("name", ["sequence_mlp", "cnn", "attention", "gpt2", "tied", "raw_parameters"])
+@pytest.mark.parametrize("sketch", [s for s in SKETCHES if s not in ("identity", "dropout", "flat", "gaussian")])
+def test_sketches(name, sketch):
+    model, batch, loss_fn = build(name)
+    expected = oracle(model, loss_fn, batch, N)
+    compressor = dropinf.Compressor(model, SKETCHES[sketch], loss_fn)
+    compressor.calibrate([batch])
+    assert_equal_gradients(compressor, compressor.compress([batch]), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt2", "shared_positions", "lstm", "bert"])
+def test_batch_of_one_then_more(name):
+    """A batch of one cannot show what is shared by all samples; the next batch must still be right."""
+    model, batch, loss_fn = build(name)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    parts = [map_tensors(lambda t, s=s: t[s], batch) for s in (slice(0, 1), slice(1, 4))]
+    assert_equal_gradients(compressor, compressor.compress(parts), oracle(model, loss_fn, batch, N))
+
+
+def test_nothing_is_silently_left_out():
+    for name in PLAIN:
+        model, _, loss_fn = build(name)
+        compressor = dropinf.Compressor(model, dropinf.Dropout(4), loss_fn, layers=None)
+        parameters = {n.replace("_orig_mod.", "") for n, _ in model.named_parameters()}
+        assert {x.parameter for x in compressor.layers.values()} | set(_parameters_of(model, compressor.skipped)) == parameters
+
+
+def _parameters_of(model, skipped):
+    for name in skipped:
+        yield name if name in dict(model.named_parameters()) else f"{name}.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype):
+    model, batch, loss_fn = build("sequence_mlp")
+    expected = oracle(model, loss_fn, batch, N)
+    compressor = dropinf.Compressor(model.to(dtype), dropinf.Identity(), loss_fn)
+    gradients = compressor.compress([batch.to(dtype)])
+    assert gradients.dtype == torch.float32
+    assert_equal_gradients(compressor, gradients, expected, tolerance=30 * torch.finfo(dtype).eps)
+
+
+def test_bf16_autocast_is_as_close_as_autograd():
+    """The error against float64 is at most twice that of plain autograd under the same autocast."""
+    model, batch, loss_fn = build("sequence_mlp")
+    expected = oracle(model, loss_fn, batch, N)
+    model, batch = model.float(), batch.float()
+
+    def autocast_loss(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_fn(model, batch).float()
+
+    plain = oracle(model, autocast_loss, batch, N)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), autocast_loss)
+    gradients = compressor.compress([batch])
+    for name, layer in compressor.layers.items():
+        exact = expected[layer.parameter]
+        error = (gradients[name].reshape(exact.shape).double() - exact).norm()
+        theirs = (plain[layer.parameter].double() - exact).norm()
+        assert error <= 2 * theirs + 1e-6 * exact.norm(), name
+
+
+def test_autocast_around_the_call_changes_nothing():
+    model, batch, loss_fn = build("sequence_mlp")
+    model, batch = model.float(), batch.float()
+    compressor = dropinf.Compressor(model, dropinf.Gaussian(3), lambda m, b: loss_fn(m, b).float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = compressor.compress([batch])
+
+    def autocast_loss(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_fn(model, batch).float()
+
+    outside = dropinf.Compressor(model, dropinf.Gaussian(3), autocast_loss).compress([batch])
+    assert torch.equal(inside.flat, outside.flat)
