@@ -41,21 +41,17 @@ def check_table(side: str, index: Tensor | None, weight: Tensor | None, d: int, 
     if index.dtype != torch.int32:
         raise TypeError(f"{side}index has dtype {index.dtype}; it must be int32: use {side}index.int()")
     if index.dim() != 2 or index.shape[0] < 1:
-        raise ValueError(
-            f"{side}index has shape {list(index.shape)}; it must be [fan_in, k] with fan_in >= 1"
-        )
+        raise ValueError(f"{side}index has shape {list(index.shape)}; it must be [fan_in, k] with fan_in >= 1")
     if weight is not None:
         if weight.dtype != torch.float32:
             raise TypeError(f"{side}weight has dtype {weight.dtype}; it must be float32")
         if weight.shape != index.shape:
             raise ValueError(
-                f"{side}weight has shape {list(weight.shape)}; "
-                f"it must be that of {side}index, {list(index.shape)}"
+                f"{side}weight has shape {list(weight.shape)}; it must be that of {side}index, {list(index.shape)}"
             )
     if group > 1 and (d % group or index.shape[1] % group):
         raise ValueError(
-            f"group is {group}; it must divide both the axis, {d}, "
-            f"and the columns of {side}index, {index.shape[1]}"
+            f"group is {group}; it must divide both the axis, {d}, and the columns of {side}index, {index.shape[1]}"
         )
 
 
@@ -85,7 +81,5 @@ def document_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     if bounds[-1] != rows:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]}; it must end at the number of rows, {rows}")
     if any(b < a for a, b in pairwise(bounds)):
-        raise ValueError(
-            "cu_seqlens decreases; it must be nondecreasing (equal neighbours are an empty document)"
-        )
+        raise ValueError("cu_seqlens decreases; it must be nondecreasing (equal neighbours are an empty document)")
     return bounds

@@ -196,14 +196,10 @@ def compress_norm(
     Raises TypeError, ValueError for a bad table, shapes that differ, or bad cu_seqlens.
     Source: y = w * a + b has dL/dw = sum_t a_nt * g_nt and dL/db = sum_t g_nt.
     """
-    return _call(
-        torch.ops.dropinf.compress_norm, reference.compress_norm, a, g, index, weight, group, cu_seqlens
-    )
+    return _call(torch.ops.dropinf.compress_norm, reference.compress_norm, a, g, index, weight, group, cu_seqlens)
 
 
-def compress_flat(
-    a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Gather k entries of each per-sample gradient: `sum_t g[n, t, rows[i]] * a[n, t, cols[i]]`.
 
     a [N, T, d_in] float, or ids int32 or int64 [N, T] that stand for their one-hot vectors;
@@ -213,9 +209,7 @@ def compress_flat(
     of range.
     Source: entry (rows[i], cols[i]) of G_n = sum_t g_nt a_nt^T (mode "flat").
     """
-    return _call(
-        torch.ops.dropinf.compress_flat, reference_sparse.compress_flat, a, g, rows, cols, cu_seqlens
-    )
+    return _call(torch.ops.dropinf.compress_flat, reference_sparse.compress_flat, a, g, rows, cols, cu_seqlens)
 
 
 def gram_update(F: Tensor, C: Tensor) -> None:
@@ -228,9 +222,7 @@ def gram_update(F: Tensor, C: Tensor) -> None:
     return _call(torch.ops.dropinf.gram_update, reference_score.gram_update, F, C)
 
 
-def score_topk(
-    q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0
-) -> tuple[Tensor, Tensor]:
+def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Return the k highest scores of every query over all rows of c, never holding [Q, N].
 
     q [Q, K] float; c [N, K] float, or int8 with c_scale float32 [N] -> values [Q, min(k, N)] float32

@@ -23,9 +23,7 @@ _TABLES = "Tensor? in_index=None, Tensor? in_weight=None, Tensor? out_index=None
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 
 
-def _register(
-    schema: str, body: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()
-) -> None:
+def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
     name = f"dropinf::{body.__name__}"
     op = torch.library.custom_op(name, body, mutates_args=mutates, schema=schema)
     op.register_fake(fake)
@@ -116,9 +114,7 @@ def _fake_compress_norm(
     return g.new_empty(_samples(g, cu_seqlens), _kept(index, g.shape[-1]), dtype=accumulator(a, g))
 
 
-def _fake_compress_flat(
-    a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def _fake_compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     return g.new_empty(_samples(g, cu_seqlens), rows.shape[0], dtype=accumulator(a, g))
 
 
@@ -129,7 +125,7 @@ def _fake_gram_update(F: Tensor, C: Tensor) -> None:
 def _fake_score_topk(
     q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[0], torch.sym_min(k, c.shape[0]))  # type: ignore[no-untyped-call]
+    shape = (q.shape[0], torch.sym_min(k, c.shape[0]))
     return q.new_empty(shape, dtype=accumulator(q, c)), q.new_empty(shape, dtype=torch.int64)
 
 
@@ -164,8 +160,7 @@ _register(
     _fake_compress_embedding,
 )
 _register(
-    "(Tensor? a, Tensor g, Tensor? index=None, Tensor? weight=None, int group=1, "
-    "Tensor? cu_seqlens=None) -> Tensor",
+    "(Tensor? a, Tensor g, Tensor? index=None, Tensor? weight=None, int group=1, Tensor? cu_seqlens=None) -> Tensor",
     reference.compress_norm,
     _fake_compress_norm,
 )

@@ -65,9 +65,7 @@ def gather_columns(x: Tensor, columns: Tensor, group: int) -> Tensor:
     return x.view(*lead, x.shape[-1] // group, group).index_select(-2, runs).flatten(-2)
 
 
-def sketch_columns(
-    x: Tensor, index: Tensor | None, weight: Tensor | None, group: int, dtype: torch.dtype
-) -> Tensor:
+def sketch_columns(x: Tensor, index: Tensor | None, weight: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
     """Sketch the last axis of `x` in `dtype`; no index keeps the axis whole."""
     if index is None:
         return x.to(dtype)

@@ -33,9 +33,7 @@ def conv_output_size(
         if len(value) != len(size):
             raise ValueError(f"{name} is {list(value)}; it must have one entry per spatial axis, {len(size)}")
         if any(v < (0 if name == "padding" else 1) for v in value):
-            raise ValueError(
-                f"{name} is {list(value)}; its entries must be at least {int(name != 'padding')}"
-            )
+            raise ValueError(f"{name} is {list(value)}; its entries must be at least {int(name != 'padding')}")
     out = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)

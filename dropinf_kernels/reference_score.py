@@ -39,9 +39,7 @@ def _mirror_upper(F: Tensor) -> None:
 
 
 @exact
-def score_topk(
-    q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0
-) -> tuple[Tensor, Tensor]:
+def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
     check_float("q", q, 2)
     if c.dtype == torch.int8:
         if c_scale is None:
@@ -54,8 +52,7 @@ def score_topk(
         raise ValueError(f"c has {c.shape[1]} columns and q has {q.shape[1]}; they must agree")
     if c_scale is not None and (c_scale.dtype != torch.float32 or c_scale.shape != c.shape[:1]):
         raise ValueError(
-            f"c_scale is {c_scale.dtype} {list(c_scale.shape)}; "
-            f"it must be float32 [N] with c's N = {c.shape[0]}"
+            f"c_scale is {c_scale.dtype} {list(c_scale.shape)}; it must be float32 [N] with c's N = {c.shape[0]}"
         )
     if k < 0:
         raise ValueError(f"k is {k}; it must not be negative")
@@ -105,9 +102,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = (torch.maximum(-low, high) / 127).float()
     bad = (~torch.isfinite(scale)).nonzero()
     if bad.numel():
-        raise ValueError(
-            f"x is not finite, or beyond float32, in row {int(bad[0])} ({bad.shape[0]} such rows)"
-        )
+        raise ValueError(f"x is not finite, or beyond float32, in row {int(bad[0])} ({bad.shape[0]} such rows)")
     divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
     q = (wide / divisor).round_().clamp_(-127, 127).to(torch.int8)
     return q, scale

@@ -111,9 +111,7 @@ def compress_embedding(
 
 
 @exact
-def compress_flat(
-    a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     ndims = (3,) if cu_seqlens is None else (2, 3)
     check_float("g", g, *ndims)
     sparse = a.dtype in ID_DTYPES

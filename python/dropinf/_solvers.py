@@ -144,16 +144,10 @@ class DenseBlock(Block):
         self._factor = None
         self.count += other.count
         self.rows += other.rows
-        if (
-            other.gram is not None
-            or self.gram is not None
-            or (self.form is None and self.count >= self.width)
-        ):
+        if other.gram is not None or self.gram is not None or (self.form is None and self.count >= self.width):
             self._fold_rows()
         if other.gram is not None:
-            self.gram = (
-                other.gram.clone() if self.gram is None else self.gram + other.gram.to(self.gram.device)
-            )
+            self.gram = other.gram.clone() if self.gram is None else self.gram + other.gram.to(self.gram.device)
 
     def solve(self, v: Tensor) -> Tensor:
         factor = self._factorized()
@@ -279,9 +273,7 @@ class DiagonalBlock(Block):
         return out
 
     def _add(self, squares: Tensor) -> None:
-        self.squares = (
-            squares.clone() if self.squares is None else self.squares + squares.to(self.squares.device)
-        )
+        self.squares = squares.clone() if self.squares is None else self.squares + squares.to(self.squares.device)
 
     def _inverse(self) -> Tensor:
         assert self.squares is not None

@@ -33,9 +33,7 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(map_tensors(function, value) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {
-            f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init
-        }
+        fields = {f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
         return dataclasses.replace(batch, **fields)
     return batch
 
@@ -43,7 +41,12 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
 def tensors(batch: Any) -> list[Tensor]:
     """Every tensor of a batch, in a fixed order."""
     found: list[Tensor] = []
-    map_tensors(lambda t: (found.append(t), t)[1], batch)
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(note, batch)
     return found
 
 

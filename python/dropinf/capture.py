@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .checks import untied_message
 from .layers import Layer
 from .uses import NormUse, Samples, Untied, Use
 
@@ -39,7 +40,7 @@ class _Tap(torch.autograd.Function):
         return box[0].data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         ctx.call(g)
         return g.new_zeros(()) if ctx.is_anchor else g, None, None
 
@@ -67,7 +68,7 @@ class UseGuard(TorchFunctionMode):
         self.owners, self.active = owners, active
         self.found: set[int] = set()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor | tuple | list):
             for value in (*args, *(kwargs or {}).values()):
@@ -172,34 +173,12 @@ def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
     return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
 
 
-def untied_message(name: str, shape: tuple[int, ...], n: int) -> str:
-    """What to say of a tensor that cannot be tied to samples."""
-    return (
-        f"layer {name}: a tensor of shape {list(shape)} cannot be tied to the {n} samples of the batch; it must have "
-        f"them in its leading dimension ([N, ...] or [N*T, d], row by row of each sample) and must not mix them. "
-        f"Put the batch first (batch_first=True), or leave the layer out with layers="
-    )
-
-
 def accumulate(store: dict[str, Tensor], layer: Layer, gradient: Tensor) -> None:
     """Add one call's compressed gradient: a module called twice sums its calls."""
     if layer.name in store:
         store[layer.name] = store[layer.name] + gradient
     else:
         store[layer.name] = gradient
-
-
-def check_batchnorm(model: nn.Module) -> None:
-    """A batch norm on batch statistics mixes samples: no per-sample gradient exists."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
-            state = "is in train mode" if module.training else "has no running statistics"
-            raise ValueError(
-                f"model: BatchNorm {name!r} {state}, so it mixes the samples of a batch and no per-sample gradient "
-                "exists; call model.eval() (or replace it with GroupNorm) before compressing"
-            )
 
 
 @contextlib.contextmanager
@@ -232,4 +211,5 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     """Compiled code does not see hooks that are added later: run it eagerly while they are on."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import batch_size_hint, tensors
-from .capture import Capture, Pass, UseGuard, accumulate, check_batchnorm, untied_message
+from .batches import batch_size_hint
+from .capture import Capture, Pass, UseGuard, accumulate
+from .checks import check_arguments, check_batchnorm, check_finite, check_losses, explain, untied_message
 from .exact import ExactGradients, LossFn
 from .gradients import Gradients, GradientsBuilder
 from .layers import (
@@ -31,6 +28,7 @@ from .layers import (
     make_layer,
     module_kind,
 )
+from .masks import load_masks, save_masks
 from .sketch import Axis, Sketch
 from .statistics import Moments
 from .uses import USES, Samples, Use
@@ -59,7 +57,7 @@ class Compressor:
         layers: LayerFilter = None,
         cu_seqlens: CuSeqlens | None = None,
     ) -> None:
-        _check_arguments(model, sketch, loss_fn)
+        check_arguments(model, sketch, loss_fn)
         self.model, self.sketch, self.loss_fn, self.cu_seqlens = unwrap(model), sketch, loss_fn, cu_seqlens
         self._targets, skipped = find_targets(self.model, layers)
         if not self._targets:
@@ -127,78 +125,11 @@ class Compressor:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks (with what calibration found) to a safetensors file."""
-        tables = {
-            f"{name}/{side}/{field}": table.cpu().contiguous()
-            for name, layer in self.layers.items()
-            for side, axis in (("out", layer.out_axis), ("in", layer.in_axis))
-            if axis is not None
-            for field, table in axis.tensors().items()
-        }
-        plan = {
-            name: {
-                side: {"size": axis.size, "group": axis.group}
-                for side, axis in (("out", layer.out_axis), ("in", layer.in_axis))
-                if axis is not None
-            }
-            for name, layer in self.layers.items()
-        }
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            save_file(tables, temporary, {"format": "dropinf-masks-1", "plan": json.dumps(plan)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_masks(self.layers, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take the masks that :meth:`save` wrote. Raises ValueError where they belong to another model."""
-        try:
-            with safe_open(os.fspath(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"path: {path} is not a file of masks that Compressor.save wrote ({error})"
-            ) from None
-        if metadata.get("format") != "dropinf-masks-1":
-            raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote")
-        plan = json.loads(metadata["plan"])
-        self._check_masks(plan, str(path))
-        layers = {}
-        for name, target in self._targets.items():
-            axes = {
-                side: Axis(
-                    **entry, **{f: tables.get(f"{name}/{side}/{f}") for f in ("index", "weight", "matrix")}
-                )
-                for side, entry in plan[name].items()
-            }
-            layers[name] = Layer(
-                name,
-                target.kind,
-                target.parameter,
-                target.shape,
-                target.transposed,
-                axes["out"],
-                axes.get("in"),
-                target.route,
-            )
-        self._layers = layers
-
-    def _check_masks(self, plan: Mapping[str, Mapping[str, Mapping[str, int]]], path: str) -> None:
-        way_out = "load the masks that this model's own compressor saved, or calibrate again"
-        for name in [*self._targets, *plan]:
-            if name not in plan or name not in self._targets:
-                where = "these masks lack it" if name not in plan else "this model does not track it"
-                raise ValueError(
-                    f"path: the masks in {path} are of another model: layer {name}: {where}; {way_out}"
-                )
-            rows, columns = _whole(self._targets[name]).matrix_shape
-            sides = plan[name]
-            sizes = [sides[s]["size"] for s in ("out", "in") if s in sides]
-            if sizes not in ([rows, columns], [rows * columns]):
-                raise ValueError(
-                    f"path: the masks in {path} are of another model: layer {name} is {rows} x {columns} here and "
-                    f"{' x '.join(map(str, sizes))} there; {way_out}"
-                )
+        self._layers = load_masks({name: _whole(target) for name, target in self._targets.items()}, path)
 
     # The work of one sweep over the batches.
 
@@ -219,15 +150,13 @@ class Compressor:
             for batch in bar:
                 store, n = self._batch(capture, layers, batch, moments)
                 for name, c in store.items():
-                    _check_finite(name, c, done)
+                    check_finite(name, c, done)
                 done += n
                 take(store, n)
 
     def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
         """The hooked modules, with the plans of their weight and bias."""
-        by_parameter = {
-            id(t.tensor): layers[n] for n, t in self._targets.items() if n not in self._exact_names
-        }
+        by_parameter = {id(t.tensor): layers[n] for n, t in self._targets.items() if n not in self._exact_names}
         uses = {}
         for full_name, module in self.model.named_modules():
             kind = module_kind(module)
@@ -250,13 +179,11 @@ class Compressor:
         known = cu is not None
         while True:
             store: dict[str, Tensor] = {}
-            current = self._pass(capture, store, Samples(n or 1, cu), moments)
-            guard = UseGuard(
-                {id(t.tensor): self._owners(capture, t) for t in self._targets.values()}, capture.active
-            )
+            current = self._pass(store, Samples(n or 1, cu), moments)
+            guard = UseGuard({id(t.tensor): self._owners(capture, t) for t in self._targets.values()}, capture.active)
             with capture.running(current):
-                losses = self._losses(batch, guard, current, cu)
-                changed = self._reroute(capture, layers, guard.found, current)
+                losses = self._losses(batch, guard, cu)
+                changed = self._reroute(capture, guard.found, current)
                 if current.shared and not known and len(losses) != n:
                     n, known, changed = len(losses), True, True
                 current.samples = Samples(len(losses), cu)
@@ -272,9 +199,7 @@ class Compressor:
             return {}, len(losses)
         return self._complete(layers, store, losses), len(losses)
 
-    def _pass(
-        self, capture: Capture, store: dict[str, Tensor], samples: Samples, moments: Moments | None
-    ) -> Pass:
+    def _pass(self, store: dict[str, Tensor], samples: Samples, moments: Moments | None) -> Pass:
         anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
 
         def sink(use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
@@ -286,20 +211,18 @@ class Compressor:
         return Pass(samples, lambda use, x, out: use.inputs(x, out), moments.add, anchor)
 
     def _owners(self, capture: Capture, target: Target) -> set[nn.Module]:
-        return {
-            u.module for u in capture.uses.values() for p in u.module.parameters(False) if p is target.tensor
-        }
+        return {u.module for u in capture.uses.values() for p in u.module.parameters(False) if p is target.tensor}
 
-    def _losses(self, batch: Any, guard: UseGuard, current: Pass, cu: Tensor | None) -> Tensor:
+    def _losses(self, batch: Any, guard: UseGuard, cu: Tensor | None) -> Tensor:
         try:
             with guard, torch.enable_grad():
                 losses = self.loss_fn(self.model, batch)
         except RuntimeError as error:
-            raise _explain(error, self.model, batch) from error
-        _check_losses(losses, batch, cu)
+            raise explain(error, self.model, batch) from error
+        check_losses(losses, batch, cu)
         return losses
 
-    def _reroute(self, capture: Capture, layers: Mapping[str, Layer], found: set[int], current: Pass) -> bool:
+    def _reroute(self, capture: Capture, found: set[int], current: Pass) -> bool:
         """Move what the hooks do not cover to the exact route."""
         names = {n for n, t in self._targets.items() if id(t.tensor) in found}
         names |= {u.weight.name for n in current.unfit if (u := capture.uses[n]).weight is not None}
@@ -341,7 +264,7 @@ class Compressor:
         sink = current.sink
 
         def check(use: Use, _: Tensor | None, g: Tensor, samples: Samples) -> None:
-            rows, cu = samples.tie(g if use.module is None else use.rows(g))
+            rows, cu = samples.tie(use.rows(g))
             others = rows[int(cu[1]) :] if cu is not None else rows[1:]
             if bool((others != 0).any()):
                 current.untied[use.name] = tuple(g.shape)
@@ -360,9 +283,7 @@ class Compressor:
         store: dict[str, Tensor],
         moments: Moments | None,
     ) -> None:
-        gradients = ExactGradients(
-            self.model, self.loss_fn, {x.name: self._targets[x.name].tensor for x in layers}
-        )
+        gradients = ExactGradients(self.model, self.loss_fn, {x.name: self._targets[x.name].tensor for x in layers})
         parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         for chunk in gradients(batch, losses):
             for layer in layers:
@@ -374,22 +295,16 @@ class Compressor:
         if moments is None:
             store.update({name: torch.cat(rows) for name, rows in parts.items()})
 
-    def _complete(
-        self, layers: Mapping[str, Layer], store: dict[str, Tensor], losses: Tensor
-    ) -> dict[str, Tensor]:
+    def _complete(self, layers: Mapping[str, Layer], store: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
         """A layer that a batch does not reach has a zero gradient."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return {
-            name: store[name]
-            if name in store
-            else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
+            name: store[name] if name in store else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
             for name, layer in layers.items()
         }
 
     def _warn_train_mode(self) -> None:
-        random = [
-            n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0
-        ]
+        random = [n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
         if random and not self._warned:
             self._warned = True
             warnings.warn(
@@ -415,9 +330,7 @@ def compress(
     compressor = Compressor(model, sketch, loss_fn, layers=layers)
     if sketch.statistics is not None:
         if iter(batches) is batches:
-            raise ValueError(
-                f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator"
-            )
+            raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")
         compressor.calibrate(batches)
     return compressor.compress(batches, progress=progress)
 
@@ -457,57 +370,3 @@ def _layer_digest(layer: Layer) -> str:
     for axis in (layer.out_axis, layer.in_axis):
         h.update(b"none" if axis is None else axis.digest())
     return h.hexdigest()
-
-
-def _check_arguments(model: object, sketch: object, loss_fn: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(sketch, Sketch):
-        raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")
-
-
-def _check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
-    way_out = "return one loss per sample, not reduced (reduction='none', then summed within each sample)"
-    if not isinstance(losses, Tensor) or losses.ndim != 1:
-        what = (
-            f"a tensor of shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        )
-        raise ValueError(f"loss_fn must return a tensor of shape [N], it returned {what}; {way_out}")
-    if not losses.is_floating_point():
-        raise ValueError(f"loss_fn must return floating-point losses, it returned {losses.dtype}")
-    if cu is not None:
-        if len(losses) != len(cu) - 1:
-            raise ValueError(
-                f"loss_fn returned {len(losses)} losses for the {len(cu) - 1} documents of cu_seqlens; {way_out}"
-            )
-        return
-    sizes = {len(t) for t in tensors(batch) if t.ndim}
-    if sizes and len(losses) not in sizes:
-        raise ValueError(
-            f"loss_fn returned {len(losses)} losses for a batch whose tensors have leading sizes {sorted(sizes)}; {way_out}"
-        )
-
-
-def _check_finite(name: str, c: Tensor, offset: int) -> None:
-    if bool(c.sum().isfinite()):
-        return
-    bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
-    if len(bad):
-        raise ValueError(
-            f"layer {name}: the gradient of sample {offset + int(bad[0])} is not finite (NaN or inf), and of "
-            f"{len(bad)} samples of its batch; look at that sample's loss, or compute in a wider dtype"
-        )
-
-
-def _explain(error: RuntimeError, model: nn.Module, batch: Any) -> Exception:
-    """Say what a failed forward most likely is: data on another device than the model."""
-    here = {str(p.device) for p in model.parameters()}
-    there = {str(t.device) for t in tensors(batch)}
-    if there and not there & here:
-        return ValueError(
-            f"batch: its tensors are on {', '.join(sorted(there))} and the model is on {', '.join(sorted(here))}; "
-            "move one of them, or let loss_fn move the batch"
-        )
-    return error

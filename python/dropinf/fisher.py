@@ -42,9 +42,7 @@ class Fisher:
         if kind not in get_args(Kind):
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(Kind)))}")
         if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(
-                f"damping is {damping}; it must be a finite number of at least 0, for instance 0.1"
-            )
+            raise ValueError(f"damping is {damping}; it must be a finite number of at least 0, for instance 0.1")
         self.kind: Kind = kind
         self.damping = damping
         self.absolute = absolute
@@ -118,9 +116,7 @@ class Fisher:
             ValueError: another kind of Fisher, one without samples, or gradients compressed differently.
         """
         if self.kind != "kronecker":
-            raise ValueError(
-                f"kind is {self.kind!r}; only a Fisher of kind 'kronecker' has eigenvalues to correct"
-            )
+            raise ValueError(f"kind is {self.kind!r}; only a Fisher of kind 'kronecker' has eigenvalues to correct")
         self.check(gradients)
         for part in _parts(gradients):
             for columns, block in self._blocks:

@@ -102,9 +102,7 @@ class Gradients:
         if not flat.is_floating_point():
             raise ValueError(f"flat is {flat.dtype}; it must be floating point: dequantize it first")
         if not flat.is_contiguous():
-            raise ValueError(
-                f"flat has strides {flat.stride()}; it must be contiguous: call flat.contiguous()"
-            )
+            raise ValueError(f"flat has strides {flat.stride()}; it must be contiguous: call flat.contiguous()")
         self._flat = flat.detach()
 
     @property
@@ -244,9 +242,7 @@ class Gradients:
             shapes = {name: tuple(shape) for name, shape, _ in layers}
             return cls(flat, shapes, {name: digest for name, _, digest in layers})
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: the list of layers is damaged ({error}); write the file again"
-            ) from error
+            raise ValueError(f"{path}: the list of layers is damaged ({error}); write the file again") from error
 
     def __repr__(self) -> str:
         names = list(self._shapes)
@@ -298,9 +294,7 @@ class GradientsBuilder:
         """
         if layers.keys() != self._shapes.keys():
             missing, unknown = self._shapes.keys() - layers.keys(), layers.keys() - self._shapes.keys()
-            raise ValueError(
-                f"layers must be those of shapes: missing {sorted(missing)}, unknown {sorted(unknown)}"
-            )
+            raise ValueError(f"layers must be those of shapes: missing {sorted(missing)}, unknown {sorted(unknown)}")
         rows = len(next(iter(layers.values())))
         for name, shape in self._shapes.items():
             if layers[name].shape != (rows, *shape):
@@ -313,9 +307,10 @@ class GradientsBuilder:
         self._count += rows
 
     def finish(self) -> Gradients:
-        """Return what was appended and let go of it; copied only if the capacity was not exact."""
-        exact = self._count == len(self._buffer)
-        flat = self._buffer if exact else self._buffer[: self._count].clone()
+        """Return what was appended and let go of it; copied only if more than half of the buffer is empty."""
+        flat = self._buffer[: self._count]
+        if 2 * self._count < len(self._buffer):
+            flat = flat.clone()
         self._buffer, self._count = self._buffer.new_empty(0, self._buffer.shape[1]), 0
         return Gradients(flat, self._shapes, self._digest)
 
@@ -327,9 +322,7 @@ class GradientsBuilder:
         self._buffer = grown
 
 
-def _check_layout(
-    shapes: Shapes, digest: Mapping[str, str]
-) -> tuple[Shapes, Mapping[str, str], dict[str, slice]]:
+def _check_layout(shapes: Shapes, digest: Mapping[str, str]) -> tuple[Shapes, Mapping[str, str], dict[str, slice]]:
     """Return read-only copies of both, and the columns of each layer."""
     if not shapes:
         raise ValueError("shapes is empty; gradients need at least one layer")
@@ -340,9 +333,7 @@ def _check_layout(
     start = 0
     for name, shape in shapes.items():
         if len(shape) not in (1, 2) or any(size < 1 for size in shape):
-            raise ValueError(
-                f"shapes[{name!r}] is {shape}; it must be (k_out, k_in) or (k,) with sizes of at least 1"
-            )
+            raise ValueError(f"shapes[{name!r}] is {shape}; it must be (k_out, k_in) or (k,) with sizes of at least 1")
         columns[name] = slice(start, start + math.prod(shape))
         start = columns[name].stop
     frozen = MappingProxyType({name: tuple(map(int, shape)) for name, shape in shapes.items()})

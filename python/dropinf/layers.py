@@ -138,9 +138,7 @@ def _selected(layers: LayerFilter, model: nn.Module) -> Callable[[str, nn.Module
     for pattern in wanted:
         names = [n for n, m in modules if hit(pattern, n, m)]
         parameters = [clean_name(n) for n, _ in model.named_parameters(remove_duplicate=False)]
-        if not names and not any(
-            isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern) for n in parameters
-        ):
+        if not names and not any(isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern) for n in parameters):
             known = ", ".join(n for n, _ in modules[1:6])
             raise ValueError(
                 f"layers: {pattern!r} matches no module or parameter of this model; its modules are {known}, ..."
@@ -176,9 +174,7 @@ def find_targets(model: nn.Module, layers: LayerFilter) -> tuple[dict[str, Targe
     return targets, skipped
 
 
-def _target(
-    parameter: nn.Parameter, sites: Sequence[tuple[str, str, nn.Module]], silent: set[nn.Module]
-) -> Target:
+def _target(parameter: nn.Parameter, sites: Sequence[tuple[str, str, nn.Module]], silent: set[nn.Module]) -> Target:
     module_name, attribute, module = sites[0]
     full_name = f"{module_name}.{attribute}".lstrip(".")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -235,17 +231,13 @@ def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor])
     sides = _sides(target, sketch)
     if "flat" in sides:
         if rows * columns > 2**31 - 1:
-            raise ValueError(
-                f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32"
-            )
+            raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
         out = sketch.make(rows * columns, sides["flat"], f"{owner}/flat", statistics.get("flat"))
         in_axis = None
     else:
         length = rows if "in" in sides else rows * columns
         out = sketch.make(length, sides["out"], f"{owner}/out", statistics.get("out"))
-        in_axis = (
-            sketch.make(columns, sides["in"], f"{owner}/in", statistics.get("in")) if "in" in sides else None
-        )
+        in_axis = sketch.make(columns, sides["in"], f"{owner}/in", statistics.get("in")) if "in" in sides else None
     return Layer(
         target.name,
         target.kind,

@@ -110,9 +110,7 @@ def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest:
     if kind not in get_args(ScoreKind):
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(ScoreKind)))}")
     if fisher is None and kind in ("influence", "relative"):
-        raise ValueError(
-            f"fisher is None; kind={kind!r} needs build_fisher(train), or use kind='dot' or 'cosine'"
-        )
+        raise ValueError(f"fisher is None; kind={kind!r} needs build_fisher(train), or use kind='dot' or 'cosine'")
     if top is None and not largest:
         raise ValueError("largest is False without top; pass top=k for the k most negative scores")
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):

@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from dropinf_kernels import sketch as _gather
 from torch import Tensor
+
+from dropinf_kernels import sketch as _gather
 
 Statistics = Literal["energy", "covariance"]
 
@@ -74,16 +75,16 @@ class Axis:
         return _gather(x, self.index, self.weight, self.group)
 
     def fold(self, gathered: Tensor) -> Tensor:
-        """Finish a table sketch whose coordinates ``index.flatten()`` are gathered: [..., fan_in * dim] -> [..., dim]."""
+        """[..., fan_in * dim] -> [..., dim]: finish a table sketch whose ``index.flatten()`` is gathered already."""
         if self.weight is None:
             return gathered
-        fan_in = len(self.weight)
-        return (gathered.unflatten(-1, (fan_in, self.dim)) * self.weight.to(gathered.dtype)).sum(-2)
+        parts = gathered.view(*gathered.shape[:-1], len(self.weight), self.dim)
+        return (parts * self.weight.to(gathered.dtype)).sum(-2)
 
     def to(self, device: torch.device) -> Axis:
         """The same sketch with its tables on ``device``."""
-        moved = [t if t is None else t.to(device) for t in (self.index, self.weight, self.matrix)]
-        return Axis(self.size, *moved, group=self.group)
+        tables = {name: table.to(device) for name, table in self.tensors().items()}
+        return Axis(self.size, tables.get("index"), tables.get("weight"), tables.get("matrix"), self.group)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tables by field name, for saving and for :meth:`digest`."""
@@ -102,7 +103,8 @@ class Axis:
 def _bits(seed: int, key: str, n: int) -> np.ndarray:
     """n uint64 that depend on (seed, key) alone."""
     word = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n)
+    bits: np.ndarray = np.asarray(np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n), dtype=np.uint64)
+    return bits
 
 
 def _uniform(seed: int, key: str, n: int) -> np.ndarray:
@@ -204,9 +206,7 @@ class Dropout(Sketch):
         if mode not in ("factorized", "flat"):
             raise ValueError(f"mode must be 'factorized' or 'flat', got {mode!r}")
         if scale and sampling == "energy":
-            raise ValueError(
-                "scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'"
-            )
+            raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
         self.keep, self.group, self.scale = keep, _whole_number("group", group), scale
         self.statistics = "energy" if sampling == "energy" else None
         self.mode = mode

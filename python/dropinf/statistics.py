@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import dropinf_kernels as ops
 import torch
 from torch import Tensor
+
+import dropinf_kernels as ops
 
 from .layers import Layer
 from .sketch import Statistics

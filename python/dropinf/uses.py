@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import dropinf_kernels as ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import dropinf_kernels as ops
 
 from .layers import Layer, rms_epsilon
 from .sketch import Axis
@@ -29,7 +30,7 @@ class Samples:
     cu_seqlens: Tensor | None = None
 
     def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
-        """[*lead, *features] -> ([N, T, *features], None), or ([rows, *features], cu_seqlens) where packed."""
+        """[*lead, *features] -> ([N, T, *features], None); where packed ([rows, *features], cu_seqlens)."""
         lead = x.shape[: x.ndim - features]
         kept = x.shape[x.ndim - features :]
         rows = lead.numel()
@@ -59,9 +60,7 @@ class Use:
 
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:
         """What the weight multiplies, uncompressed: [..., d_in]."""
-        return (
-            x.to(out.dtype) if out.dtype.itemsize < x.dtype.itemsize else x
-        )  # autocast: as the layer saw it
+        return x.to(out.dtype) if out.dtype.itemsize < x.dtype.itemsize else x  # autocast: as the layer saw it
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
         """What backward needs of the input: the compressed input, and no more."""
@@ -84,7 +83,7 @@ class Use:
 
 
 def _vector(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """Sketch of sum_t a_t * g_t; ``a`` None is all ones, and already gathered where the sketch is a gather."""
+    """Sketch of sum_t a_t * g_t; ``a`` None is all ones, and is gathered already where the sketch is a gather."""
     g, cu = samples.tie(g)
     if a is not None:
         a, _ = samples.tie(a)
@@ -167,9 +166,7 @@ class EmbeddingUse(Use):
         c = self._factorized(ids, g, cu, vocabulary, hidden)
         return c.mT if tied else c
 
-    def _factorized(
-        self, ids: Tensor, g: Tensor, cu: Tensor | None, vocabulary: Axis, hidden: Axis
-    ) -> Tensor:
+    def _factorized(self, ids: Tensor, g: Tensor, cu: Tensor | None, vocabulary: Axis, hidden: Axis) -> Tensor:
         if hidden.matrix is not None:
             g = hidden.apply(g)
         index, weight = (None, None) if hidden.matrix is not None else hidden.table
@@ -211,7 +208,9 @@ class NormUse(Use):
             x = F.rms_norm(x, tuple(m.normalized_shape), None, m.eps)
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rms_epsilon(m))).to(x.dtype)
+            epsilon = rms_epsilon(m)
+            assert epsilon is not None
+            x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
         return super().inputs(self.rows(x), out)
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
@@ -226,12 +225,11 @@ class NormUse(Use):
             return True
         if isinstance(self.module, nn.LayerNorm):
             return True
-        scale = self.module.weight.detach()
+        scale = self.module.get_parameter("weight").detach()
         tolerance = 8 * torch.finfo(out.dtype).eps
         normalized = self.inputs(x, out)
         return any(
-            torch.allclose(out, (normalized * s).to(out.dtype), tolerance, tolerance)
-            for s in (scale, 1 + scale)
+            torch.allclose(out, (normalized * s).to(out.dtype), tolerance, tolerance) for s in (scale, 1 + scale)
         )
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
@@ -266,8 +264,8 @@ class ConvUse(Use):
 
     @property
     def keeps_patches(self) -> bool:
-        """The sketched patches are kept where that is less than the input itself, which is as large as the output
-        times its channels' ratio and its strides."""
+        """The sketched patches are kept where they are smaller than the input, whose positions are as many as the
+        output's, times the strides."""
         axis = None if self.weight is None else self.weight.in_axis
         if axis is None or self.groups > 1:
             return False
@@ -286,18 +284,12 @@ class ConvUse(Use):
         assert axis is not None
         if axis.matrix is not None:
             # A dense sketch of patches is a convolution with the sketch's rows as its kernels.
-            kernels = axis.matrix.to(torch.promote_types(x.dtype, torch.float32)).view(
-                -1, x.shape[1], *self.kernel
-            )
+            kernels = axis.matrix.to(torch.promote_types(x.dtype, torch.float32)).view(-1, x.shape[1], *self.kernel)
             function = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-            patches: Tensor = function(
-                x.to(kernels.dtype), kernels, None, self.stride, self.padding, self.dilation
-            )
+            patches: Tensor = function(x.to(kernels.dtype), kernels, None, self.stride, self.padding, self.dilation)
             return patches.flatten(2).mT
         assert axis.index is not None
-        return ops.sketch_patches(
-            x, self.kernel, self.stride, self.padding, self.dilation, axis.index, axis.weight
-        )
+        return ops.sketch_patches(x, self.kernel, self.stride, self.padding, self.dilation, axis.index, axis.weight)
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         if self.keeps_patches:
@@ -314,8 +306,20 @@ class ConvUse(Use):
         return samples.sum_parts(torch.cat(parts))
 
     def _call(self, x: Tensor, g: Tensor, *tables: Tensor | None) -> Tensor:
+        """The per-sample gradients of each image, sketched by (in_index, in_weight, out_index, out_weight)."""
+        in_index, in_weight, out_index, out_weight = tables or (None,) * 4
         return ops.compress_conv(
-            x, g, self.kernel, self.stride, self.padding, self.dilation, self.groups, *tables
+            x,
+            g,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            in_index,
+            in_weight,
+            out_index,
+            out_weight,
         )
 
 

@@ -37,7 +37,9 @@ class Lambda(nn.Module):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)), torch.randn(N, 7)
+    return nn.Sequential(
+        nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)
+    ), torch.randn(N, 7)
 
 
 def sequence_mlp():
@@ -55,10 +57,18 @@ def rows_mlp():
 
 def cnn():
     layers = [
-        nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.GroupNorm(2, 8), nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, groups=8, padding="same", bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
-        nn.Conv2d(8, 12, (3, 2), groups=4, dilation=(1, 2), padding_mode="reflect", padding=1), nn.ReLU(),
-        nn.Conv2d(12, 6, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3),
+        nn.Conv2d(3, 8, 3, padding=1, stride=2),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, groups=8, padding="same", bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 12, (3, 2), groups=4, dilation=(1, 2), padding_mode="reflect", padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 6, 1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 3),
     ]
     model = nn.Sequential(*layers)
     with torch.no_grad():
@@ -68,11 +78,15 @@ def cnn():
 
 
 def conv1d():
-    return nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, padding=2), nn.ReLU(), nn.Conv1d(6, 6, 4, groups=3, padding="same")), torch.randn(N, 4, 11)
+    return nn.Sequential(
+        nn.Conv1d(4, 6, 3, stride=2, padding=2), nn.ReLU(), nn.Conv1d(6, 6, 4, groups=3, padding="same")
+    ), torch.randn(N, 4, 11)
 
 
 def conv3d():
-    return nn.Sequential(nn.Conv3d(2, 4, (2, 3, 1), padding=(1, 1, 0)), nn.ReLU(), nn.Conv3d(4, 4, 2, groups=4)), torch.randn(N, 2, 4, 5, 3)
+    return nn.Sequential(
+        nn.Conv3d(2, 4, (2, 3, 1), padding=(1, 1, 0)), nn.ReLU(), nn.Conv3d(4, 4, 2, groups=4)
+    ), torch.randn(N, 2, 4, 5, 3)
 
 
 def transposed_conv():
@@ -94,19 +108,27 @@ def attention(batch_first=True):
 
 
 def encoder_layer():
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2), torch.randn(N, 5, 8)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2), torch.randn(
+        N, 5, 8
+    )
 
 
 def lstm():
-    return Lambda(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(5, 6, batch_first=True), head=nn.Linear(6, 3)), torch.randn(N, 4, 5)
+    return Lambda(
+        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(5, 6, batch_first=True), head=nn.Linear(6, 3)
+    ), torch.randn(N, 4, 5)
 
 
 def gru():
-    return Lambda(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.GRU(5, 6, batch_first=True), head=nn.Linear(6, 3)), torch.randn(N, 4, 5)
+    return Lambda(
+        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.GRU(5, 6, batch_first=True), head=nn.Linear(6, 3)
+    ), torch.randn(N, 4, 5)
 
 
 def called_twice():
-    return Lambda(lambda m, x: m.b(torch.tanh(m.a(torch.tanh(m.a(x))))), a=nn.Linear(6, 6), b=nn.Linear(6, 2)), torch.randn(N, 3, 6)
+    return Lambda(
+        lambda m, x: m.b(torch.tanh(m.a(torch.tanh(m.a(x))))), a=nn.Linear(6, 6), b=nn.Linear(6, 2)
+    ), torch.randn(N, 3, 6)
 
 
 def checkpointed(reentrant):
@@ -121,7 +143,10 @@ def checkpointed(reentrant):
 
 
 def two_inputs():
-    return Lambda(lambda m, x, y: m.c(m.a(x) * m.b(y)), a=nn.Linear(4, 6), b=nn.Linear(5, 6), c=nn.Linear(6, 2)), (torch.randn(N, 4), torch.randn(N, 5))
+    return Lambda(lambda m, x, y: m.c(m.a(x) * m.b(y)), a=nn.Linear(4, 6), b=nn.Linear(5, 6), c=nn.Linear(6, 2)), (
+        torch.randn(N, 4),
+        torch.randn(N, 5),
+    )
 
 
 def raw_parameters():
@@ -141,19 +166,28 @@ def raw_parameters():
 
 def shared_positions():
     """nanoGPT's form: positions are ids [T] without a sample dimension; here T == N, the treacherous case."""
+
     def forward(m, ids):
         return m.head(m.tokens(ids) + m.positions(torch.arange(ids.shape[1])))
 
-    return Lambda(forward, tokens=nn.Embedding(11, 6, padding_idx=0), positions=nn.Embedding(N, 6), head=nn.Linear(6, 3)), torch.randint(0, 11, (N, N))
+    return Lambda(
+        forward, tokens=nn.Embedding(11, 6, padding_idx=0), positions=nn.Embedding(N, 6), head=nn.Linear(6, 3)
+    ), torch.randint(0, 11, (N, N))
 
 
 def functional_weight():
     """The output layer reads the embedding's weight without calling the module."""
-    return Lambda(lambda m, ids: F.linear(torch.tanh(m.tokens(ids)), m.tokens.weight), tokens=nn.Embedding(9, 5)), torch.randint(0, 9, (N, 3))
+    return Lambda(
+        lambda m, ids: F.linear(torch.tanh(m.tokens(ids)), m.tokens.weight), tokens=nn.Embedding(9, 5)
+    ), torch.randint(0, 9, (N, 3))
 
 
 def tied():
-    model = Lambda(lambda m, ids: m.head(torch.tanh(m.tokens(ids))), tokens=nn.Embedding(9, 5), head=nn.Linear(5, 9, bias=False))
+    model = Lambda(
+        lambda m, ids: m.head(torch.tanh(m.tokens(ids))),
+        tokens=nn.Embedding(9, 5),
+        head=nn.Linear(5, 9, bias=False),
+    )
     model.head.weight = model.tokens.weight
     return model, torch.randint(0, 9, (N, 3))
 
@@ -182,15 +216,45 @@ def compiled():
 
 def patched():
     """Windows folded into the leading dimension: [N * windows, T, d]."""
-    return Lambda(lambda m, x: m.b(torch.relu(m.a(x.reshape(N * 2 if len(x) == N else 2, 3, 5))).reshape(len(x), -1)), a=nn.Linear(5, 4), b=nn.Linear(24, 2)), torch.randn(N, 6, 5)
+    return Lambda(
+        lambda m, x: m.b(torch.relu(m.a(x.reshape(N * 2 if len(x) == N else 2, 3, 5))).reshape(len(x), -1)),
+        a=nn.Linear(5, 4),
+        b=nn.Linear(24, 2),
+    ), torch.randn(N, 6, 5)
 
 
 PLAIN = {
     f.__name__: f
-    for f in (mlp, sequence_mlp, grid_mlp, rows_mlp, cnn, conv1d, conv3d, transposed_conv, attention, encoder_layer, lstm, gru,
-              called_twice, two_inputs, raw_parameters, shared_positions, functional_weight, tied, parametrized,
-              regularized, unused, frozen, compiled, patched)
-} | {"checkpoint_reentrant": functools.partial(checkpointed, True), "checkpoint": functools.partial(checkpointed, False)}
+    for f in (
+        mlp,
+        sequence_mlp,
+        grid_mlp,
+        rows_mlp,
+        cnn,
+        conv1d,
+        conv3d,
+        transposed_conv,
+        attention,
+        encoder_layer,
+        lstm,
+        gru,
+        called_twice,
+        two_inputs,
+        raw_parameters,
+        shared_positions,
+        functional_weight,
+        tied,
+        parametrized,
+        regularized,
+        unused,
+        frozen,
+        compiled,
+        patched,
+    )
+} | {
+    "checkpoint_reentrant": functools.partial(checkpointed, True),
+    "checkpoint": functools.partial(checkpointed, False),
+}
 
 
 def hugging_face(name):
@@ -202,12 +266,25 @@ def hugging_face(name):
         config = t.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)
         return t.GPT2LMHeadModel(config), {"input_ids": ids}, causal_lm
     if name == "llama":
-        config = t.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16)
+        config = t.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        )
         return t.LlamaForCausalLM(config), {"input_ids": ids}, causal_lm
     if name == "bert":
-        config = t.BertConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                              num_attention_heads=2, max_position_embeddings=16)
+        config = t.BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
         model = t.BertForSequenceClassification(config)
         mask = torch.ones(N, 6, dtype=torch.long)
         mask[1, 4:] = 0
@@ -221,7 +298,10 @@ def hugging_face(name):
         import peft
 
         base, batch, loss_fn = hugging_face("gpt2")
-        model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj"], lora_dropout=0.0, fan_in_fan_out=True))
+        model = peft.get_peft_model(
+            base,
+            peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj"], lora_dropout=0.0, fan_in_fan_out=True),
+        )
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if "lora_B" in key:

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from models import build, squared
-from oracle import assert_equal_gradients, oracle
 from torch import nn
 
 import dropinf
+from models import build, squared
+from oracle import assert_equal_gradients, oracle
 
 
 def many(name, n=64):
@@ -46,7 +46,10 @@ def test_pca_does_not_depend_on_the_batch_size():
     second.calibrate(data[:40].split(7))
     second.calibrate(data[40:].split(8))
     for name, layer in first.layers.items():
-        for a, b in ((layer.out_axis, second.layers[name].out_axis), (layer.in_axis, second.layers[name].in_axis)):
+        for a, b in (
+            (layer.out_axis, second.layers[name].out_axis),
+            (layer.in_axis, second.layers[name].in_axis),
+        ):
             if a is not None and a.matrix is not None:
                 torch.testing.assert_close(a.matrix, b.matrix, rtol=1e-4, atol=1e-5)
 
@@ -61,7 +64,9 @@ def test_masks_depend_on_seed_name_and_shape_alone():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[[3, 21, 25, 31]] [[6, 7, 14, 15]]"
     model = nn.Linear(32, 32)
-    layers = [dropinf.Compressor(nn.Sequential(model), dropinf.Dropout(4, seed=s), squared).layers["0"] for s in (3, 3, 4)]
+    layers = [
+        dropinf.Compressor(nn.Sequential(model), dropinf.Dropout(4, seed=s), squared).layers["0"] for s in (3, 3, 4)
+    ]
     assert torch.equal(layers[0].in_axis.index, layers[1].in_axis.index)
     assert not torch.equal(layers[0].in_axis.index, layers[2].in_axis.index)
     assert not torch.equal(layers[0].in_axis.index, layers[0].out_axis.index)
@@ -74,7 +79,12 @@ class PackedAttention(nn.Module):
     def __init__(self):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(20, 8, padding_idx=0), nn.Embedding(12, 8)
-        self.norm, self.qkv, self.out, self.head = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 20)
+        self.norm, self.qkv, self.out, self.head = (
+            nn.LayerNorm(8),
+            nn.Linear(8, 24),
+            nn.Linear(8, 8),
+            nn.Linear(8, 20),
+        )
 
     def forward(self, ids, positions, mask):
         h = self.tokens(ids) + self.positions(positions)
@@ -83,7 +93,9 @@ class PackedAttention(nn.Module):
         return self.head(h)
 
 
-@pytest.mark.parametrize("sketch", [dropinf.Identity(), dropinf.Dropout(3), dropinf.Dropout(9, mode="flat"), dropinf.Gaussian(3)])
+@pytest.mark.parametrize(
+    "sketch", [dropinf.Identity(), dropinf.Dropout(3), dropinf.Dropout(9, mode="flat"), dropinf.Gaussian(3)]
+)
 def test_padded_and_packed_documents_agree(sketch):
     model = PackedAttention().double().eval()
     lengths = [3, 1, 6, 4]

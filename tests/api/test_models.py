@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import HUGGING_FACE, PLAIN, N, build
-from oracle import assert_equal_gradients, oracle
 
 import dropinf
 from dropinf.batches import map_tensors
 from dropinf.compressor import unwrap
+from models import HUGGING_FACE, PLAIN, N, build
+from oracle import assert_equal_gradients, oracle
 
 SKETCHES = {
     "identity": dropinf.Identity(),
@@ -61,7 +61,9 @@ def test_nothing_is_silently_left_out():
         model, _, loss_fn = build(name)
         compressor = dropinf.Compressor(model, dropinf.Dropout(4), loss_fn, layers=None)
         parameters = {n.replace("_orig_mod.", "") for n, _ in model.named_parameters()}
-        assert {x.parameter for x in compressor.layers.values()} | set(_parameters_of(model, compressor.skipped)) == parameters
+        assert {x.parameter for x in compressor.layers.values()} | set(
+            _parameters_of(model, compressor.skipped)
+        ) == parameters
 
 
 def _parameters_of(model, skipped):

@@ -92,9 +92,7 @@ def test_conv_random_shapes(data):
         return data.draw(st.integers(low, high))
 
     spatial, groups, per_in, per_out = draw(1, 3), draw(1, 3), draw(1, 2), draw(1, 3)
-    args = window(
-        *([draw(low, high) for _ in range(spatial)] for low, high in [(1, 3), (1, 3), (0, 2), (1, 1)])
-    )
+    args = window(*([draw(low, high) for _ in range(spatial)] for low, high in [(1, 3), (1, 3), (0, 2), (1, 1)]))
     x, g = random_case(spatial, groups, per_in, per_out, args)
     taps = per_in * math.prod(args[0])
     fan_in = draw(1, 4)

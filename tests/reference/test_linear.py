@@ -18,8 +18,7 @@ def per_sample_gradients(a: Tensor, g: Tensor) -> Tensor:
     """Gradients of nn.Linear's weight, one backward per sample, in float64."""
     layer = nn.Linear(a.shape[-1], g.shape[-1], bias=False, dtype=torch.float64)
     grads = [
-        torch.autograd.grad((layer(a[n].double()) * g[n].double()).sum(), layer.weight)[0]
-        for n in range(a.shape[0])
+        torch.autograd.grad((layer(a[n].double()) * g[n].double()).sum(), layer.weight)[0] for n in range(a.shape[0])
     ]
     return torch.stack(grads)
 
@@ -53,9 +52,7 @@ def test_a_side_without_index_stays_whole(sides, dtype):
         *(make_table(6, 3, 2, True) if sides == "in" else none),
         *(make_table(4, 2, 2, True) if sides == "out" else none),
     )
-    assert_near(
-        kernels.compress_linear(a, g, *tables), folded(per_sample_gradients(a, g), tables, 6, 4), dtype
-    )
+    assert_near(kernels.compress_linear(a, g, *tables), folded(per_sample_gradients(a, g), tables, 6, 4), dtype)
 
 
 def test_mixed_dtypes_accumulate_in_the_wider():

@@ -125,9 +125,7 @@ def test_autocast_changes_nothing(namespace):
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_inputs_that_require_grad(name, case):
     plain = arguments()[name][case]
-    tracked = tuple(
-        v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in clone(plain)
-    )
+    tracked = tuple(v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in clone(plain))
     if name == "gram_update":
         # The Fisher matrix itself is never a parameter.
         tracked = (tracked[0].detach(), tracked[1])

@@ -19,18 +19,13 @@ CUTS = [[0, 3, 3, 8, 12], [0, 0, 12], [0, 12, 12]]
 def embedding_gradients(ids: Tensor, g: Tensor, rows: int, padding_idx: int | None = None) -> Tensor:
     """Gradients of nn.Embedding's weight, one backward per sample, as [N, d_out, rows] in float64."""
     layer = nn.Embedding(rows, g.shape[-1], padding_idx=padding_idx, dtype=torch.float64)
-    grads = [
-        torch.autograd.grad((layer(ids[n]) * g[n].double()).sum(), layer.weight)[0].T
-        for n in range(ids.shape[0])
-    ]
+    grads = [torch.autograd.grad((layer(ids[n]) * g[n].double()).sum(), layer.weight)[0].T for n in range(ids.shape[0])]
     return torch.stack(grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("padding_idx", [None, 3])
-@pytest.mark.parametrize(
-    ("fan_in", "weighted", "group"), [(1, False, 1), (2, True, 1), (4, True, 4), (3, False, 2)]
-)
+@pytest.mark.parametrize(("fan_in", "weighted", "group"), [(1, False, 1), (2, True, 1), (4, True, 4), (3, False, 2)])
 def test_embedding_equals_folded_autograd(dtype, padding_idx, fan_in, weighted, group):
     ids, g = torch.randint(0, 12, (3, 9)), torch.randn(3, 9, 8).to(dtype)
     tables = (*make_table(12, 8, fan_in, weighted, group), *make_table(8, 4, fan_in, weighted, group))

@@ -1,0 +1,83 @@
+"""Masks on disk: what a compressor drew, with what calibration found, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .layers import Layer
+from .sketch import Axis
+
+FORMAT = "dropinf-masks-1"
+
+
+def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
+    yield "out", layer.out_axis
+    if layer.in_axis is not None:
+        yield "in", layer.in_axis
+
+
+def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> None:
+    """Write every layer's tables, by a temporary name."""
+    tables, plan = {}, {}
+    for name, layer in layers.items():
+        plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in _axes(layer)}
+        for side, axis in _axes(layer):
+            for field, table in axis.tensors().items():
+                tables[f"{name}/{side}/{field}"] = table.cpu().contiguous()
+    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        save_file(tables, temporary, {"format": FORMAT, "plan": json.dumps(plan)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> dict[str, Layer]:
+    """``layers`` with the axes of the file. Raises ValueError where they belong to another model."""
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote")
+    plan = json.loads(metadata["plan"])
+    _check_model(layers, plan, path)
+
+    def axis(name: str, side: str) -> Axis | None:
+        if side not in plan[name]:
+            return None
+        entry = plan[name][side]
+        index, weight, matrix = (tables.get(f"{name}/{side}/{field}") for field in ("index", "weight", "matrix"))
+        return Axis(entry["size"], index, weight, matrix, entry["group"])
+
+    loaded = {}
+    for name, layer in layers.items():
+        out_axis = axis(name, "out")
+        assert out_axis is not None
+        loaded[name] = replace(layer, out_axis=out_axis, in_axis=axis(name, "in"))
+    return loaded
+
+
+def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    way_out = "load the masks that this model's own compressor saved, or calibrate again"
+    for name in [*layers, *plan]:
+        if name not in plan or name not in layers:
+            where = "these masks lack it" if name not in plan else "this model does not track it"
+            raise ValueError(f"path: the masks in {path} are of another model: layer {name}: {where}; {way_out}")
+        rows, columns = layers[name].matrix_shape
+        sizes = [plan[name][side]["size"] for side in ("out", "in") if side in plan[name]]
+        if sizes not in ([rows, columns], [rows * columns]):
+            raise ValueError(
+                f"path: the masks in {path} are of another model: layer {name} is {rows} x {columns} here and "
+                f"{' x '.join(map(str, sizes))} there; {way_out}"
+            )
