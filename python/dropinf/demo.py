@@ -1,26 +1,17 @@
 """The demo: find flipped labels in handwritten digits with four compressions of the same gradients."""
 
-import json
-import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import Progress
 from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropinf
-from dropinf import report
 
 Batch = tuple[Tensor, Tensor]
 

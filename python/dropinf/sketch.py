@@ -109,7 +109,8 @@ def _bits(seed: int, key: str, n: int) -> np.ndarray:
 
 def _uniform(seed: int, key: str, n: int) -> np.ndarray:
     """n floats in the open interval (0, 1)."""
-    return ((_bits(seed, key, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    uniform: np.ndarray = ((_bits(seed, key, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
 
 
 def _whole_number(name: str, value: object) -> int:

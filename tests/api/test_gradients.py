@@ -225,8 +225,8 @@ def test_builder_collects_batches(capacity: int) -> None:
     buffer = builder._buffer.data_ptr()
     built = builder.finish()
     assert torch.equal(built.flat, g.flat.double())
-    assert (built.flat.data_ptr() == buffer) == (capacity in (3, 7))
-    assert built.flat.untyped_storage().nbytes() == 7 * K * 8
+    assert (built.flat.data_ptr() == buffer) == (capacity != 20)
+    assert built.flat.untyped_storage().nbytes() <= 2 * 7 * K * 8
     assert len(builder) == 0
 
 
