@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench/ops --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest bench/ops --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 # torch is named on the command line so that the pinned build is chosen before anything can ask for another.
 $(READY): pyproject.toml constraints.txt

@@ -208,6 +208,8 @@ class Dropout(Sketch):
             raise ValueError(f"mode must be 'factorized' or 'flat', got {mode!r}")
         if scale and sampling == "energy":
             raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
+        if mode == "flat" and sampling == "energy":
+            raise ValueError("mode='flat' samples uniformly; use mode='factorized' with sampling='energy'")
         self.keep, self.group, self.scale = keep, _whole_number("group", group), scale
         self.statistics = "energy" if sampling == "energy" else None
         self.mode = mode
