@@ -38,9 +38,7 @@ class LabelledImages:
     def __post_init__(self) -> None:
         for name, labels in (("given", self.given), ("true", self.true)):
             if labels is not None and len(labels) != len(self.pixels):
-                raise ValueError(
-                    f"{name} has {len(labels)} labels, must have {len(self.pixels)}: one per image"
-                )
+                raise ValueError(f"{name} has {len(labels)} labels, must have {len(self.pixels)}: one per image")
 
     def flipped(self, index: int) -> bool:
         """Whether the true label of image `index` is known and differs from the given one."""
@@ -50,9 +48,7 @@ class LabelledImages:
 def image_uri(pixels: NDArray[Any]) -> str:
     """Return one `[H, W]` or `[H, W, 3]` image in `[0, 1]` as a PNG data URI."""
     buffer = io.BytesIO()
-    imsave(
-        buffer, np.clip(pixels, 0, 1), format="png", cmap="gray", vmin=0, vmax=1, metadata={"Software": None}
-    )
+    imsave(buffer, np.clip(pixels, 0, 1), format="png", cmap="gray", vmin=0, vmax=1, metadata={"Software": ""})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -80,9 +76,7 @@ def format_score(score: float) -> str:
 
 def image_grid(images: LabelledImages, indices: Iterable[int], scores: NDArray[Any] | None = None) -> str:
     """Return the cards of `indices`, in that order; `scores` is `[N]`, one per image of `images`."""
-    cards = (
-        image_card(images, i, score=None if scores is None else float(scores[i])) for i in map(int, indices)
-    )
+    cards = (image_card(images, i, score=None if scores is None else float(scores[i])) for i in map(int, indices))
     return f'<div class="grid">{"".join(cards)}</div>'
 
 
@@ -114,9 +108,7 @@ def query_block(
         for name, effect, indices in sides
     )
     card = image_card(queries, query, note=note)
-    return (
-        f'<article class="query"><div class="subject">{card}</div><div class="sides">{rows}</div></article>'
-    )
+    return f'<article class="query"><div class="subject">{card}</div><div class="sides">{rows}</div></article>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], highlight: str = "") -> str:
@@ -140,22 +132,20 @@ def roc_plot(curves: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], max_rate: 
         max_rate: where the false positive axis ends; below 1 it magnifies the part that a reviewer would see.
     """
     ink, styles = "#010203", (("#3b82f6", "-"), ("#e8811a", "-"), ("#17a37b", "-"), ("#9a6cf0", "--"))
-    options = {
+    options: dict[str, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "dropinf",
         "font.family": "sans-serif",
         "font.size": 11,
     }
-    with matplotlib.rc_context(options):
+    with matplotlib.rc_context(options):  # type: ignore[arg-type]
         figure = Figure(figsize=(6.4, 3.9), layout="constrained")
         axes = figure.subplots()
         for position, (label, (false_rate, true_rate)) in enumerate(curves.items()):
             color, line = styles[position % len(styles)]
             axes.plot(false_rate, true_rate, line, color=color, linewidth=2, label=label)
         axes.plot([0, 1], [0, 1], ":", color=ink, linewidth=1, alpha=0.5, label="chance")
-        axes.set(
-            xlim=(0, max_rate), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate"
-        )
+        axes.set(xlim=(0, max_rate), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate")
         axes.grid(color=ink, alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(ink)

@@ -1,0 +1,87 @@
+"""The demo, run as a user runs it, and the report's own promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dropinf import report
+
+METHODS = {"dropout", "gaussian", "pca", "uncompressed"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "dropinf.cli", "demo", "--out", str(out), "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((out / "result.json").read_text()), (out / "report.html").read_text(), out
+
+
+def test_result(run):
+    _, result, _, out = run
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "result.json"]
+    assert result["seed"] == 1
+    assert result["flipped"] == result["samples"] // 10
+    assert result["test_accuracy"] > 0.9
+    for key in ("mislabel_auc", "bytes_per_sample"):
+        assert set(result[key]) == METHODS
+    assert set(result["seconds"]) == METHODS | {"total"}
+    assert result["seconds"]["total"] < 60
+    assert all(0.9 < auc <= 1 for auc in result["mislabel_auc"].values())
+    sizes = result["bytes_per_sample"]
+    assert sizes["dropout"] == sizes["gaussian"] == sizes["pca"] < sizes["uncompressed"] / 10
+
+
+def test_terminal_shows_the_table(run):
+    stdout, result, _, _ = run
+    for name, auc in result["mislabel_auc"].items():
+        assert re.search(rf"{name}.*{auc:.3f}", stdout)
+    assert "result.json" in stdout
+    assert "report.html" in stdout
+
+
+def test_report_is_self_contained_and_complete(run):
+    _, result, page, _ = run
+    assert not re.search(r"https?://(?!www\.w3\.org/)", page)
+    assert not re.search(r"<(script|link|iframe)\b", page)
+    assert page.count("data:image/png;base64,") == 24 + 6 * 11
+    assert page.count("<article") == 6
+    assert page.count("<svg") == 1
+    assert "Proponents" in page
+    assert "Opponents" in page
+    assert re.search(r"flipped</span><br>true \d", page)
+    for auc in result["mislabel_auc"].values():
+        assert f"{auc:.3f}" in page
+
+
+def test_labels_are_escaped():
+    images = report.LabelledImages(np.zeros((1, 2, 2)), ["<b>&"], ["<i>"])
+    card = report.image_card(images, 0, note="<script>")
+    assert "&lt;b&gt;&amp;" in card
+    assert "&lt;i&gt;" in card
+    assert "<script>" not in card
+    with pytest.raises(ValueError, match="given has 2 labels, must have 1"):
+        report.LabelledImages(np.zeros((1, 2, 2)), ["a", "b"])
+
+
+@pytest.mark.parametrize("missing", ["typer", "sklearn", "matplotlib"])
+def test_a_missing_extra_is_one_clear_line(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['dropinf', 'demo']; from dropinf.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"dropinf: this command needs {missing}; install it with: pip install 'dropinf[demo]'"
+
+
+def test_help_and_version():
+    for argument, expected in (([], "demo"), (["--version"], "dropinf 0.1.0")):
+        done = subprocess.run(
+            [sys.executable, "-m", "dropinf.cli", *argument], capture_output=True, text=True, check=True
+        )
+        assert expected in done.stdout
