@@ -51,8 +51,8 @@ def check_finite(name: str, c: Tensor, offset: int) -> None:
         )
 
 
-def explain(error: RuntimeError, model: nn.Module, batch: Any) -> Exception:
-    """Say what a failed forward most likely is: data on another device than the model."""
+def explain(model: nn.Module, batch: Any) -> ValueError | None:
+    """What a failed forward most likely is, if it is data on another device than the model."""
     here = {str(p.device) for p in model.parameters()}
     there = {str(t.device) for t in tensors(batch)}
     if there and not there & here:
@@ -60,7 +60,7 @@ def explain(error: RuntimeError, model: nn.Module, batch: Any) -> Exception:
             f"batch: its tensors are on {', '.join(sorted(there))} and the model is on {', '.join(sorted(here))}; "
             "move one of them, or let loss_fn move the batch"
         )
-    return error
+    return None
 
 
 def check_batchnorm(model: nn.Module) -> None:

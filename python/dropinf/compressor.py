@@ -162,8 +162,9 @@ class Compressor:
             kind = module_kind(module)
             if kind is None:
                 continue
-            weight = by_parameter.get(id(getattr(module, "weight", None)))
-            bias = by_parameter.get(id(getattr(module, "bias", None)))
+            # named_parameters, not attributes: reading a parametrized weight may update its buffers.
+            own = {name: by_parameter.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+            weight, bias = own.get("weight"), own.get("bias")
             if weight is not None or bias is not None:
                 name = clean_name(full_name) or type(module).__name__
                 uses[name] = USES[kind](name, module, weight, bias)
@@ -177,19 +178,24 @@ class Compressor:
         cu = None if self.cu_seqlens is None else self.cu_seqlens(batch)
         n = len(cu) - 1 if cu is not None else batch_size_hint(batch)
         known = cu is not None
+        suspects: dict[str, tuple[int, ...]] = {}
+        losses = torch.empty(0)
         while True:
             store: dict[str, Tensor] = {}
             current = self._pass(store, Samples(n or 1, cu), moments)
             guard = UseGuard({id(t.tensor): self._owners(capture, t) for t in self._targets.values()}, capture.active)
             with capture.running(current):
-                losses = self._losses(batch, guard, cu)
+                before, losses = losses, self._losses(batch, guard, cu, suspects)
+                if suspects and not self.model.training and not torch.allclose(losses, before, equal_nan=True):
+                    raise self._untied(suspects, len(before))
                 changed = self._reroute(capture, guard.found, current)
                 if current.shared and not known and len(losses) != n:
                     n, known, changed = len(losses), True, True
                 current.samples = Samples(len(losses), cu)
                 if changed:
                     continue
-                if self._backward(capture, current, losses, store):
+                suspects = self._backward(capture, current, losses, store)
+                if not suspects:
                     break
         exact = [layer for name, layer in layers.items() if name in self._exact_names]
         if exact:
@@ -213,14 +219,29 @@ class Compressor:
     def _owners(self, capture: Capture, target: Target) -> set[nn.Module]:
         return {u.module for u in capture.uses.values() for p in u.module.parameters(False) if p is target.tensor}
 
-    def _losses(self, batch: Any, guard: UseGuard, cu: Tensor | None) -> Tensor:
+    def _losses(
+        self, batch: Any, guard: UseGuard, cu: Tensor | None, suspects: Mapping[str, tuple[int, ...]]
+    ) -> Tensor:
+        """The losses of a batch, under the guard. ``suspects``: modules whose output was just taken to be shared by
+        all samples, which is what a failure here then disproves."""
         try:
             with guard, torch.enable_grad():
                 losses = self.loss_fn(self.model, batch)
-        except RuntimeError as error:
-            raise explain(error, self.model, batch) from error
-        check_losses(losses, batch, cu)
+            check_losses(losses, batch, cu)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if suspects:
+                raise self._untied(suspects, batch_size_hint(batch) or 0) from error
+            explained = explain(self.model, batch)
+            if explained is None:
+                raise
+            raise explained from error
         return losses
+
+    def _untied(self, names: Mapping[str, tuple[int, ...]], n: int) -> ValueError:
+        """The error for outputs that neither belong to samples nor are shared by all of them."""
+        self._known_shared -= set(names)
+        name, shape = next(iter(names.items()))
+        return ValueError(untied_message(name, shape, n))
 
     def _reroute(self, capture: Capture, found: set[int], current: Pass) -> bool:
         """Move what the hooks do not cover to the exact route."""
@@ -235,11 +256,14 @@ class Compressor:
             use.bias = None if use.bias is not None and use.bias.name in new else use.bias
         return True
 
-    def _backward(self, capture: Capture, current: Pass, losses: Tensor, store: dict[str, Tensor]) -> bool:
-        """Backward through the hooks. False where a module's output turned out to be shared by all samples."""
+    def _backward(
+        self, capture: Capture, current: Pass, losses: Tensor, store: dict[str, Tensor]
+    ) -> dict[str, tuple[int, ...]]:
+        """Backward through the hooks. Returns the modules whose output has no sample dimension, and must be expanded
+        to one copy per sample in another run; none where this one is done."""
         hooked = any(u.weight is not None or u.bias is not None for u in capture.uses.values())
         if not hooked or (not current.calls and self._exact_names):
-            return True
+            return {}
         if not losses.requires_grad:
             raise ValueError(
                 "loss_fn: its loss does not depend on any tracked layer; was it computed under torch.no_grad, "
@@ -251,13 +275,11 @@ class Compressor:
             losses.sum().backward()
         if not current.untied:
             self._attribution_checked |= len(losses) > 1
-            return True
-        name, shape = next(iter(current.untied.items()))
+            return {}
         if set(current.untied) <= capture.shared:
-            raise ValueError(untied_message(name, shape, len(losses)))
+            raise self._untied(current.untied, len(losses))
         capture.shared |= set(current.untied)
-        store.clear()
-        return False
+        return current.untied
 
     def _check_attribution(self, current: Pass, losses: Tensor) -> None:
         """Backpropagate the first loss alone: rows that belong to other samples must see no gradient."""

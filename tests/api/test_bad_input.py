@@ -1,0 +1,234 @@
+"""Bad input gets an error that names the argument or layer, what it was, what it must be and the way out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dropinf
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def squared(model, x):
+    return model(x).square().flatten(1).sum(1)
+
+
+def classifier():
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+
+
+def batches(count=3, size=4):
+    return [(torch.randn(size, 5), torch.randint(0, 3, (size,))) for _ in range(count)]
+
+
+def compress(model, data, loss, sketch=None, **options):
+    return dropinf.Compressor(model, sketch or dropinf.Dropout(3), loss, **options).compress(data)
+
+
+@pytest.mark.parametrize(
+    ("bad_loss", "message"),
+    [
+        (lambda m, b: loss_fn(m, b).mean(), r"loss_fn must return a tensor of shape \[N\], it returned .* shape \[\].*reduction='none'"),
+        (lambda m, b: m(b[0]), r"shape \[4, 3\]"),
+        (lambda m, b: float(loss_fn(m, b).sum()), "it returned float"),
+        (lambda m, b: loss_fn(m, b).repeat(2), r"returned 8 losses for a batch whose tensors have leading sizes \[4\].*one loss per sample"),
+        (lambda m, b: loss_fn(m, b).long(), "floating-point losses, it returned torch.int64"),
+        (lambda m, b: loss_fn(m, b).detach(), "does not depend on any tracked layer.*no_grad"),
+    ],
+)
+def test_losses(bad_loss, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        compress(classifier(), batches(), bad_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sketch", [dropinf.Dropout(3), dropinf.Identity(), dropinf.Gaussian(3)])
+def test_non_finite_gradients_name_layer_and_sample(value, sketch):
+    data = batches()
+    data[2][0][1] = value
+    with pytest.raises(ValueError, match=r"layer \S+: the gradient of sample 9 is not finite"):
+        compress(classifier(), data, loss_fn, sketch)
+
+
+def test_batchnorm_in_train_mode():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"BatchNorm '1' is in train mode.*mixes the samples.*model.eval\(\)"):
+        compress(model, batches(), loss_fn)
+    compress(model.eval(), batches(), loss_fn)
+    stateless = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="BatchNorm '1' has no running statistics"):
+        compress(stateless, batches(), loss_fn)
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_sequence_first_inputs_cannot_be_tied(steps):
+    """[T, N, d], also where T is a multiple of N and the shape alone would not tell."""
+    model = nn.Sequential(nn.Linear(5, 4))
+    with pytest.raises(ValueError, match=r"layer 0: .* cannot be tied to the 4 samples.*batch_first=True.*layers="):
+        compress(model, [torch.randn(4, steps, 5)], lambda m, x: m(x.transpose(0, 1)).square().sum((0, 2)))
+
+
+def test_a_module_that_mixes_samples():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h - h.mean(0))
+
+    with pytest.raises(ValueError, match=r"layer first: .* cannot be tied to the 4 samples.*must not mix them"):
+        compress(Mixing(), [torch.randn(4, 5)], squared)
+
+
+@pytest.mark.parametrize("dim", [0, -3, 2.5, True, (4, 0), "8"])
+def test_dim(dim):
+    for sketch in (dropinf.Dropout, dropinf.Gaussian, dropinf.PCA, dropinf.SJLT, dropinf.Rademacher):
+        with pytest.raises(ValueError, match="dim must be a whole number of at least 1, got"):
+            sketch(dim)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, r"keep must be a fraction in \(0, 1\] or None, got 0.0"),
+        ({"keep": 1.5}, "got 1.5"),
+        ({"group": 0}, "group must be a whole number of at least 1, got 0"),
+        ({"sampling": "best"}, "sampling must be 'uniform' or 'energy', got 'best'"),
+        ({"mode": "round"}, "mode must be 'factorized' or 'flat', got 'round'"),
+        ({"scale": True, "sampling": "energy"}, "scale=True is unbiased for sampling='uniform' only"),
+        ({"mode": "flat", "sampling": "energy"}, "use mode='factorized'"),
+    ],
+)
+def test_dropout_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        dropinf.Dropout(4, **options)
+
+
+def test_masks_of_another_model(tmp_path):
+    path = tmp_path / "masks"
+    dropinf.Compressor(classifier(), dropinf.Dropout(3), loss_fn).save(path)
+    wider = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="of another model: layer 0 is 6 x 7 here and 6 x 5 there; load the masks"):
+        dropinf.Compressor(wider, dropinf.Dropout(3), loss_fn).load(path)
+    with pytest.raises(ValueError, match=r"of another model: layer 2: this model does not track it"):
+        dropinf.Compressor(nn.Sequential(nn.Linear(5, 6)), dropinf.Dropout(3), loss_fn).load(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"not a file of masks that Compressor\.save wrote"):
+        dropinf.Compressor(wider, dropinf.Dropout(3), loss_fn).load(path)
+
+
+def test_empty_loader():
+    for data in ([], iter(())):
+        with pytest.raises(ValueError, match="batches: it is empty"):
+            compress(classifier(), data, loss_fn)
+        with pytest.raises(ValueError, match="batches: it is empty"):
+            dropinf.Compressor(classifier(), dropinf.PCA(2), loss_fn).calibrate(data)
+
+
+@pytest.mark.parametrize("other", [dropinf.Dropout(3, seed=1), dropinf.Dropout(2), dropinf.Gaussian(3)])
+def test_gradients_of_different_sketches(other):
+    model, data = classifier(), batches()
+    train, query = compress(model, data, loss_fn), compress(model, data, loss_fn, other)
+    fisher = dropinf.build_fisher(train)
+    with pytest.raises(ValueError, match=r"query and train differ: layer '0' .*Compress both with the same Compressor"):
+        dropinf.score(query, train, fisher)
+    with pytest.raises(ValueError, match="(?s)Compressor"):
+        dropinf.self_influence(query, fisher)
+
+
+def test_gradients_of_another_model():
+    data = batches()
+    train = compress(classifier(), data, loss_fn)
+    query = compress(nn.Sequential(nn.Linear(5, 3)), data, loss_fn)
+    with pytest.raises(ValueError, match="(?s)layer.*Compressor"):
+        dropinf.score(query, train, kind="dot")
+
+
+def test_singular_fisher_without_damping():
+    train = compress(classifier(), batches(), loss_fn, dropinf.Identity())
+    with pytest.raises(ValueError, match=r"(?s)0.*damping=0\.1"):
+        dropinf.score(train, train, dropinf.build_fisher(train, damping=0.0))
+
+
+@pytest.mark.parametrize("meta_model", [True, False])
+def test_model_and_data_on_different_devices(meta_model):
+    model, data = classifier(), batches(1)
+    if meta_model:
+        model = model.to("meta")
+    else:
+        data = [tuple(t.to("meta") for t in data[0])]
+    with pytest.raises(ValueError, match=r"batch: its tensors are on \w+ and the model is on \w+; move one of them"):
+        compress(model, data, loss_fn)
+
+
+class InPlace(nn.Module):
+    """Modifies the input of its second layer after that layer has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.first(x) * 1.0
+        y = self.second(h)
+        h.add_(1.0)
+        return y * 2 + h
+
+
+def test_an_activation_modified_in_place():
+    model, x = InPlace().double(), torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"layer second: its input was modified in place.*out-of-place operation"):
+        compress(model, [x], squared, dropinf.Identity())
+    # A gathered copy does not care: the result is right.
+    gathered = dropinf.Compressor(model, dropinf.Dropout(3), squared)
+    layer, c = gathered.layers["second"], gathered.compress([x])["second"]
+    h = model.first(x)
+    y = (model.second(h) * 2 + h + 1).detach()
+    whole = (4 * y)[:, :, None] * h.detach()[:, None]
+    torch.testing.assert_close(c, whole[:, layer.out_axis.index[0]][:, :, layer.in_axis.index[0]])
+
+
+def test_layers_that_match_nothing():
+    with pytest.raises(ValueError, match="layers: 'decoder.*' matches no module or parameter.*its modules are 0, 1, 2"):
+        compress(classifier(), batches(), loss_fn, layers="decoder.*")
+    with pytest.raises(ValueError, match="layers: .*Conv2d.* matches no module"):
+        compress(classifier(), batches(), loss_fn, layers=nn.Conv2d)
+
+
+def test_statistics_are_needed_first():
+    for sketch in (dropinf.PCA(2), dropinf.Dropout(2, sampling="energy")):
+        with pytest.raises(RuntimeError, match=r"needs statistics.*call compressor\.calibrate\(batches\) first"):
+            compress(classifier(), batches(), loss_fn, sketch)
+    with pytest.raises(ValueError, match="batches: .* reads them twice; pass a list or a DataLoader"):
+        dropinf.compress(classifier(), iter(batches()), loss_fn, dropinf.PCA(2))
+
+
+def test_arguments_of_the_wrong_kind():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+        dropinf.Compressor(lambda x: x, dropinf.Dropout(2), loss_fn)
+    with pytest.raises(TypeError, match=r"sketch must be a dropinf sketch such as dropinf\.Dropout\(64\), got 64"):
+        dropinf.Compressor(classifier(), 64, loss_fn)
+    with pytest.raises(TypeError, match=r"loss_fn must be a function \(model, batch\) -> losses \[N\], got None"):
+        dropinf.Compressor(classifier(), dropinf.Dropout(2), None)
+    with pytest.raises(ValueError, match="model: nothing to track"):
+        dropinf.Compressor(nn.ReLU(), dropinf.Dropout(2), loss_fn)
+
+
+def test_documents_and_losses_must_agree():
+    cu = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="returned 4 losses for the 2 documents of cu_seqlens"):
+        compress(classifier(), batches(), loss_fn, cu_seqlens=lambda _: cu)
+
+
+def test_dropout_layers_in_train_mode_warn():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match=r"train mode and 1 drops activations at random.*model\.eval\(\)"):
+        compress(model, batches(), loss_fn)
