@@ -34,10 +34,16 @@ def compress(model, data, loss, sketch=None, **options):
 @pytest.mark.parametrize(
     ("bad_loss", "message"),
     [
-        (lambda m, b: loss_fn(m, b).mean(), r"loss_fn must return a tensor of shape \[N\], it returned .* shape \[\].*reduction='none'"),
+        (
+            lambda m, b: loss_fn(m, b).mean(),
+            r"loss_fn must return a tensor of shape \[N\], it returned .* shape \[\].*reduction='none'",
+        ),
         (lambda m, b: m(b[0]), r"shape \[4, 3\]"),
         (lambda m, b: float(loss_fn(m, b).sum()), "it returned float"),
-        (lambda m, b: loss_fn(m, b).repeat(2), r"returned 8 losses for a batch whose tensors have leading sizes \[4\].*one loss per sample"),
+        (
+            lambda m, b: loss_fn(m, b).repeat(2),
+            r"returned 8 losses for a batch whose tensors have leading sizes \[4\].*one loss per sample",
+        ),
         (lambda m, b: loss_fn(m, b).long(), "floating-point losses, it returned torch.int64"),
         (lambda m, b: loss_fn(m, b).detach(), "does not depend on any tracked layer.*no_grad"),
     ],
@@ -140,7 +146,7 @@ def test_gradients_of_different_sketches(other):
     fisher = dropinf.build_fisher(train)
     with pytest.raises(ValueError, match=r"query and train differ: layer '0' .*Compress both with the same Compressor"):
         dropinf.score(query, train, fisher)
-    with pytest.raises(ValueError, match="(?s)Compressor"):
+    with pytest.raises(ValueError, match=r"(?s)Compressor"):
         dropinf.self_influence(query, fisher)
 
 
@@ -148,7 +154,7 @@ def test_gradients_of_another_model():
     data = batches()
     train = compress(classifier(), data, loss_fn)
     query = compress(nn.Sequential(nn.Linear(5, 3)), data, loss_fn)
-    with pytest.raises(ValueError, match="(?s)layer.*Compressor"):
+    with pytest.raises(ValueError, match=r"(?s)layer.*Compressor"):
         dropinf.score(query, train, kind="dot")
 
 
@@ -197,9 +203,11 @@ def test_an_activation_modified_in_place():
 
 
 def test_layers_that_match_nothing():
-    with pytest.raises(ValueError, match="layers: 'decoder.*' matches no module or parameter.*its modules are 0, 1, 2"):
+    with pytest.raises(
+        ValueError, match=r"layers: 'decoder.*' matches no module or parameter.*its modules are 0, 1, 2"
+    ):
         compress(classifier(), batches(), loss_fn, layers="decoder.*")
-    with pytest.raises(ValueError, match="layers: .*Conv2d.* matches no module"):
+    with pytest.raises(ValueError, match=r"layers: .*Conv2d.* matches no module"):
         compress(classifier(), batches(), loss_fn, layers=nn.Conv2d)
 
 
@@ -207,7 +215,7 @@ def test_statistics_are_needed_first():
     for sketch in (dropinf.PCA(2), dropinf.Dropout(2, sampling="energy")):
         with pytest.raises(RuntimeError, match=r"needs statistics.*call compressor\.calibrate\(batches\) first"):
             compress(classifier(), batches(), loss_fn, sketch)
-    with pytest.raises(ValueError, match="batches: .* reads them twice; pass a list or a DataLoader"):
+    with pytest.raises(ValueError, match=r"batches: .* reads them twice; pass a list or a DataLoader"):
         dropinf.compress(classifier(), iter(batches()), loss_fn, dropinf.PCA(2))
 
 

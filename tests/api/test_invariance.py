@@ -167,3 +167,16 @@ def test_saved_masks_are_the_same_masks(tmp_path):
     assert second.digest() == first.digest()
     assert torch.equal(second.compress([batch]).flat, first.compress([batch]).flat)
     assert [p.name for p in tmp_path.iterdir()] == ["masks.safetensors"]
+
+
+def test_a_new_sketch_is_one_class():
+    class Leading(dropinf.Sketch):
+        """Keeps the first coordinates."""
+
+        def axis(self, size, dim, key, statistics):
+            return dropinf.Axis(size, torch.arange(dim, dtype=torch.int32)[None])
+
+    model, batch, loss_fn = build("cnn")
+    compressor = dropinf.Compressor(model, Leading(2), loss_fn)
+    assert_equal_gradients(compressor, compressor.compress([batch]), oracle(model, loss_fn, batch, len(batch)))
+    assert compressor.layers["0"].in_axis.index.tolist() == [[0, 1]]
