@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import sharded
 from .checks import untied_message
 from .layers import Layer
 from .uses import NormUse, Samples, Untied, Use
@@ -63,10 +64,16 @@ class Pass:
 class UseGuard(TorchFunctionMode):
     """Finds tracked parameters that are used by anything but their own module's forward."""
 
-    def __init__(self, owners: Mapping[int, set[nn.Module]], active: Counter[nn.Module]) -> None:
+    def __init__(
+        self,
+        owners: Mapping[int, set[nn.Module]],
+        active: Counter[nn.Module],
+        shards: Mapping[tuple[nn.Module, str], int],
+    ) -> None:
         super().__init__()
-        self.owners, self.active = owners, active
+        self.owners, self.active, self.shards = owners, active, shards
         self.found: set[int] = set()
+        self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -78,9 +85,18 @@ class UseGuard(TorchFunctionMode):
         return result
 
     def _note(self, parameter: nn.Parameter) -> None:
-        modules = self.owners.get(id(parameter))
+        key = self._shard_of(parameter) if self.shards else id(parameter)
+        modules = self.owners.get(key)
         if modules is not None and not any(self.active[m] for m in modules):
-            self.found.add(id(parameter))
+            self.found.add(key)
+
+    def _shard_of(self, parameter: nn.Parameter) -> int:
+        """A gathered parameter is another object than its shard, known by the place that it takes."""
+        if id(parameter) not in self._gathered:
+            places = self.shards.items()
+            self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}
+            self._gathered.setdefault(id(parameter), id(parameter))
+        return self._gathered[id(parameter)]
 
 
 class Capture:
@@ -184,6 +200,8 @@ def accumulate(store: dict[str, Tensor], layer: Layer, gradient: Tensor) -> None
 @contextlib.contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
     """Freeze every parameter inside; restore flags, buffers and random state afterwards."""
+    sharded.initialise(model)
+    sharded.reshard(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     # Only train mode updates buffers (spectral norm's vectors, say).
     training = any(m.training for m in model.modules())
@@ -197,7 +215,11 @@ def _preserved(model: nn.Module) -> Iterator[None]:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield
+        except BaseException:
+            sharded.reset(model)
+            raise
         finally:
+            sharded.reshard(model)
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)

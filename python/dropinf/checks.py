@@ -26,6 +26,8 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
         raise ValueError(f"loss_fn must return a tensor of shape [N], it returned {what}; {way_out}")
     if not losses.is_floating_point():
         raise ValueError(f"loss_fn must return floating-point losses, it returned {losses.dtype}")
+    if len(losses) == 0:
+        raise ValueError("batches: a batch has no samples, its losses are of shape [0]; leave empty batches out")
     if cu is not None:
         if len(losses) != len(cu) - 1:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import sharded
 from .batches import batch_size_hint
 from .capture import Capture, Pass, UseGuard, accumulate
 from .checks import check_arguments, check_batchnorm, check_finite, check_losses, explain, untied_message
@@ -59,11 +60,13 @@ class Compressor:
     ) -> None:
         check_arguments(model, sketch, loss_fn)
         self.model, self.sketch, self.loss_fn, self.cu_seqlens = unwrap(model), sketch, loss_fn, cu_seqlens
+        sharded.reshard(self.model)
         self._targets, skipped = find_targets(self.model, layers)
         if not self._targets:
             raise ValueError(f"model: nothing to track; {skipped or 'it has no parameters'}")
         self.skipped: Mapping[str, str] = MappingProxyType(skipped)
         self._exact_names = {name for name, t in self._targets.items() if t.route == "exact"}
+        sharded.check_whole((name, self._targets[name].tensor) for name in sorted(self._exact_names))
         self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
         self._layers: dict[str, Layer] = {}
         if not self._moments.needed:
@@ -143,6 +146,7 @@ class Compressor:
     ) -> None:
         check_batchnorm(self.model)
         self._warn_train_mode()
+        sharded.reshard(self.model)
         capture = Capture(self.model, self._uses(layers))
         capture.shared = self._known_shared
         done = 0
@@ -182,8 +186,9 @@ class Compressor:
         losses = torch.empty(0)
         while True:
             store: dict[str, Tensor] = {}
+            sharded.reshard(self.model)
             current = self._pass(store, Samples(n or 1, cu), moments)
-            guard = UseGuard({id(t.tensor): self._owners(capture, t) for t in self._targets.values()}, capture.active)
+            guard = self._guard(capture)
             with capture.running(current):
                 before, losses = losses, self._losses(batch, guard, cu, suspects)
                 if suspects and not self.model.training and not torch.allclose(losses, before, equal_nan=True):
@@ -194,14 +199,14 @@ class Compressor:
                 current.samples = Samples(len(losses), cu)
                 if changed:
                     continue
-                suspects = self._backward(capture, current, losses, store)
+                suspects = self._backward(capture, current, losses)
                 if not suspects:
                     break
         exact = [layer for name, layer in layers.items() if name in self._exact_names]
         if exact:
             self._exact(exact, batch, losses.detach(), store, moments)
         if moments is not None:
-            moments.samples += len(losses)
+            moments.count(losses)
             return {}, len(losses)
         return self._complete(layers, store, losses), len(losses)
 
@@ -215,6 +220,14 @@ class Compressor:
         if moments is None:
             return Pass(samples, lambda use, x, out: use.save(x, out), sink, anchor)
         return Pass(samples, lambda use, x, out: use.inputs(x, out), moments.add, anchor)
+
+    def _guard(self, capture: Capture) -> UseGuard:
+        owners = {id(t.tensor): self._owners(capture, t) for t in self._targets.values()}
+        shards = {}
+        if any(sharded.is_sharded(t.tensor) for t in self._targets.values()):
+            places = ((m, name, p) for m in self.model.modules() for name, p in m.named_parameters(recurse=False))
+            shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
+        return UseGuard(owners, capture.active, shards)
 
     def _owners(self, capture: Capture, target: Target) -> set[nn.Module]:
         return {u.module for u in capture.uses.values() for p in u.module.parameters(False) if p is target.tensor}
@@ -230,7 +243,8 @@ class Compressor:
             check_losses(losses, batch, cu)
         except (RuntimeError, ValueError, IndexError) as error:
             if suspects:
-                raise self._untied(suspects, batch_size_hint(batch) or 0) from error
+                n = len(cu) - 1 if cu is not None else batch_size_hint(batch) or 0
+                raise self._untied(suspects, n) from error
             explained = explain(self.model, batch)
             if explained is None:
                 raise
@@ -250,15 +264,14 @@ class Compressor:
         new = names - self._exact_names
         if not new:
             return False
+        sharded.check_whole((name, self._targets[name].tensor) for name in sorted(new))
         self._exact_names |= new
         for use in capture.uses.values():
             use.weight = None if use.weight is not None and use.weight.name in new else use.weight
             use.bias = None if use.bias is not None and use.bias.name in new else use.bias
         return True
 
-    def _backward(
-        self, capture: Capture, current: Pass, losses: Tensor, store: dict[str, Tensor]
-    ) -> dict[str, tuple[int, ...]]:
+    def _backward(self, capture: Capture, current: Pass, losses: Tensor) -> dict[str, tuple[int, ...]]:
         """Backward through the hooks. Returns the modules whose output has no sample dimension, and must be expanded
         to one copy per sample in another run; none where this one is done."""
         hooked = any(u.weight is not None or u.bias is not None for u in capture.uses.values())
@@ -272,29 +285,31 @@ class Compressor:
         if len(losses) > 1 and not self._attribution_checked:
             self._check_attribution(current, losses)
         if not current.untied:
-            losses.sum().backward()
+            losses.backward(torch.ones_like(losses))  # not losses.sum(): the caller may have gradients off
         if not current.untied:
             self._attribution_checked |= len(losses) > 1
             return {}
         if set(current.untied) <= capture.shared:
-            raise self._untied(current.untied, len(losses))
+            # Without the copy per sample that the run before led to.
+            raise self._untied({name: shape[1:] for name, shape in current.untied.items()}, len(losses))
         capture.shared |= set(current.untied)
         return current.untied
 
     def _check_attribution(self, current: Pass, losses: Tensor) -> None:
-        """Backpropagate the first loss alone: rows that belong to other samples must see no gradient."""
+        """Backpropagate every other loss: the rows of the samples between must see no gradient. Then the others'."""
         sink = current.sink
+        for chosen in (0, 1):
 
-        def check(use: Use, _: Tensor | None, g: Tensor, samples: Samples) -> None:
-            rows, cu = samples.tie(use.rows(g))
-            others = rows[int(cu[1]) :] if cu is not None else rows[1:]
-            if bool((others != 0).any()):
-                current.untied[use.name] = tuple(g.shape)
+            def check(use: Use, _: Tensor | None, g: Tensor, samples: Samples, chosen: int = chosen) -> None:
+                others = samples.select(use.rows(g), 1 - chosen)
+                # A NaN is not proof: 0 * NaN is NaN within its own sample. It gets its own error.
+                if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
+                    current.untied[use.name] = tuple(g.shape)
 
-        current.sink = check
-        first = torch.zeros_like(losses)
-        first[0] = 1
-        losses.backward(first, retain_graph=True)
+            current.sink = check
+            every_other = torch.zeros_like(losses)
+            every_other[chosen::2] = 1
+            losses.backward(every_other, retain_graph=True)
         current.sink = sink
 
     def _exact(

@@ -127,7 +127,13 @@ def clean_name(name: str) -> str:
 def _selected(layers: LayerFilter, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
     if layers is None:
         return None
-    wanted = [layers] if isinstance(layers, str | type) else list(layers)
+    wanted = [layers] if isinstance(layers, str | type) else list(layers) if isinstance(layers, Iterable) else [layers]
+    for pattern in wanted:
+        if not isinstance(pattern, str | type):
+            what = type(pattern).__name__ if isinstance(pattern, nn.Module) else repr(pattern)
+            raise TypeError(f"layers: it must be name patterns or module types, such as 'encoder.*', got {what}")
+    if not wanted:
+        raise ValueError("layers: it is empty; name at least one module, or pass None for every trainable parameter")
     modules = [(clean_name(n), m) for n, m in model.named_modules(remove_duplicate=False)]
 
     def hit(pattern: str | type, name: str, module: nn.Module) -> bool:

@@ -59,7 +59,7 @@ def image_card(images: LabelledImages, index: int, *, score: float | None = None
     if images.true is not None and flipped:
         lines = [f"<b>{given}</b> <span class=tag>flipped</span>", f"true {escape(str(images.true[index]))}"]
     elif images.true is not None:
-        lines.append("label true")
+        lines.append("correct")
     if score is not None:
         lines.append(f"<span class=num>{format_score(score)}</span>")
     if note:
@@ -70,8 +70,8 @@ def image_card(images: LabelledImages, index: int, *, score: float | None = None
 
 
 def format_score(score: float) -> str:
-    """Return a signed score with three significant digits and a real minus sign."""
-    return f"{score:+.3g}".replace("-", "\N{MINUS SIGN}")
+    """Return a signed score with three significant digits, or whole from 1,000 on, and a real minus sign."""
+    return f"{score:{'+.3g' if abs(score) < 999.5 else '+,.0f'}}".replace("-", "\N{MINUS SIGN}")
 
 
 def image_grid(images: LabelledImages, indices: Iterable[int], scores: NDArray[Any] | None = None) -> str:
@@ -150,7 +150,8 @@ def roc_plot(curves: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], max_rate: 
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(ink)
         axes.tick_params(colors=ink)
-        axes.legend(frameon=False, labelcolor=ink, loc="lower right")
+        axes.legend(frameon=False, labelcolor=ink, loc="center right")
+        axes.locator_params(axis="x", nbins=5)
         axes.xaxis.label.set_color(ink)
         axes.yaxis.label.set_color(ink)
         buffer = io.StringIO()

@@ -200,7 +200,7 @@ class Dropout(Sketch):
         seed: int = 0,
     ) -> None:
         super().__init__(dim, seed=seed)
-        if keep is not None and not 0 < keep <= 1:
+        if keep is not None and not (isinstance(keep, float | int) and 0 < keep <= 1):
             raise ValueError(f"keep must be a fraction in (0, 1] or None, got {keep!r}")
         if sampling not in ("uniform", "energy"):
             raise ValueError(f"sampling must be 'uniform' or 'energy', got {sampling!r}")

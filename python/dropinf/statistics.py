@@ -37,6 +37,20 @@ class Moments:
             found[side] = total / max(1, self.samples)
         return found
 
+    def count(self, losses: Tensor) -> None:
+        """End a batch. Raises ValueError where its values, and so the sums, are not finite; the sums start anew."""
+        for (name, _), total in self.sums.items():
+            if bool(total.sum().isfinite()):
+                continue
+            first, bad = self.samples, (~losses.isfinite()).nonzero().flatten()
+            where = f"sample {first + int(bad[0])}" if len(bad) else f"samples {first} to {first + len(losses) - 1}"
+            self.sums, self.samples = {}, 0
+            raise ValueError(
+                f"layer {name}: calibration met a value that is not finite (NaN or inf) in {where}; look at the loss "
+                "there, or compute in a wider dtype, and calibrate again from the start"
+            )
+        self.samples += len(losses)
+
     def _needs(self, layer: Layer, side: str) -> bool:
         return side in self.needs.get(layer.name, {})
 

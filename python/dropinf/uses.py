@@ -43,6 +43,13 @@ class Samples:
             return x.reshape(self.n, rows // self.n, *kept), None
         raise Untied
 
+    def select(self, x: Tensor, start: int) -> Tensor:
+        """The rows of every second sample from ``start`` on."""
+        rows, cu = self.tie(x)
+        if cu is None:
+            return rows[start::2]
+        return rows[(torch.repeat_interleave(cu.diff()) % 2 == start % 2).to(rows.device)]
+
     def sum_parts(self, parts: Tensor) -> Tensor:
         """[N * m, ...] -> [N, ...]: the sum over the m parts of each sample."""
         if len(parts) == self.n:

@@ -45,6 +45,12 @@ def compress(model, data, loss, sketch=None, **options):
             r"returned 8 losses for a batch whose tensors have leading sizes \[4\].*one loss per sample",
         ),
         (lambda m, b: loss_fn(m, b).long(), "floating-point losses, it returned torch.int64"),
+        (
+            lambda m, b: loss_fn(m, b).mean()[None],
+            r"returned 1 losses for a batch .* leading sizes \[4\].*one loss per sample",
+        ),
+        (lambda m, b: None, "it returned NoneType.*reduction='none'"),
+        (lambda m, b: list(loss_fn(m, b)), "it returned list"),
         (lambda m, b: loss_fn(m, b).detach(), "does not depend on any tracked layer.*no_grad"),
     ],
 )
@@ -54,12 +60,57 @@ def test_losses(bad_loss, message):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("sketch", [dropinf.Dropout(3), dropinf.Identity(), dropinf.Gaussian(3)])
-def test_non_finite_gradients_name_layer_and_sample(value, sketch):
+@pytest.mark.parametrize("sample", [1, 9])
+@pytest.mark.parametrize(
+    "sketch", [dropinf.Dropout(3), dropinf.Dropout(3, mode="flat"), dropinf.Identity(), dropinf.Gaussian(3)]
+)
+def test_non_finite_gradients_name_layer_and_sample(value, sample, sketch):
+    """Also in the first batch, where the check that samples do not mix meets the NaN before."""
     data = batches()
-    data[2][0][1] = value
-    with pytest.raises(ValueError, match=r"layer \S+: the gradient of sample 9 is not finite"):
+    data[sample // 4][0][sample % 4] = value
+    with pytest.raises(
+        ValueError, match=rf"layer \S+: the gradient of sample {sample} is not finite.* 1 samples .*wider dtype"
+    ):
         compress(classifier(), data, loss_fn, sketch)
+
+
+@pytest.mark.parametrize("route", ["hook", "exact"])
+def test_the_layer_that_is_not_finite_is_the_one_named(route):
+    """A gradient that overflows in one layer alone, in a later batch of another size."""
+
+    class Overflow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sound, self.broken = nn.Linear(5, 4), nn.Linear(4, 4, bias=False)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            # The infinite factor meets one layer's gradient, and a loss of zero.
+            poison = torch.where(x[:, :1] > 50, torch.inf, 1.0)
+            h = self.sound(x)
+            if route == "exact":
+                return h * self.scale + (h.detach() * self.scale - (h * self.scale).detach()) * poison
+            return h + (self.broken(h.detach()) - self.broken(h.detach()).detach()) * poison
+
+    data = [torch.randn(4, 5), torch.randn(3, 5), torch.randn(4, 5)]
+    data[1][2, 0] = 100.0
+    name = "scale" if route == "exact" else "broken"
+    with pytest.raises(ValueError, match=f"layer {name}: the gradient of sample 6 is not finite"):
+        compress(Overflow(), data, lambda m, x: m(x).nan_to_num().sum(1), dropinf.Identity())
+
+
+@pytest.mark.parametrize("sketch", [dropinf.PCA(2), dropinf.Dropout(2, sampling="energy")], ids=["pca", "energy"])
+def test_non_finite_calibration(sketch):
+    data = batches()
+    compressor = dropinf.Compressor(classifier(), sketch, loss_fn)
+    data[2][0][1] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"layer \S+: calibration met .* not finite \(NaN or inf\) in sample 9;.*again"
+    ):
+        compressor.calibrate(data)
+    data[2][0][1] = 0.0
+    compressor.calibrate(data)
+    assert bool(compressor.compress(data).flat.isfinite().all())
 
 
 def test_batchnorm_in_train_mode():
@@ -72,26 +123,59 @@ def test_batchnorm_in_train_mode():
         compress(stateless, batches(), loss_fn)
 
 
-@pytest.mark.parametrize("steps", [3, 8])
-def test_sequence_first_inputs_cannot_be_tied(steps):
+@pytest.mark.parametrize("sketch", [dropinf.Dropout(3), dropinf.PCA(2)], ids=["dropout", "pca"])
+@pytest.mark.parametrize("steps", [3, 4, 6, 8])
+def test_sequence_first_inputs_cannot_be_tied(steps, sketch):
     """[T, N, d], also where T is a multiple of N and the shape alone would not tell."""
     model = nn.Sequential(nn.Linear(5, 4))
-    with pytest.raises(ValueError, match=r"layer 0: .* cannot be tied to the 4 samples.*batch_first=True.*layers="):
-        compress(model, [torch.randn(4, steps, 5)], lambda m, x: m(x.transpose(0, 1)).square().sum((0, 2)))
+    with pytest.raises(
+        ValueError, match=rf"layer 0: .*\[{steps}, 4, 4\] cannot be tied to the 4 samples.*batch_first=True.*layers="
+    ):
+        dropinf.compress(
+            model, [torch.randn(4, steps, 5)], lambda m, x: m(x.transpose(0, 1)).square().sum((0, 2)), sketch
+        )
 
 
-def test_a_module_that_mixes_samples():
-    class Mixing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+class Mixing(nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.second, self.mix = nn.Linear(5, 4), nn.Linear(4, 3), mix
 
-        def forward(self, x):
-            h = self.first(x)
-            return self.second(h - h.mean(0))
+    def forward(self, x):
+        return self.second(self.mix(self.first(x)))
 
-    with pytest.raises(ValueError, match=r"layer first: .* cannot be tied to the 4 samples.*must not mix them"):
-        compress(Mixing(), [torch.randn(4, 5)], squared)
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 7])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h - h.mean(0),
+        lambda h: h.softmax(0),
+        lambda h: h.cumsum(0),  # the first loss alone would not show it
+        lambda h: h.flip(0).cumsum(0),
+        lambda h: h + h.roll(1, 0),
+        lambda h: F.batch_norm(h, None, None, training=True),
+    ],
+    ids=["mean", "softmax", "cumsum", "reversed", "roll", "norm"],
+)
+def test_a_module_that_mixes_samples(mix, samples):
+    with pytest.raises(
+        ValueError,
+        match=rf"layer first: .*\[{samples}, 4\] cannot be tied to the {samples} samples.*must not mix them",
+    ):
+        compress(Mixing(mix), [torch.randn(samples, 5)], squared)
+
+
+def test_packed_documents_that_mix():
+    cu = torch.tensor([0, 2, 5, 6], dtype=torch.int32)
+    document = torch.repeat_interleave(cu.diff())
+
+    def loss(model, x):
+        return torch.zeros(3).index_add(0, document, model(x).square().sum(1))
+
+    with pytest.raises(ValueError, match=r"layer first: .* cannot be tied to the 3 samples"):
+        compress(Mixing(lambda h: h.cumsum(0)), [torch.randn(6, 5)], loss, cu_seqlens=lambda _: cu)
+    assert len(compress(Mixing(torch.tanh), [torch.randn(6, 5)], loss, cu_seqlens=lambda _: cu)) == 3
 
 
 @pytest.mark.parametrize("dim", [0, -3, 2.5, True, (4, 0), "8"])
@@ -106,6 +190,11 @@ def test_dim(dim):
     [
         ({"keep": 0.0}, r"keep must be a fraction in \(0, 1\] or None, got 0.0"),
         ({"keep": 1.5}, "got 1.5"),
+        ({"keep": -0.1}, "got -0.1"),
+        ({"keep": float("nan")}, "got nan"),
+        ({"keep": "half"}, "got 'half'"),
+        ({"dim": 0}, "dim must be a whole number of at least 1, got 0"),
+        ({"dim": (2, 3, 4)}, r"dim must be an int or a pair \(out, in\), got \(2, 3, 4\)"),
         ({"group": 0}, "group must be a whole number of at least 1, got 0"),
         ({"sampling": "best"}, "sampling must be 'uniform' or 'energy', got 'best'"),
         ({"mode": "round"}, "mode must be 'factorized' or 'flat', got 'round'"),
@@ -115,7 +204,7 @@ def test_dim(dim):
 )
 def test_dropout_options(options, message):
     with pytest.raises(ValueError, match=message):
-        dropinf.Dropout(4, **options)
+        dropinf.Dropout(**{"dim": 4, **options})
 
 
 def test_masks_of_another_model(tmp_path):
@@ -154,14 +243,24 @@ def test_gradients_of_another_model():
     data = batches()
     train = compress(classifier(), data, loss_fn)
     query = compress(nn.Sequential(nn.Linear(5, 3)), data, loss_fn)
-    with pytest.raises(ValueError, match=r"(?s)layer.*Compressor"):
+    message = "layer '2' is in train but missing from query. Compress both with the same Compressor"
+    with pytest.raises(ValueError, match=message):
         dropinf.score(query, train, kind="dot")
+    with pytest.raises(ValueError, match=r"fisher and train differ: layer '2' .* missing from train"):
+        dropinf.self_influence(query, dropinf.build_fisher(train))
+    with pytest.raises(ValueError, match=r"parts\[0\] and parts\[1\] differ: layer '2'"):
+        dropinf.Gradients.cat([train, query])
 
 
-def test_singular_fisher_without_damping():
+@pytest.mark.parametrize(("kind", "where"), [("block", "'0'"), ("joint", "'all layers'")])
+def test_singular_fisher_without_damping(kind, where):
     train = compress(classifier(), batches(), loss_fn, dropinf.Identity())
-    with pytest.raises(ValueError, match=r"(?s)0.*damping=0\.1"):
-        dropinf.score(train, train, dropinf.build_fisher(train, damping=0.0))
+    fisher = dropinf.build_fisher(train, kind=kind, damping=0.0)
+    message = f"layer {where}: the Fisher matrix of N=12 samples .* singular .* damping=0; .* damping=0.1"
+    with pytest.raises(ValueError, match=message):
+        dropinf.score(train, train, fisher)
+    with pytest.raises(ValueError, match=message):
+        dropinf.self_influence(train, fisher)
 
 
 @pytest.mark.parametrize("meta_model", [True, False])
@@ -202,6 +301,51 @@ def test_an_activation_modified_in_place():
     torch.testing.assert_close(c, whole[:, layer.out_axis.index[0]][:, :, layer.in_axis.index[0]])
 
 
+@pytest.mark.parametrize(
+    ("sketch", "gathers"),
+    [
+        (dropinf.Dropout(64), False),
+        (dropinf.Dropout(64, mode="flat"), False),
+        (dropinf.Gaussian(64), False),
+        (dropinf.Dropout(3), True),
+        (dropinf.Dropout(2, mode="flat"), True),
+        (dropinf.Gaussian(3), True),
+        (dropinf.SJLT(3), True),
+    ],
+    ids=lambda v: f"{v!r} {v.mode}" if isinstance(v, dropinf.Sketch) else "",
+)
+def test_in_place_is_an_error_where_the_axis_is_whole_and_right_elsewhere(sketch, gathers):
+    class OutOfPlace(InPlace):
+        def forward(self, x):
+            h = self.first(x) * 1.0
+            return self.second(h) * 2 + (h + 1.0)
+
+    model, x = InPlace(), torch.randn(4, 5)
+    if not gathers:
+        with pytest.raises(RuntimeError, match="layer second: its input was modified in place"):
+            compress(model, [x], squared, sketch)
+        return
+    same = OutOfPlace()
+    same.load_state_dict(model.state_dict())
+    torch.testing.assert_close(compress(model, [x], squared, sketch).flat, compress(same, [x], squared, sketch).flat)
+
+
+def test_ids_modified_in_place():
+    class Shifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 2)
+
+        def forward(self, ids):
+            ids = ids.clone()
+            h = self.table(ids)
+            ids.add_(1)
+            return self.head(h)
+
+    with pytest.raises(RuntimeError, match="layer table: its input was modified in place"):
+        compress(Shifting(), [torch.randint(0, 6, (4, 3))], squared)
+
+
 def test_layers_that_match_nothing():
     with pytest.raises(
         ValueError, match=r"layers: 'decoder.*' matches no module or parameter.*its modules are 0, 1, 2"
@@ -209,6 +353,13 @@ def test_layers_that_match_nothing():
         compress(classifier(), batches(), loss_fn, layers="decoder.*")
     with pytest.raises(ValueError, match=r"layers: .*Conv2d.* matches no module"):
         compress(classifier(), batches(), loss_fn, layers=nn.Conv2d)
+    with pytest.raises(ValueError, match="layers: 'encoder' matches no module"):
+        compress(classifier(), batches(), loss_fn, layers=["0", "encoder"])
+    with pytest.raises(ValueError, match="layers: it is empty; name at least one module, or pass None"):
+        compress(classifier(), batches(), loss_fn, layers=[])
+    for wrong, what in ((5, "5"), (["0", 7], "7"), (nn.Linear(2, 2), "Linear")):
+        with pytest.raises(TypeError, match=f"layers: it must be name patterns or module types.*got {what}"):
+            compress(classifier(), batches(), loss_fn, layers=wrong)
 
 
 def test_statistics_are_needed_first():
@@ -219,7 +370,16 @@ def test_statistics_are_needed_first():
         dropinf.compress(classifier(), iter(batches()), loss_fn, dropinf.PCA(2))
 
 
+def test_an_empty_batch():
+    with pytest.raises(ValueError, match=r"batches: a batch has no samples.*leave empty batches out"):
+        compress(classifier(), [*batches(1), *batches(1, size=0)], loss_fn)
+
+
 def test_arguments_of_the_wrong_kind():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got type"):
+        dropinf.Compressor(nn.Linear, dropinf.Dropout(2), loss_fn)
+    with pytest.raises(TypeError, match=r"sketch must be a dropinf sketch .*, got <class"):
+        dropinf.Compressor(classifier(), dropinf.Dropout, loss_fn)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
         dropinf.Compressor(lambda x: x, dropinf.Dropout(2), loss_fn)
     with pytest.raises(TypeError, match=r"sketch must be a dropinf sketch such as dropinf\.Dropout\(64\), got 64"):

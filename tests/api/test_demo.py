@@ -30,9 +30,13 @@ def test_result(run):
     assert result["seed"] == 1
     assert result["flipped"] == result["samples"] // 10
     assert result["test_accuracy"] > 0.9
-    for key in ("mislabel_auc", "bytes_per_sample"):
+    for key in ("mislabel_auc", "bytes_per_sample", "score_correlation"):
         assert set(result[key]) == METHODS
     assert set(result["seconds"]) == METHODS | {"total"}
+    agreement = result["score_correlation"]
+    assert agreement["uncompressed"] == pytest.approx(1)
+    assert all(0.2 < agreement[name] < 1 for name in METHODS - {"uncompressed"})
+    assert 0.9 < result["loss_auc"] <= 1
     assert result["seconds"]["total"] < 60
     assert all(0.9 < auc <= 1 for auc in result["mislabel_auc"].values())
     sizes = result["bytes_per_sample"]
@@ -57,7 +61,7 @@ def test_report_is_self_contained_and_complete(run):
     assert "Proponents" in page
     assert "Opponents" in page
     assert re.search(r"flipped</span><br>true \d", page)
-    for auc in result["mislabel_auc"].values():
+    for auc in (*result["mislabel_auc"].values(), result["loss_auc"]):
         assert f"{auc:.3f}" in page
 
 
@@ -69,6 +73,22 @@ def test_labels_are_escaped():
     assert "<script>" not in card
     with pytest.raises(ValueError, match="given has 2 labels, must have 1"):
         report.LabelledImages(np.zeros((1, 2, 2)), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("score", "text"), [(0.01234, "+0.0123"), (-1234.5, "\N{MINUS SIGN}1,234"), (999.4, "+999"), (999.9, "+1,000")]
+)
+def test_scores_are_readable(score, text):
+    assert report.format_score(score) == text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    report.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        report.write_text(path, "half \ud800")
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("missing", ["typer", "sklearn", "matplotlib"])

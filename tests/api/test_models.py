@@ -114,3 +114,17 @@ def test_autocast_around_the_call_changes_nothing():
 
     outside = dropinf.Compressor(model, dropinf.Gaussian(3), autocast_loss).compress([batch])
     assert torch.equal(inside.flat, outside.flat)
+
+
+def test_a_tensor_that_only_looks_like_samples():
+    """The exact route cuts batches into samples; a tensor of the same length that is no sample must not mislead it."""
+    model, x, _ = build("raw_parameters")
+    shared = torch.arange(1.0, N + 1, dtype=torch.float64)
+
+    def loss_fn(model, batch):
+        return model(batch[0]).square().flatten(1).sum(1) * batch[1].sum()
+
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    rows = [torch.autograd.grad(loss_fn(model, (x, shared))[n], model.position)[0] for n in range(N)]
+    got = compressor.compress([(x, shared)])["position"]
+    torch.testing.assert_close(got, torch.stack(rows).flatten(1), rtol=1e-10, atol=1e-12)
