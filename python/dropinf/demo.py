@@ -240,7 +240,7 @@ def run_demo(config: DemoConfig, out: Path) -> DemoResult:
 
 def table_rows(result: DemoResult) -> list[list[str]]:
     """The header and one row a method, as text."""
-    names = "method, mislabel AUC, seconds to compress, bytes per sample, times smaller, score correlation"
+    names = "method, mislabel AUC, seconds to compress, bytes per sample, times smaller, score agreement"
     rows = [names.split(", ")]
     for name, method in result.methods.items():
         cells = [f"{result.auc(name):.3f}", f"{method.seconds:.2f}", f"{method.bytes_per_sample:,}"]
@@ -302,7 +302,7 @@ def comparison(result: DemoResult) -> str:
         f"A small CNN, test accuracy {result.test_accuracy:.1%}, was trained on labels of which "
         f"{config.flip_fraction:.0%} are wrong. One size ({config.dim} per axis) and one damping ({config.damping}) "
         f"serve every method; neither was tuned. Seconds are medians of {config.repeats} passes on one thread, PCA's "
-        "calibration included. Score correlation is Spearman's, with the uncompressed scores of the training images, "
+        "calibration included. Score agreement is Spearman's correlation with the uncompressed scores of the images, "
         "averaged over the test images: it tells methods apart where the AUC no longer does."
     )
     return report.section("Four compressions of the same gradients", report.table(header, rows, "dropout"), lead)
