@@ -152,7 +152,7 @@ class Mixing(nn.Module):
         lambda h: h - h.mean(0),
         lambda h: h.softmax(0),
         lambda h: h.cumsum(0),  # the first loss alone would not show it
-        lambda h: h.flip(0).cumsum(0),
+        lambda h: h.flip(0).cumsum(0).flip(0),  # nor the last alone
         lambda h: h + h.roll(1, 0),
         lambda h: F.batch_norm(h, None, None, training=True),
     ],

@@ -15,6 +15,8 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
 )
 
 
@@ -41,14 +43,20 @@ def loss_fn(model, batch):
 
 
 def snapshot(model):
-    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v.detach().clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
     grads = {n: (p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
     modules = {
         n: (m.training, sorted(m.__dict__), [len(getattr(m, h)) for h in HOOKS], id(m.forward))
         for n, m in model.named_modules()
     }
     identities = [id(p) for p in model.parameters()] + [id(b) for b in model.buffers()]
-    switches = (torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled())
+    switches = (
+        torch.get_rng_state(),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+    )
     return state, grads, modules, identities, switches
 
 
@@ -63,7 +71,7 @@ def assert_same(before, after):
         assert grad is None or torch.equal(grad, now), name
     assert [m[:3] for m in before[2].values()] == [m[:3] for m in after[2].values()]
     assert before[3] == after[3]
-    assert torch.equal(before[4][0], after[4][0])
+    assert torch.equal(before[4][0], after[4][0]), "random state"
     assert before[4][1:] == after[4][1:]
 
 
@@ -109,17 +117,110 @@ def test_model_is_untouched_after_a_failure(failure):
     assert_same(before, snapshot(model))
 
 
+class Fragile(nn.Module):
+    """Fails where it is told to, for one batch. ``scale`` takes the exact route, the others are hooked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.rand(4))
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.fails, self.marked = "", torch.zeros(0, 5)
+
+    def forward(self, x):
+        self.seen += 1 if self.training else 0
+        h = self.first(x) * self.scale
+        if self.fails and any(torch.equal(row, x[0]) for row in self.marked):
+            if self.fails == "forward":
+                raise KeyError("half way")
+            if self.fails == "interrupt":
+                raise KeyboardInterrupt
+            if self.fails == "backward":
+                h = Failing.apply(h)
+            if self.fails == "nan":
+                h = h * float("nan")
+            if self.fails == "shape":
+                self.second(h.unsqueeze(1).expand(-1, 2, -1).reshape(-1, 2, 2))
+        return self.second(h)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(*_):
+        raise KeyError("half way")
+
+
+def squared(model, x):
+    return model(x).square().sum(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sketch", [dropinf.Dropout(2), dropinf.PCA(2)], ids=["dropout", "pca"])
+@pytest.mark.parametrize("where", ["forward", "interrupt", "backward", "nan", "shape", "loader"])
+def test_a_failure_in_the_second_batch_leaves_model_and_compressor_usable(where, sketch, training):
+    model = Fragile().train(training)
+    model.second.bias.requires_grad_(False)
+    model.first.weight.grad = torch.randn(4, 5)
+    data = [torch.randn(4, 5) for _ in range(3)]
+    compressor = dropinf.Compressor(model, sketch, squared)
+    compressor.calibrate(data)
+    expected = compressor.compress(data).flat
+
+    def loader():
+        yield data[0]
+        if where == "loader":
+            raise KeyError("half way")
+        yield from data[1:]
+
+    model.fails, model.marked = where, data[1]
+    before = snapshot(model)
+    for sweep in (compressor.compress, dropinf.Compressor(model, sketch, squared).calibrate):
+        if sweep != compressor.compress and sketch.statistics is None:
+            continue
+        with pytest.raises((KeyError, KeyboardInterrupt, ValueError, RuntimeError)):
+            sweep(loader())
+        assert_same(before, snapshot(model))
+    model.fails = ""
+    assert torch.equal(compressor.compress(data).flat, expected)
+
+
 @pytest.mark.filterwarnings("ignore:model. it is in train mode")
-def test_training_goes_on_with_the_same_bits():
-    def step(model, data):
+def test_switches_that_are_off_stay_off():
+    """Compression turns gradients on for itself, also where the caller has them off."""
+    model, data = make_model(), batches()
+    expected = dropinf.compress(model.eval(), data, loss_fn, dropinf.Dropout(3)).flat
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        before = snapshot(model)
+        assert torch.equal(dropinf.compress(model, data, loss_fn, dropinf.Dropout(3)).flat, expected)
+        assert_same(before, snapshot(model))
+
+
+@pytest.mark.filterwarnings("ignore:model. it is in train mode")
+@pytest.mark.parametrize("sketch", [*SKETCHES, dropinf.Dropout(3, mode="flat")], ids=lambda s: f"{s!r} {s.mode}")
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_goes_on_with_the_same_bits(sketch, fails):
+    def steps(model, data):
         torch.manual_seed(9)
-        model.zero_grad()
-        loss_fn(model, data[0]).mean().backward()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        return model.state_dict()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for batch in data:
+            loss_fn(model, batch).mean().backward()  # adds to the gradient that was there
+            optimizer.step()
+            optimizer.zero_grad()
+        return snapshot(model)
 
     data = batches()
     plain, used = make_model(), make_model()
-    dropinf.compress(used, data, loss_fn, dropinf.Dropout(3))
-    for (name, a), b in zip(step(plain, data).items(), step(used, data).values(), strict=True):
+    if fails:
+        bad = [*data, (data[0][0] * float("nan"), data[0][1])]
+        with pytest.raises(ValueError, match="not finite"):
+            dropinf.compress(used, bad, loss_fn, sketch)
+    else:
+        dropinf.compress(used, data, loss_fn, sketch)
+    one, other = steps(plain, data), steps(used, data)
+    for (name, a), b in zip(one[0].items(), other[0].values(), strict=True):
         assert torch.equal(a, b), name
+    assert torch.equal(one[4][0], other[4][0])

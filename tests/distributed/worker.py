@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,12 +36,34 @@ def loss_fn(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def wrap(kind: str, model: nn.Module) -> nn.Module:
+class Borrowing(nn.Module):
+    """Uses a child's weight without calling the child."""
+
+    def __init__(self):
+        super().__init__()
+        self.child, self.other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(self.other(self.child(x)), self.child.weight)
+
+
+class Scaled(nn.Module):
+    """Has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.scale = nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.other(x) * self.scale
+
+
+def wrap(kind: str, model: nn.Module, **options) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model)
     for block in (model[1], model[2]):
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
@@ -52,6 +76,94 @@ def step(model: nn.Module, batch) -> list[torch.Tensor]:
     optimizer.step()
     optimizer.zero_grad()
     return [whole(p.detach()).clone() for p in model.parameters()]
+
+
+def assert_close(found: dropinf.Gradients, expected: dropinf.Gradients) -> None:
+    found.check_same_sketch(expected)
+    torch.testing.assert_close(found.flat, expected.flat, rtol=1e-5, atol=1e-7)
+
+
+def assert_same_step(model: nn.Module, other: nn.Module, batch) -> None:
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    for a, b in zip(step(model, batch), step(other, batch), strict=True):
+        assert torch.equal(a, b)
+
+
+def after_a_failure(kind: str, plain: nn.Module, data) -> None:
+    """An error in or after a forward, or a NaN, in the second batch: the model trains on, and compresses again."""
+
+    def inside(model, batch):
+        def fail(*_):
+            raise KeyError("half way")
+
+        handle = model[2].down.register_forward_hook(fail) if len(batch[0]) == 3 else contextlib.nullcontext()
+        with handle:
+            return loss_fn(model, batch)
+
+    def failing(model, batch):
+        losses = loss_fn(model, batch)
+        if len(losses) == 3:
+            raise KeyError("half way")
+        return losses
+
+    def poisoned(model, batch):
+        losses = loss_fn(model, batch)
+        return losses * float("nan") if len(losses) == 3 else losses
+
+    expected = dropinf.compress(plain, data, loss_fn, dropinf.Dropout(4))
+    for loss, error, message in (
+        (inside, KeyError, "half way"),
+        (failing, KeyError, "half way"),
+        (poisoned, ValueError, r"of sample [456] is not finite"),
+    ):
+        wrapped, never_compressed = (wrap(kind, copy.deepcopy(plain)) for _ in range(2))
+        with pytest.raises(error, match=message):
+            dropinf.compress(wrapped, data, loss, dropinf.Dropout(4))
+        assert_close(dropinf.compress(wrapped, data, loss_fn, dropinf.Dropout(4)), expected)
+        with pytest.raises(error, match=message):
+            dropinf.compress(wrapped, data, loss, dropinf.Dropout(4))
+        assert_same_step(wrapped, never_compressed, data[0])
+
+
+def after_an_evaluation(kind: str, plain: nn.Module, data) -> None:
+    """A forward without a backward leaves FSDP's root gathered, in other parameter objects."""
+    expected = dropinf.compress(plain, data, loss_fn, dropinf.Dropout(4))
+    wrapped, never_compressed = (wrap(kind, copy.deepcopy(plain)) for _ in range(2))
+    earlier = dropinf.Compressor(wrapped, dropinf.Dropout(4), loss_fn)
+    with torch.no_grad():
+        wrapped(data[0][0])
+    assert_close(earlier.compress(data), expected)
+    with torch.no_grad():
+        wrapped(data[0][0])
+    assert_close(dropinf.Compressor(wrapped, dropinf.Dropout(4), loss_fn).compress(data), expected)
+    assert_same_step(wrapped, never_compressed, data[0])
+
+
+def uncovered_parameters(kind: str, data) -> None:
+    """What no hook covers is right, or an error that names it; never a gradient that lacks a part."""
+    for block, name in ((Borrowing, "2.child"), (Scaled, "2.scale")):
+        torch.manual_seed(1)
+        plain = nn.Sequential(nn.Embedding(11, 8), Block(), block(), nn.Flatten(), nn.Linear(40, 3))
+        wrapped = wrap(kind, copy.deepcopy(plain))
+        sketches = {"sketch": dropinf.Dropout(4)}
+        if kind == "fsdp2":
+            with pytest.raises(ValueError, match=f"layer {name}: the parameter is sharded .* in layers="):
+                dropinf.compress(wrapped, data, loss_fn, **sketches)
+            sketches["layers"] = ["2.other", "1.*"]
+        assert_close(
+            dropinf.compress(wrapped, data, loss_fn, **sketches), dropinf.compress(plain, data, loss_fn, **sketches)
+        )
+        assert_same_step(wrapped, wrap(kind, plain), data[0])
+
+
+def before_the_first_step(plain: nn.Module, data) -> None:
+    """Mixed precision takes its dtypes at the first forward, which may be the compressor's."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    wrapped, never_compressed = (wrap("fsdp2", copy.deepcopy(plain), mp_policy=policy) for _ in range(2))
+    found = dropinf.compress(wrapped, data, loss_fn, dropinf.Dropout(4)).flat
+    expected = dropinf.compress(plain, data, loss_fn, dropinf.Dropout(4)).flat
+    assert float((found - expected).norm()) < 0.05 * float(expected.norm())
+    assert_same_step(wrapped, never_compressed, data[0])
 
 
 def main(kind: str) -> None:
@@ -83,6 +195,11 @@ def main(kind: str) -> None:
         assert torch.equal(whole(p.detach()), value)
     for a, b in zip(step(wrapped, data[1]), step(never_compressed, data[1]), strict=True):
         assert torch.equal(a, b)
+    after_a_failure(kind, plain, data)
+    after_an_evaluation(kind, plain, data)
+    uncovered_parameters(kind, data)
+    if kind == "fsdp2":
+        before_the_first_step(plain, data)
     print(f"rank {rank} of {kind}: {found}", flush=True)
     # DDP's reducer must go before the process group that it uses.
     del wrapped, never_compressed
