@@ -71,6 +71,7 @@ class Compressor:
         self._layers: dict[str, Layer] = {}
         if not self._moments.needed:
             self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
+        self._exact_gradients: ExactGradients | None = None  # kept: it remembers which routes failed
         self._known_shared: set[str] = set()
         self._attribution_checked = False
         self._warned = False
@@ -222,15 +223,16 @@ class Compressor:
         return Pass(samples, lambda use, x, out: use.inputs(x, out), moments.add, anchor)
 
     def _guard(self, capture: Capture) -> UseGuard:
-        owners = {id(t.tensor): self._owners(capture, t) for t in self._targets.values()}
+        owners: dict[int, set[nn.Module]] = {id(t.tensor): set() for t in self._targets.values()}
+        for use in capture.uses.values():
+            for parameter in use.module.parameters(recurse=False):
+                if id(parameter) in owners:
+                    owners[id(parameter)].add(use.module)
         shards = {}
         if any(sharded.is_sharded(t.tensor) for t in self._targets.values()):
             places = ((m, name, p) for m in self.model.modules() for name, p in m.named_parameters(recurse=False))
             shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
         return UseGuard(owners, capture.active, shards)
-
-    def _owners(self, capture: Capture, target: Target) -> set[nn.Module]:
-        return {u.module for u in capture.uses.values() for p in u.module.parameters(False) if p is target.tensor}
 
     def _losses(
         self, batch: Any, guard: UseGuard, cu: Tensor | None, suspects: Mapping[str, tuple[int, ...]]
@@ -320,9 +322,11 @@ class Compressor:
         store: dict[str, Tensor],
         moments: Moments | None,
     ) -> None:
-        gradients = ExactGradients(self.model, self.loss_fn, {x.name: self._targets[x.name].tensor for x in layers})
+        wanted = {x.name: self._targets[x.name].tensor for x in layers}
+        if self._exact_gradients is None or self._exact_gradients.parameters.keys() != wanted.keys():
+            self._exact_gradients = ExactGradients(self.model, self.loss_fn, wanted)
         parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-        for chunk in gradients(batch, losses):
+        for chunk in self._exact_gradients(batch, losses):
             for layer in layers:
                 if moments is not None:
                     moments.add_exact(layer, chunk[layer.name])
@@ -385,17 +389,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _whole(target: Target) -> Layer:
     """A plan that keeps everything: what calibration runs with."""
-    axes = [Axis(1), Axis(1)]
-    return Layer(
-        target.name,
-        target.kind,
-        target.parameter,
-        target.shape,
-        target.transposed,
-        axes[0],
-        axes[1],
-        target.route,
-    )
+    return target.plan(Axis(1), Axis(1))
 
 
 def _on_device(layer: Layer, target: Target) -> Layer:

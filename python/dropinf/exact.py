@@ -37,7 +37,6 @@ class ExactGradients:
         self.model, self.loss_fn, self.parameters = model, loss_fn, dict(parameters)
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self.routes = [self._vmapped, self._one_by_one, self._row_by_row]
-        self.reasons: list[str] = []
 
     def __call__(self, batch: Any, losses: Tensor) -> Iterator[Gradients]:
         """Chunks of consecutive samples, in order."""
@@ -48,10 +47,9 @@ class ExactGradients:
             try:
                 first = next(route(batch, losses, 0, min(step, len(losses))))
                 break
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):
                 if len(self.routes) == 1:
                     raise
-                self.reasons.append(f"{route.__name__.strip('_')}: {str(error).splitlines()[0]}")
                 self.routes.pop(0)
         yield first
         for start in range(step, len(losses), step):

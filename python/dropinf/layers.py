@@ -96,6 +96,10 @@ class Target:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
+    def plan(self, out_axis: Axis, in_axis: Axis | None) -> Layer:
+        """The layer's plan, with its axes."""
+        return Layer(self.name, self.kind, self.parameter, self.shape, self.transposed, out_axis, in_axis, self.route)
+
 
 def module_kind(module: nn.Module) -> Kind | None:
     """How a module's ``weight`` is captured, or None. By ``forward``, not by class: a subclass that overrides
@@ -244,13 +248,4 @@ def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor])
         length = rows if "in" in sides else rows * columns
         out = sketch.make(length, sides["out"], f"{owner}/out", statistics.get("out"))
         in_axis = sketch.make(columns, sides["in"], f"{owner}/in", statistics.get("in")) if "in" in sides else None
-    return Layer(
-        target.name,
-        target.kind,
-        target.parameter,
-        target.shape,
-        target.transposed,
-        out,
-        in_axis,
-        target.route,
-    )
+    return target.plan(out, in_axis)
