@@ -10,7 +10,9 @@ demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/reference tests/api tests/distributed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m pytest -n 2 tests/compile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -83,3 +83,28 @@ def document_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     if any(b < a for a, b in pairwise(bounds)):
         raise ValueError("cu_seqlens decreases; it must be nondecreasing (equal neighbours are an empty document)")
     return bounds
+
+
+def check_linear(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None,
+    in_weight: Tensor | None,
+    out_index: Tensor | None,
+    out_weight: Tensor | None,
+    group: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    ndims = (3,) if cu_seqlens is None else (2, 3)
+    check_float("a", a, *ndims)
+    check_float("g", g, *ndims)
+    check_same_rows(a, g, "a", a.shape[:-1], g.shape[:-1])
+    check_table("in_", in_index, in_weight, a.shape[-1], group)
+    check_table("out_", out_index, out_weight, g.shape[-1], group)
+
+
+def check_output_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"dtype is {dtype}; it must be float16, bfloat16, float32 or float64 (for int8: compress_linear_int8)"
+        )

@@ -1,4 +1,4 @@
-"""The ops as Python functions: the plain body in eager mode, the registered op under torch.compile.
+"""The ops as Python functions: the bare body in eager mode, the registered op under torch.compile.
 
 A call of a registered op costs 6 to 60 microseconds more than its body. No function is differentiable;
 none depends on autocast; all take non-contiguous and empty inputs. An `index` is int32 [fan_in, k] and
@@ -16,8 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from . import bodies
 from . import ops as _ops  # noqa: F401  registers torch.ops.dropinf
-from . import reference, reference_conv, reference_score, reference_sparse
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +39,7 @@ def sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 
     Source: dropout compression, Zhang & Amiri, arXiv 2509.15651; fan_in > 1 with signs is a
     sparse Johnson-Lindenstrauss transform of the survivors (GraSS, arXiv 2505.18976).
     """
-    return _call(torch.ops.dropinf.sketch, reference.sketch, x, index, weight, group)
+    return _call(torch.ops.dropinf.sketch, bodies.sketch, x, index, weight, group)
 
 
 def compress_linear(
@@ -51,10 +51,12 @@ def compress_linear(
     out_weight: Tensor | None = None,
     group: int = 1,
     cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Compress the per-sample gradients of a linear map: `C_n = sum_t (S_out g_nt)(S_in a_nt)^T`.
 
-    a [N, T, d_in], g [N, T, d_out] float -> [N, k_out, k_in] float32 (float64 if a or g is).
+    a [N, T, d_in], g [N, T, d_out] float -> [N, k_out, k_in] in `dtype`, by default what it accumulates in:
+    float32 (float64 if a or g is).
     A side without an index is kept whole. With `cu_seqlens` int32 or int64 [N + 1], a and g are [rows, d]
     or [B, T, d] and rows cu_seqlens[n]:cu_seqlens[n + 1] of the flattened input are document n.
     Raises TypeError, ValueError for bad tables, leading shapes or cu_seqlens.
@@ -62,7 +64,38 @@ def compress_linear(
     """
     return _call(
         torch.ops.dropinf.compress_linear,
-        reference.compress_linear,
+        bodies.compress_linear,
+        a,
+        g,
+        in_index,
+        in_weight,
+        out_index,
+        out_weight,
+        group,
+        cu_seqlens,
+        dtype,
+    )
+
+
+def compress_linear_int8(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compress as compress_linear does, and quantize each sample's gradient as quantize_rows does, in one pass.
+
+    Returns int8 [N, k_out, k_in] and the scale of each sample, float32 [N]; a gradient that is not finite has scale
+    NaN and values 0 on a GPU, and raises ValueError elsewhere. Raises as compress_linear.
+    Source: see compress_linear and quantize_rows.
+    """
+    return _call(
+        torch.ops.dropinf.compress_linear_int8,
+        bodies.compress_linear_int8,
         a,
         g,
         in_index,
@@ -100,7 +133,7 @@ def compress_conv(
     """
     return _call(
         torch.ops.dropinf.compress_conv,
-        reference_conv.compress_conv,
+        bodies.compress_conv,
         x,
         g,
         kernel_size,
@@ -134,7 +167,7 @@ def sketch_patches(
     """
     return _call(
         torch.ops.dropinf.sketch_patches,
-        reference_conv.sketch_patches,
+        bodies.sketch_patches,
         x,
         kernel_size,
         stride,
@@ -167,7 +200,7 @@ def compress_embedding(
     """
     return _call(
         torch.ops.dropinf.compress_embedding,
-        reference_sparse.compress_embedding,
+        bodies.compress_embedding,
         ids,
         g,
         num_embeddings,
@@ -196,7 +229,7 @@ def compress_norm(
     Raises TypeError, ValueError for a bad table, shapes that differ, or bad cu_seqlens.
     Source: y = w * a + b has dL/dw = sum_t a_nt * g_nt and dL/db = sum_t g_nt.
     """
-    return _call(torch.ops.dropinf.compress_norm, reference.compress_norm, a, g, index, weight, group, cu_seqlens)
+    return _call(torch.ops.dropinf.compress_norm, bodies.compress_norm, a, g, index, weight, group, cu_seqlens)
 
 
 def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -209,7 +242,7 @@ def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: 
     of range.
     Source: entry (rows[i], cols[i]) of G_n = sum_t g_nt a_nt^T (mode "flat").
     """
-    return _call(torch.ops.dropinf.compress_flat, reference_sparse.compress_flat, a, g, rows, cols, cu_seqlens)
+    return _call(torch.ops.dropinf.compress_flat, bodies.compress_flat, a, g, rows, cols, cu_seqlens)
 
 
 def gram_update(F: Tensor, C: Tensor) -> None:
@@ -219,7 +252,7 @@ def gram_update(F: Tensor, C: Tensor) -> None:
     Raises TypeError, ValueError for bad dtypes or shapes.
     Source: the empirical Fisher matrix, F = (1/N) sum_n c_n c_n^T, before the division.
     """
-    return _call(torch.ops.dropinf.gram_update, reference_score.gram_update, F, C)
+    return _call(torch.ops.dropinf.gram_update, bodies.gram_update, F, C)
 
 
 def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
@@ -230,7 +263,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
     Raises TypeError, ValueError for bad dtypes, shapes, a missing c_scale or a negative k.
     Source: the rows of q @ (c * c_scale[:, None])^T.
     """
-    return _call(torch.ops.dropinf.score_topk, reference_score.score_topk, q, c, k, c_scale, offset)
+    return _call(torch.ops.dropinf.score_topk, bodies.score_topk, q, c, k, c_scale, offset)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +273,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError naming the first row with a value that is not finite.
     Source: absmax quantization per row (LLM.int8(), arXiv 2208.07339, section 2).
     """
-    return _call(torch.ops.dropinf.quantize_rows, reference_score.quantize_rows, x)
+    return _call(torch.ops.dropinf.quantize_rows, bodies.quantize_rows, x)
 
 
 def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -250,4 +283,4 @@ def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     Raises TypeError, ValueError for bad dtypes or shapes.
     Source: see quantize_rows.
     """
-    return _call(torch.ops.dropinf.dequantize_rows, reference_score.dequantize_rows, q, scale, dtype)
+    return _call(torch.ops.dropinf.dequantize_rows, bodies.dequantize_rows, q, scale, dtype)

@@ -1,7 +1,7 @@
 """Registration of the ops as `torch.ops.dropinf.*`: schemas and fake implementations.
 
-The bodies in `reference*.py` serve every device: CUDA runs them too until Triton kernels land. No op
-is differentiable. `functional.py` holds the Python functions that most callers want.
+`bodies.py` says what runs: Triton kernels on a GPU, `reference*.py` elsewhere. No op is differentiable.
+`functional.py` holds the Python functions that most callers want.
 """
 
 # ruff: noqa: ARG001  a fake takes its op's whole signature
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, reference_conv, reference_score, reference_sparse
+from . import bodies, reference_conv
 from .reference import accumulator
 
 _SKETCH = "Tensor x, Tensor index, Tensor? weight=None, int group=1"
@@ -50,9 +50,24 @@ def _fake_compress_linear(
     out_weight: Tensor | None = None,
     group: int = 1,
     cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     shape = (_samples(g, cu_seqlens), _kept(out_index, g.shape[-1]), _kept(in_index, a.shape[-1]))
-    return g.new_empty(shape, dtype=accumulator(a, g))
+    return g.new_empty(shape, dtype=dtype or accumulator(a, g))
+
+
+def _fake_compress_linear_int8(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    shape = (_samples(g, cu_seqlens), _kept(out_index, g.shape[-1]), _kept(in_index, a.shape[-1]))
+    return g.new_empty(shape, dtype=torch.int8), g.new_empty(shape[0], dtype=torch.float32)
 
 
 def _fake_compress_conv(
@@ -137,47 +152,52 @@ def _fake_dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return q.new_empty(q.shape, dtype=dtype)
 
 
-_register(f"({_SKETCH}) -> Tensor", reference.sketch, _fake_sketch)
+_register(f"({_SKETCH}) -> Tensor", bodies.sketch, _fake_sketch)
 _register(
-    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None) -> Tensor",
-    reference.compress_linear,
+    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None, ScalarType? dtype=None) -> Tensor",
+    bodies.compress_linear,
     _fake_compress_linear,
 )
 _register(
+    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+    bodies.compress_linear_int8,
+    _fake_compress_linear_int8,
+)
+_register(
     f"(Tensor x, Tensor g, {_WINDOW}, int groups, {_TABLES}, int group=1) -> Tensor",
-    reference_conv.compress_conv,
+    bodies.compress_conv,
     _fake_compress_conv,
 )
 _register(
     f"(Tensor x, {_WINDOW}, Tensor index, Tensor? weight=None) -> Tensor",
-    reference_conv.sketch_patches,
+    bodies.sketch_patches,
     _fake_sketch_patches,
 )
 _register(
     f"(Tensor ids, Tensor g, SymInt num_embeddings, {_TABLES}, int padding_idx=-1, int group=1, "
     "Tensor? cu_seqlens=None) -> Tensor",
-    reference_sparse.compress_embedding,
+    bodies.compress_embedding,
     _fake_compress_embedding,
 )
 _register(
     "(Tensor? a, Tensor g, Tensor? index=None, Tensor? weight=None, int group=1, Tensor? cu_seqlens=None) -> Tensor",
-    reference.compress_norm,
+    bodies.compress_norm,
     _fake_compress_norm,
 )
 _register(
     "(Tensor a, Tensor g, Tensor rows, Tensor cols, Tensor? cu_seqlens=None) -> Tensor",
-    reference_sparse.compress_flat,
+    bodies.compress_flat,
     _fake_compress_flat,
 )
-_register("(Tensor(a!) F, Tensor C) -> ()", reference_score.gram_update, _fake_gram_update, mutates=("F",))
+_register("(Tensor(a!) F, Tensor C) -> ()", bodies.gram_update, _fake_gram_update, mutates=("F",))
 _register(
     "(Tensor q, Tensor c, SymInt k, Tensor? c_scale=None, SymInt offset=0) -> (Tensor, Tensor)",
-    reference_score.score_topk,
+    bodies.score_topk,
     _fake_score_topk,
 )
-_register("(Tensor x) -> (Tensor, Tensor)", reference_score.quantize_rows, _fake_quantize_rows)
+_register("(Tensor x) -> (Tensor, Tensor)", bodies.quantize_rows, _fake_quantize_rows)
 _register(
     "(Tensor q, Tensor scale, ScalarType dtype=float32) -> Tensor",
-    reference_score.dequantize_rows,
+    bodies.dequantize_rows,
     _fake_dequantize_rows,
 )

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import check_float, check_same_rows, check_table, document_bounds
+from ._checks import check_float, check_linear, check_output_dtype, check_same_rows, check_table, document_bounds
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,25 +105,22 @@ def compress_linear(
     out_weight: Tensor | None = None,
     group: int = 1,
     cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    ndims = (3,) if cu_seqlens is None else (2, 3)
-    check_float("a", a, *ndims)
-    check_float("g", g, *ndims)
-    check_same_rows(a, g, "a", a.shape[:-1], g.shape[:-1])
-    check_table("in_", in_index, in_weight, a.shape[-1], group)
-    check_table("out_", out_index, out_weight, g.shape[-1], group)
-    dtype = accumulator(a, g)
-    kept_a = sketch_columns(a, in_index, in_weight, group, dtype)
-    kept_g = sketch_columns(g, out_index, out_weight, group, dtype)
+    check_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
+    check_output_dtype(dtype)
+    wide = accumulator(a, g)
+    kept_a = sketch_columns(a, in_index, in_weight, group, wide)
+    kept_g = sketch_columns(g, out_index, out_weight, group, wide)
     if cu_seqlens is None:
-        return torch.bmm(kept_g.transpose(1, 2), kept_a)
+        return torch.bmm(kept_g.transpose(1, 2), kept_a).to(dtype or wide)
     kept_a, kept_g = kept_a.flatten(0, -2), kept_g.flatten(0, -2)
     bounds = document_bounds(cu_seqlens, kept_g.shape[0])
     out = kept_g.new_empty(len(bounds) - 1, kept_g.shape[1], kept_a.shape[1])
     for n in range(len(bounds) - 1):
         rows = slice(bounds[n], bounds[n + 1])
         torch.mm(kept_g[rows].t(), kept_a[rows], out=out[n])
-    return out
+    return out.to(dtype or wide)
 
 
 @exact

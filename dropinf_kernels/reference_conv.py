@@ -47,7 +47,9 @@ def conv_output_size(
 
 
 @dataclass(frozen=True)
-class _Geometry:
+class Geometry:
+    """The windows of a convolution."""
+
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -87,7 +89,7 @@ class _Geometry:
 class _Taps:
     """Chunks of S_in applied to the patches of the channel groups `present`."""
 
-    geometry: _Geometry
+    geometry: Geometry
     index: Tensor | None
     weight: Tensor | None
     present: Tensor
@@ -153,12 +155,54 @@ def _geometry(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> _Geometry:
+) -> Geometry:
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups is {groups}; it must be positive and divide x's channels, {x.shape[1]}")
     out = conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     window = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    return _Geometry(*window, tuple(out), x.shape[1] // groups)
+    return Geometry(*window, tuple(out), x.shape[1] // groups)
+
+
+def check_conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    in_index: Tensor | None,
+    in_weight: Tensor | None,
+    out_index: Tensor | None,
+    out_weight: Tensor | None,
+    group: int,
+) -> Geometry:
+    check_float("x", x, 3, 4, 5)
+    check_float("g", g, x.dim())
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    if g.shape[0] != x.shape[0] or tuple(g.shape[2:]) != geometry.out or g.shape[1] % groups:
+        raise ValueError(
+            f"g has shape {list(g.shape)}; it must be [{x.shape[0]}, C_out, "
+            f"{', '.join(map(str, geometry.out))}] with C_out a multiple of groups, {groups}"
+        )
+    check_table("in_", in_index, in_weight, geometry.taps, group)
+    check_table("out_", out_index, out_weight, g.shape[1], group)
+    return geometry
+
+
+def check_patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    index: Tensor,
+    weight: Tensor | None,
+) -> Geometry:
+    check_float("x", x, 3, 4, 5)
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, 1)
+    check_table("", index, weight, geometry.taps, 1)
+    return geometry
 
 
 @exact
@@ -176,16 +220,8 @@ def compress_conv(
     out_weight: Tensor | None = None,
     group: int = 1,
 ) -> Tensor:
-    check_float("x", x, 3, 4, 5)
-    check_float("g", g, x.dim())
-    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
-    if g.shape[0] != x.shape[0] or tuple(g.shape[2:]) != geometry.out or g.shape[1] % groups:
-        raise ValueError(
-            f"g has shape {list(g.shape)}; it must be [{x.shape[0]}, C_out, "
-            f"{', '.join(map(str, geometry.out))}] with C_out a multiple of groups, {groups}"
-        )
-    check_table("in_", in_index, in_weight, geometry.taps, group)
-    check_table("out_", out_index, out_weight, g.shape[1], group)
+    window = (kernel_size, stride, padding, dilation)
+    geometry = check_conv(x, g, *window, groups, in_index, in_weight, out_index, out_weight, group)
     for name, index, size in (("in_index", in_index, geometry.taps), ("out_index", out_index, g.shape[1])):
         if index is not None and not index.is_cuda:
             check_bounds(name, index, size)
@@ -238,9 +274,7 @@ def sketch_patches(
     index: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    check_float("x", x, 3, 4, 5)
-    geometry = _geometry(x, kernel_size, stride, padding, dilation, 1)
-    check_table("", index, weight, geometry.taps, 1)
+    geometry = check_patches(x, kernel_size, stride, padding, dilation, index, weight)
     if not index.is_cuda:
         check_bounds("index", index, geometry.taps)
     present = torch.zeros(1, dtype=torch.int64, device=x.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_float
-from .reference import BUFFER_BYTES, accumulator, exact
+from .reference import BUFFER_BYTES, accumulator, compress_linear, exact
 
 _GRAM_BLOCK = 1024
 
@@ -118,3 +118,19 @@ def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
         )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return q.to(wide).mul_(scale.to(wide).unsqueeze(1)).to(dtype)
+
+
+@exact
+def compress_linear_int8(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    wide = compress_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
+    q, scale = quantize_rows(wide.flatten(1))
+    return q.view(wide.shape), scale

@@ -70,6 +70,24 @@ def _sample_of_row(bounds: list[int], device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(bounds) - 1, device=device), edges.diff())
 
 
+def check_embedding(
+    ids: Tensor,
+    g: Tensor,
+    num_embeddings: int,
+    in_index: Tensor | None,
+    in_weight: Tensor | None,
+    out_index: Tensor | None,
+    out_weight: Tensor | None,
+    group: int,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_ids("ids", ids, *((2,) if cu_seqlens is None else (1, 2)))
+    check_float("g", g, ids.dim() + 1)
+    check_same_rows(ids, g, "ids", ids.shape, g.shape[:-1])
+    check_table("in_", in_index, in_weight, num_embeddings, group)
+    check_table("out_", out_index, out_weight, g.shape[-1], group)
+
+
 @exact
 def compress_embedding(
     ids: Tensor,
@@ -83,11 +101,7 @@ def compress_embedding(
     group: int = 1,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    check_ids("ids", ids, *((2,) if cu_seqlens is None else (1, 2)))
-    check_float("g", g, ids.dim() + 1)
-    check_same_rows(ids, g, "ids", ids.shape, g.shape[:-1])
-    check_table("in_", in_index, in_weight, num_embeddings, group)
-    check_table("out_", out_index, out_weight, g.shape[-1], group)
+    check_embedding(ids, g, num_embeddings, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
     check_bounds("ids", ids, num_embeddings)
     dtype = accumulator(g)
     bounds = _sample_bounds(ids, cu_seqlens)

@@ -1,0 +1,179 @@
+"""Compressed gradients of linear maps on a GPU: gather or fold both sides and multiply them, in one kernel.
+
+A program owns one block of one sample's C_n = sum_t (S_out g_t)(S_in a_t)^T and a range of positions. Each kept
+value is read once per block of the other side; nothing of size T x k is written.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._checks import check_linear, check_output_dtype
+from .launch import arch_of, check_cu_seqlens, check_device, check_index, choose, launch
+from .tiles import Side, finish, load_side, outputs, quantized
+from .tiling import ARCHS, OuterTile, cdiv, outer_candidates
+
+
+@triton.jit
+def compress_linear_kernel(
+    p_a, p_g, p_out, p_scale, p_cu,
+    p_in_index, p_in_weight, p_out_index, p_out_weight,
+    T, k_in, k_out, chunk,
+    stride_an, stride_at, stride_ad, stride_gn, stride_gt, stride_gd, stride_split,
+    FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, IN_GROUP: tl.constexpr, OUT_GROUP: tl.constexpr,
+    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr, QUANTIZE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    blocks_i = tl.cdiv(k_in, BLOCK_I)
+    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    split = tl.program_id(2)
+    if PACKED:
+        first = tl.load(p_cu + n).to(tl.int64)
+        length = (tl.load(p_cu + n + 1).to(tl.int64) - first).to(tl.int32)
+        # A document's own share of blocks: `chunk` is the number of splits here.
+        share = tl.cdiv(tl.cdiv(length, BLOCK_T), chunk) * BLOCK_T
+        p_a += first * stride_at
+        p_g += first * stride_gt
+    else:
+        length = T
+        share = chunk
+        p_a += n * stride_an
+        p_g += n * stride_gn
+    start = split * share
+    stop = tl.minimum(length, start + share)
+    acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
+        rows = t + tl.arange(0, BLOCK_T)
+        live = rows < stop
+        left = load_side(
+            p_g + rows.to(tl.int64)[None, :] * stride_gt, live[None, :], offs_o, k_out, stride_gd,
+            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE, TURNED=True,
+        )  # fmt: skip
+        right = load_side(
+            p_a + rows.to(tl.int64)[:, None] * stride_at, live[:, None], offs_i, k_in, stride_ad,
+            p_in_index, p_in_weight, FAN_IN, IN_GROUP, IN_WEIGHTED, DTYPE, TURNED=False,
+        )  # fmt: skip
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
+    keep = (offs_o < k_out)[:, None] & (offs_i // IN_GROUP < k_in // IN_GROUP)[None, :]
+    if QUANTIZE:
+        values, scale = quantized(acc, keep)
+        tl.store(p_out + where, values, mask=keep)
+        tl.store(p_scale + n, scale)
+    else:
+        p_out += split.to(tl.int64) * stride_split
+        tl.store(p_out + where, acc.to(p_out.dtype.element_ty), mask=keep)
+
+
+def compress_linear(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Launch `compress_linear` on the tensors' device; see `functional.compress_linear`."""
+    check_output_dtype(dtype)
+    return _compress(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens, dtype or torch.float32)[0]
+
+
+def compress_linear_int8(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch `compress_linear_int8`: int8 [N, k_out, k_in] and the scale of each sample's row, float32 [N]."""
+    out, scale = _compress(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens, torch.int8)
+    assert scale is not None
+    return out, scale
+
+
+def packed_rows(name: str, x: Tensor) -> Tensor:
+    """Return [B, T, d] as a view [B * T, d]."""
+    try:
+        return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)} and strides {list(x.stride())}; with cu_seqlens its rows must be evenly "
+            f"spaced: pass {name}.contiguous()"
+        ) from None
+
+
+def operand_dtype(a: Tensor, g: Tensor) -> tl.dtype:
+    """Return what the matrix units multiply: the common 16-bit dtype, or float32 where the two differ."""
+    if a.dtype == g.dtype and a.dtype in (torch.float16, torch.bfloat16):
+        return tl.float16 if a.dtype == torch.float16 else tl.bfloat16
+    return tl.float32
+
+
+def _compress(
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None,
+    in_weight: Tensor | None,
+    out_index: Tensor | None,
+    out_weight: Tensor | None,
+    group: int,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    check_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
+    check_device(g=g, a=a, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
+    check_index("in_index", in_index, a.shape[-1], group)
+    check_index("out_index", out_index, g.shape[-1], group)
+    arch = arch_of(g.device) or ARCHS["sm_80"]
+    left = Side.of(g, g.shape[-1], out_index, out_weight, group)
+    right = Side.of(a, a.shape[-1], in_index, in_weight, group)
+    if cu_seqlens is None:
+        samples, length = g.shape[:2]
+        mean = length
+    else:
+        a, g = packed_rows("a", a), packed_rows("g", g)
+        cu_seqlens = check_cu_seqlens(cu_seqlens, g.shape[0], g.device)
+        samples, length = cu_seqlens.shape[0] - 1, g.shape[0]
+        mean = cdiv(length, max(1, samples))
+        a, g = a.unsqueeze(0), g.unsqueeze(0)
+    operand = operand_dtype(a, g)
+    itemsize = 4 if operand == tl.float32 else 2
+    problem = (samples, mean, left.k, right.k, itemsize, left.is_narrow or right.is_narrow, arch)
+
+    def run(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
+        blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
+        shape = (samples, left.k, right.k)
+        out, scale, partial = outputs(shape, dtype, g.device, tile.splits, whole=blocks == 1)
+        target = out if partial is None else partial
+        share = cdiv(cdiv(length, tile.block_t), tile.splits) * tile.block_t
+        launch(
+            compress_linear_kernel, (samples, blocks, tile.splits), g.device,
+            a, g, target, out if scale is None else scale, g if cu_seqlens is None else cu_seqlens,
+            right.index, right.weight, left.index, left.weight,
+            length, right.k, left.k, share if cu_seqlens is None else tile.splits,
+            *a.stride(), *g.stride(), out.numel(),
+            FAN_IN=right.fan_in, FAN_OUT=left.fan_in, IN_GROUP=right.group, OUT_GROUP=left.group,
+            IN_WEIGHTED=right.weighted, OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None,
+            QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
+            BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if partial is not None:
+            finish(partial, out, scale)
+        return out, scale
+
+    return run(choose("compress_linear", problem, outer_candidates(*problem), run))

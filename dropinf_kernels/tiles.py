@@ -1,0 +1,172 @@
+"""Triton helpers that the kernels share: loading one sketched side of a product, and finishing split sums."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .tiling import cdiv
+
+
+@triton.jit
+def run_columns(offsets, p_index, GROUP: tl.constexpr, keep):
+    """Coordinates of the output columns `offsets`: each run's start is read once, so that runs load as vectors."""
+    start = tl.load(p_index + (offsets // GROUP) * GROUP, mask=keep, other=0)
+    return tl.max_contiguous(tl.multiple_of(start + offsets % GROUP, GROUP), GROUP)
+
+
+@triton.jit
+def below(offsets, k, GROUP: tl.constexpr):
+    """`offsets < k` for a k that GROUP divides, in a form that is constant over each run."""
+    return offsets // GROUP < k // GROUP
+
+
+@triton.jit
+def spread(x, TURNED: tl.constexpr):
+    """Columns vary along the last axis of a tile, or along the first of a turned one."""
+    return x[:, None] if TURNED else x[None, :]
+
+
+@triton.jit
+def load_side(
+    p_rows, keep_rows, offsets, k, stride, p_index, p_weight,
+    FAN_IN: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Load a sketched side as [rows, columns], or turned as [columns, rows]; FAN_IN 0 is a side without a table.
+
+    `p_rows` and `keep_rows` are [rows, 1], turned [1, rows]. Turned tiles are loaded so, not transposed: a
+    transposed one does not load asynchronously on sm_80.
+    """
+    keep = below(offsets, k, GROUP)
+    mask = keep_rows & spread(keep, TURNED)
+    if FAN_IN == 0:
+        tile = tl.load(p_rows + spread(offsets.to(tl.int64) * stride, TURNED), mask=mask, other=0.0).to(DTYPE)
+    elif FAN_IN == 1 and not WEIGHTED:
+        columns = run_columns(offsets, p_index, GROUP, keep).to(tl.int64)
+        tile = tl.load(p_rows + spread(columns * stride, TURNED), mask=mask, other=0.0).to(DTYPE)
+    else:
+        total = tl.zeros(mask.shape, dtype=tl.float32)
+        # A loop, not unrolled: a fold holds one gathered tile in registers at a time.
+        for f in range(FAN_IN):
+            columns = run_columns(offsets, p_index + f * k, GROUP, keep).to(tl.int64)
+            part = tl.load(p_rows + spread(columns * stride, TURNED), mask=mask, other=0.0).to(tl.float32)
+            if WEIGHTED:
+                part *= spread(tl.load(p_weight + f * k + offsets, mask=keep, other=0.0), TURNED)
+            total += part
+        tile = total.to(DTYPE)
+    return tile
+
+
+@triton.jit
+def quantized(values, mask):
+    """Return int8 values and the scale max|row| / 127 of one row; a row that is not finite gets scale NaN."""
+    # Flat, as reducing one axis of an accumulator in tensor memory does not compile for sm_100.
+    flat = tl.reshape(tl.where(mask, values, 0.0), [values.numel], can_reorder=True)
+    most = tl.max(tl.abs(flat), 0)
+    finite = tl.sum(tl.where(flat - flat != 0.0, 1, 0), 0) == 0
+    scale = tl.div_rn(most, 127.0)
+    divisor = tl.where(scale > 0, scale, 1.0)
+    ratio = tl.where(finite, tl.div_rn(values, divisor + tl.zeros(values.shape, tl.float32)), 0.0)
+    # Half to even, as torch.round: adding and taking away 1.5 * 2^23 rounds in the adder.
+    rounded = (ratio + 12582912.0) - 12582912.0
+    return tl.clamp(rounded, -127.0, 127.0).to(tl.int8), tl.where(finite, scale, float("nan"))
+
+
+@triton.jit(do_not_specialize=["SPLITS"])
+def finish_kernel(p_partial, p_out, p_scale, width, stride_split, SPLITS, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the partial results of one row in order, and store it in the output's dtype or as int8 with a scale."""
+    row = tl.program_id(0).to(tl.int64)
+    p_partial += row * width
+    p_out += row * width
+    if QUANTIZE:
+        most = tl.zeros([BLOCK], tl.float32)
+        bad = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float32)
+            p_split = p_partial
+            for _ in range(SPLITS):
+                total += tl.load(p_split + at, mask=at < width, other=0.0)
+                p_split += stride_split
+            most = tl.maximum(most, tl.abs(total))
+            bad += tl.where(total - total != 0.0, 1, 0)
+        finite = tl.sum(bad, 0) == 0
+        scale = tl.div_rn(tl.max(most, 0), 127.0)
+        tl.store(p_scale + row, tl.where(finite, scale, float("nan")))
+        divisor = tl.where(scale > 0, scale, 1.0) + tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float32)
+            p_split = p_partial
+            for _ in range(SPLITS):
+                total += tl.load(p_split + at, mask=at < width, other=0.0)
+                p_split += stride_split
+            ratio = (tl.where(finite, tl.div_rn(total, divisor), 0.0) + 12582912.0) - 12582912.0
+            tl.store(p_out + at, tl.clamp(ratio, -127.0, 127.0).to(tl.int8), mask=at < width)
+    else:
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        p_split = p_partial
+        for _ in range(SPLITS):
+            total += tl.load(p_split + at, mask=at < width, other=0.0)
+            p_split += stride_split
+        tl.store(p_out + at, total.to(p_out.dtype.element_ty), mask=at < width)
+
+
+def finish(partial: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    """Sum `partial` [S, N, ...] float32 over S in order into `out` [N, ...], or int8 rows with `scale` [N]."""
+    rows, width = out.shape[0], out[0].numel() if out.shape[0] else 0
+    block = 1024
+    grid = (rows, 1 if scale is not None else cdiv(width, block))
+    launch(
+        finish_kernel, grid, out.device, partial, out, out if scale is None else scale, width, rows * width,
+        partial.shape[0], QUANTIZE=scale is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def outputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, splits: int, whole: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Allocate (out, scale, partial): `partial` [splits, *shape] where a second stage is needed, `scale` for int8.
+
+    `whole` says that one program holds a whole row, so that int8 needs no second stage.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    quantize = dtype == torch.int8
+    scale = torch.empty(shape[0], dtype=torch.float32, device=device) if quantize else None
+    two_stage = splits > 1 or (quantize and not whole)
+    partial = torch.empty((splits, *shape), dtype=torch.float32, device=device) if two_stage else None
+    return out, scale, partial
+
+
+@dataclass(frozen=True)
+class Side:
+    """One sketched side as the kernels take it; a missing table passes the tensor itself, which is never read."""
+
+    index: Tensor
+    weight: Tensor
+    k: int
+    fan_in: int  # 0: no table
+    weighted: bool
+    group: int  # columns come in aligned runs of this power of two
+
+    @property
+    def is_narrow(self) -> bool:
+        """Values load one by one, or are summed before they are multiplied."""
+        return self.fan_in > 1 or self.weighted or (self.fan_in == 1 and self.group < 4)
+
+    @classmethod
+    def of(cls, x: Tensor, d: int, index: Tensor | None, weight: Tensor | None, group: int) -> Side:
+        if index is None:
+            return cls(x, x, d, 0, False, min(16, d & -d) if d else 1)
+        index = index.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        run = min(16, group & -group)
+        return cls(index, index if weight is None else weight, index.shape[1], index.shape[0], weight is not None, run)

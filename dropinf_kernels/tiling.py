@@ -1,0 +1,144 @@
+"""Tile shapes, warps, stages and splits from a problem and an architecture, by rule and without a device.
+
+The rule is a deterministic function, so every rank of a job picks the same tiles. Numbers of an
+architecture are its vendor's data sheet's; they decide shapes here and predicted times in bench/traffic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Beyond this many partial results per sample the second stage costs more than an idle multiprocessor.
+_MAX_SPLITS = 64
+_BLOCKS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A GPU as the rules see it."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    multiprocessors: int
+    shared_bytes: int  # that one program may use
+    registers: int  # 32-bit registers of a multiprocessor
+    warp_size: int
+    bandwidth: float  # bytes per second
+    flops16: float  # dense 16-bit matrix operations per second
+    flops32: float  # matrix operations per second at float32 accuracy (tf32x3, or native)
+
+    @property
+    def precision(self) -> str:
+        """`input_precision` that keeps float32 accuracy on the matrix units."""
+        return "tf32x3" if self.backend == "cuda" else "ieee"
+
+
+ARCHS = {
+    "sm_80": Arch("sm_80", "cuda", 108, 163 << 10, 65536, 32, 2.04e12, 312e12, 156e12 / 3),
+    "sm_90": Arch("sm_90", "cuda", 132, 227 << 10, 65536, 32, 3.35e12, 989e12, 495e12 / 3),
+    "sm_100": Arch("sm_100", "cuda", 148, 227 << 10, 65536, 32, 8.0e12, 2250e12, 1125e12 / 3),
+    "gfx942": Arch("gfx942", "hip", 304, 64 << 10, 131072, 64, 5.3e12, 1307e12, 163e12),
+}
+
+
+@dataclass(frozen=True)
+class OuterTile:
+    """A program of an outer product: [block_t, block_o] x [block_t, block_i], one of `splits` ranges of positions."""
+
+    block_o: int
+    block_i: int
+    block_t: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A program of a streaming kernel: `block_r` rows (or positions) of `block_k` columns."""
+
+    block_r: int
+    block_k: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """Return the least power of two >= n, within [low, high]."""
+    return min(high, max(low, 1 << max(0, n - 1).bit_length()))
+
+
+def outer_blocks(k_out: int, k_in: int) -> tuple[int, int]:
+    """Return the smallest block that holds [k_out, k_in], or the largest that tiles it."""
+    for block in _BLOCKS:
+        if block[0] >= min(k_out, 128) and block[1] >= min(k_in, 128):
+            return block
+    return _BLOCKS[-1]
+
+
+def splits(programs: int, length: int, block: int, arch: Arch) -> int:
+    """Return into how many ranges to split a reduction over `length` so that every multiprocessor works.
+
+    Two programs a multiprocessor hide latency; a range below one block is empty.
+    """
+    if programs <= 0 or programs >= arch.multiprocessors:
+        return 1
+    return max(1, min(cdiv(2 * arch.multiprocessors, programs), cdiv(length, block), _MAX_SPLITS))
+
+
+def outer_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch) -> OuterTile:
+    """Choose the tile of `samples` outer products [k_out, length] x [length, k_in] of `itemsize`-byte operands.
+
+    `narrow` says that a side loads single values or is folded: its addresses and sums live in registers.
+    """
+    return _outer_tile(outer_blocks(k_out, k_in), samples, length, k_out, k_in, itemsize, narrow, arch)
+
+
+def _outer_tile(
+    block: tuple[int, int], samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch
+) -> OuterTile:
+    area = block[0] * block[1]
+    block_t = 64 if itemsize <= 2 and not narrow else 32
+    if narrow and area > 64 * 128:
+        block_t = 16  # more would spill
+    warps = 8 if area > 64 * 128 or (area == 64 * 128 and (narrow or itemsize > 2)) else 4
+    # Half of the shared memory, so that two programs share a multiprocessor.
+    stages = min(4, (arch.shared_bytes // 2) // (block_t * (block[0] + block[1]) * itemsize))
+    if arch.backend == "hip":
+        stages = 2  # AMD's pipeliner holds one tile in registers; more stages only take shared memory
+    programs = samples * cdiv(k_out, block[0]) * cdiv(k_in, block[1])
+    return OuterTile(*block, block_t, warps, max(2, stages), splits(programs, length, block_t, arch))
+
+
+def outer_candidates(
+    samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch
+) -> tuple[OuterTile, ...]:
+    """Return the tiles worth timing: the rule's first, then every smaller block."""
+    best = outer_blocks(k_out, k_in)
+    smaller = (block for block in _BLOCKS if block != best and block[0] <= best[0] and block[1] <= best[1])
+    return tuple(_outer_tile(block, samples, length, k_out, k_in, itemsize, narrow, arch) for block in (best, *smaller))
+
+
+def row_tile(samples: int, length: int, k: int, itemsize: int, arch: Arch) -> RowTile:
+    """Choose the tile of `samples` reductions over `length` positions of `k` columns, on the vector units."""
+    block_k = power_of_two(k, 32, 128 if itemsize > 2 else 256)
+    block_r = max(8, 4096 // block_k)
+    programs = samples * cdiv(k, block_k)
+    return RowTile(block_r, block_k, 4, 3, splits(programs, length, block_r, arch))
+
+
+def touched_sectors(d: int, k: int, group: int, itemsize: int, sector: int = 32) -> float:
+    """Return the expected number of sectors of a row of d values that k uniform survivors in runs of `group` touch."""
+    if d == 0:
+        return 0.0
+    per_sector = max(1, sector // itemsize)
+    runs_in_sector = max(1, per_sector // group)
+    whole = cdiv(d, per_sector)
+    if group >= per_sector:
+        return min(float(whole), k / per_sector)
+    return whole * (1.0 - (1.0 - min(1.0, k / d)) ** runs_in_sector)

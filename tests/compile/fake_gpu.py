@@ -1,0 +1,124 @@
+"""A GPU that compiles and never runs: launchers called inside `gpu(arch)` leave their compiled kernels behind.
+
+Triton asks a driver for the target, the device and the stream, and hands it the binary; this driver answers for
+a part that is not here. So a test compiles exactly what a launcher would launch, specialization included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from dropinf_kernels import launch
+from dropinf_kernels.tiling import ARCHS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass
+class _Driver:
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return sorted(TARGETS).index(next(n for n, t in TARGETS.items() if t == self.target))
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel, and what its machine code says."""
+
+    name: str
+    arch: str
+    kernel: object
+    grid: tuple[int, ...]
+    _sass: str = field(default="", repr=False)
+
+    @property
+    def shared(self) -> int:
+        return self.kernel.metadata.shared
+
+    @property
+    def code(self) -> str:
+        """SASS of an NVIDIA kernel, assembly of an AMD one."""
+        if "amdgcn" in self.kernel.asm:
+            return self.kernel.asm["amdgcn"]
+        if not self._sass:
+            self._sass = self._tool("cuobjdump", "-sass")
+        return self._sass
+
+    def _tool(self, tool: str, *options: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.kernel.asm["cubin"])
+            file.flush()
+            done = subprocess.run([_BIN / tool, *options, file.name], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def resources(self) -> dict[str, int]:
+        """Registers a thread, and bytes of stack or scratch (spills)."""
+        if "amdgcn" in self.kernel.asm:
+            code = self.code
+            read = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", code).group(1))  # noqa: E731
+            return {
+                "registers": read("vgpr_count") + read("agpr_count"),
+                "spilled": read("private_segment_fixed_size") + read("vgpr_spill_count") + read("sgpr_spill_count"),
+            }
+        usage = self._tool("cuobjdump", "-res-usage")
+        read = lambda key: int(re.search(rf"{key}:(\d+)", usage).group(1))  # noqa: E731
+        return {"registers": read("REG"), "spilled": read("STACK") + read("LOCAL")}
+
+    def count(self, pattern: str) -> int:
+        """Instructions that match a regular expression."""
+        return len(re.findall(pattern, self.code))
+
+
+@contextlib.contextmanager
+def gpu(arch: str) -> Iterator[list[Compiled]]:
+    """Compile for `arch` what launchers launch on CPU tensors; yields the list of compiled kernels, in order."""
+    done: list[Compiled] = []
+    run, arch_of = JITFunction.run, launch.arch_of
+    modules = _launchers()
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        done.append(Compiled(self.fn.__name__, arch, kernel, grid))
+        return kernel
+
+    active = driver._active
+    driver.set_active(_Driver(TARGETS[arch]))
+    JITFunction.run = compile_only
+    for module in modules:
+        module.arch_of = lambda device: ARCHS[arch]
+    try:
+        yield done
+    finally:
+        JITFunction.run, driver._active = run, active
+        for module in modules:
+            module.arch_of = arch_of
+
+
+def _launchers() -> list:
+    import sys
+
+    return [m for name, m in sys.modules.items() if name.startswith("dropinf_kernels.") and hasattr(m, "arch_of")]
