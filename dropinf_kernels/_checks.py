@@ -108,3 +108,35 @@ def check_output_dtype(dtype: torch.dtype | None) -> None:
         raise TypeError(
             f"dtype is {dtype}; it must be float16, bfloat16, float32 or float64 (for int8: compress_linear_int8)"
         )
+
+
+def check_sketch(x: Tensor, index: Tensor, weight: Tensor | None, group: int) -> None:
+    check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("x has no dimension; it must be [..., d]")
+    check_table("", index, weight, x.shape[-1], group)
+
+
+def check_norm(
+    a: Tensor | None, g: Tensor, index: Tensor | None, weight: Tensor | None, group: int, cu_seqlens: Tensor | None
+) -> None:
+    ndims = (3,) if cu_seqlens is None else (2, 3)
+    check_float("g", g, *ndims)
+    if a is not None:
+        check_float("a", a, *ndims)
+        check_same_rows(a, g, "a", a.shape, g.shape)
+    check_table("", index, weight, g.shape[-1], group)
+
+
+def check_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None) -> None:
+    ndims = (3,) if cu_seqlens is None else (2, 3)
+    check_float("g", g, *ndims)
+    sparse = a.dtype in ID_DTYPES
+    if not sparse:
+        check_float("a", a, *ndims)
+    check_same_rows(a, g, "a", a.shape if sparse else a.shape[:-1], g.shape[:-1])
+    for name, index in (("rows", rows), ("cols", cols)):
+        if index.dtype != torch.int32:
+            raise TypeError(f"{name} has dtype {index.dtype}; it must be int32: use {name}.int()")
+        if index.dim() != 1 or index.shape != rows.shape:
+            raise ValueError(f"{name} has shape {list(index.shape)}; rows and cols must both be [k]")

@@ -7,13 +7,13 @@ from .launch import routed
 
 compress_linear = routed(reference.compress_linear, "linear")
 compress_linear_int8 = routed(reference_score.compress_linear_int8, "linear")
-sketch = reference.sketch
-compress_norm = reference.compress_norm
-compress_conv = reference_conv.compress_conv
-sketch_patches = reference_conv.sketch_patches
-compress_embedding = reference_sparse.compress_embedding
-compress_flat = reference_sparse.compress_flat
-gram_update = reference_score.gram_update
-score_topk = reference_score.score_topk
-quantize_rows = reference_score.quantize_rows
-dequantize_rows = reference_score.dequantize_rows
+sketch = routed(reference.sketch, "gather")
+compress_norm = routed(reference.compress_norm, "entries")
+compress_flat = routed(reference_sparse.compress_flat, "entries")
+compress_conv = routed(reference_conv.compress_conv, "conv")
+sketch_patches = routed(reference_conv.sketch_patches, "conv")
+compress_embedding = routed(reference_sparse.compress_embedding, "embedding")
+gram_update = routed(reference_score.gram_update, "gram")
+score_topk = routed(reference_score.score_topk, "topk")
+quantize_rows = routed(reference_score.quantize_rows, "quantize")
+dequantize_rows = routed(reference_score.dequantize_rows, "quantize")

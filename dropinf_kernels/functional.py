@@ -245,14 +245,15 @@ def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: 
     return _call(torch.ops.dropinf.compress_flat, bodies.compress_flat, a, g, rows, cols, cu_seqlens)
 
 
-def gram_update(F: Tensor, C: Tensor) -> None:
+def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
     """Add `C^T C` to a symmetric F in place, leaving it exactly symmetric.
 
-    F [K, K] float32 or float64, C [N, K] float. Only F's upper triangle is read.
-    Raises TypeError, ValueError for bad dtypes or shapes.
+    F [K, K] float32 or float64, C [N, K] float, or int8 with c_scale float32 [N], which multiplies its rows.
+    Only one triangle of F is read.
+    Raises TypeError, ValueError for bad dtypes or shapes, or a missing c_scale.
     Source: the empirical Fisher matrix, F = (1/N) sum_n c_n c_n^T, before the division.
     """
-    return _call(torch.ops.dropinf.gram_update, bodies.gram_update, F, C)
+    return _call(torch.ops.dropinf.gram_update, bodies.gram_update, F, C, c_scale)
 
 
 def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ def _fake_compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seq
     return g.new_empty(_samples(g, cu_seqlens), rows.shape[0], dtype=accumulator(a, g))
 
 
-def _fake_gram_update(F: Tensor, C: Tensor) -> None:
+def _fake_gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
     return None
 
 
@@ -189,7 +189,7 @@ _register(
     bodies.compress_flat,
     _fake_compress_flat,
 )
-_register("(Tensor(a!) F, Tensor C) -> ()", bodies.gram_update, _fake_gram_update, mutates=("F",))
+_register("(Tensor(a!) F, Tensor C, Tensor? c_scale=None) -> ()", bodies.gram_update, _fake_gram_update, mutates=("F",))
 _register(
     "(Tensor q, Tensor c, SymInt k, Tensor? c_scale=None, SymInt offset=0) -> (Tensor, Tensor)",
     bodies.score_topk,

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import check_float, check_linear, check_output_dtype, check_same_rows, check_table, document_bounds
+from ._checks import check_linear, check_norm, check_output_dtype, check_sketch, document_bounds
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,10 +88,7 @@ def fold(part: Callable[[int], Tensor], fan_in: int, weight: Tensor | None) -> T
 
 @exact
 def sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
-    check_float("x", x)
-    if x.dim() == 0:
-        raise ValueError("x has no dimension; it must be [..., d]")
-    check_table("", index, weight, x.shape[-1], group)
+    check_sketch(x, index, weight, group)
     return sketch_columns(x, index, weight, group, accumulator(x)).to(x.dtype)
 
 
@@ -132,12 +129,7 @@ def compress_norm(
     group: int = 1,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    ndims = (3,) if cu_seqlens is None else (2, 3)
-    check_float("g", g, *ndims)
-    if a is not None:
-        check_float("a", a, *ndims)
-        check_same_rows(a, g, "a", a.shape, g.shape)
-    check_table("", index, weight, g.shape[-1], group)
+    check_norm(a, g, index, weight, group, cu_seqlens)
     dtype = accumulator(a, g)
     if a is not None and index is not None and index.shape[0] == 1:
         # One survivor per output: the product needs the kept columns alone.

@@ -11,18 +11,39 @@ from .reference import BUFFER_BYTES, accumulator, compress_linear, exact
 _GRAM_BLOCK = 1024
 
 
-@exact
-def gram_update(F: Tensor, C: Tensor) -> None:
-    check_float("C", C, 2)
+def check_rows(c: Tensor, c_scale: Tensor | None, name: str = "c") -> None:
+    """Check rows of compressed gradients: float [N, K], or int8 with the scale of each row."""
+    if c.dtype == torch.int8:
+        if c_scale is None:
+            raise ValueError(f"{name} is int8 and c_scale is missing; pass the scale of each row, float32 [N]")
+        if c.dim() != 2:
+            raise ValueError(f"{name} has shape {list(c.shape)}; it must have 2 dimensions")
+    else:
+        check_float(name, c, 2)
+    if c_scale is not None and (c_scale.dtype != torch.float32 or c_scale.shape != c.shape[:1]):
+        raise ValueError(
+            f"c_scale is {c_scale.dtype} {list(c_scale.shape)}; it must be float32 [N] with {name}'s N = {c.shape[0]}"
+        )
+
+
+def check_gram(F: Tensor, C: Tensor, c_scale: Tensor | None) -> None:
+    check_rows(C, c_scale, "C")
     if F.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"F has dtype {F.dtype}; it must be float32 or float64")
     if F.dim() != 2 or F.shape[0] != F.shape[1] or F.shape[0] != C.shape[1]:
         raise ValueError(f"F has shape {list(F.shape)}; it must be [K, K] with C's width, K = {C.shape[1]}")
+
+
+@exact
+def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
+    check_gram(F, C, c_scale)
     rows = C.shape[0]
-    if C.dtype != F.dtype:
+    if C.dtype != F.dtype or c_scale is not None:
         rows = max(1, BUFFER_BYTES // max(1, C.shape[1] * F.element_size()))
     for n in range(0, C.shape[0], max(1, rows)):
         part = C[n : n + rows].to(F.dtype)
+        if c_scale is not None:
+            part = part * c_scale[n : n + rows].to(F.dtype).unsqueeze(1)
         for i in range(0, F.shape[0], _GRAM_BLOCK):
             # The upper triangle alone: half the multiplications.
             F[i : i + _GRAM_BLOCK, i:].addmm_(part[:, i : i + _GRAM_BLOCK].t(), part[:, i:])
@@ -38,24 +59,18 @@ def _mirror_upper(F: Tensor) -> None:
         F[stop:, i:stop] = F[i:stop, stop:].t()
 
 
-@exact
-def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
+def check_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None) -> None:
     check_float("q", q, 2)
-    if c.dtype == torch.int8:
-        if c_scale is None:
-            raise ValueError("c is int8 and c_scale is missing; pass the scale of each row, float32 [N]")
-        if c.dim() != 2:
-            raise ValueError(f"c has shape {list(c.shape)}; it must have 2 dimensions")
-    else:
-        check_float("c", c, 2)
+    check_rows(c, c_scale)
     if c.shape[1] != q.shape[1]:
         raise ValueError(f"c has {c.shape[1]} columns and q has {q.shape[1]}; they must agree")
-    if c_scale is not None and (c_scale.dtype != torch.float32 or c_scale.shape != c.shape[:1]):
-        raise ValueError(
-            f"c_scale is {c_scale.dtype} {list(c_scale.shape)}; it must be float32 [N] with c's N = {c.shape[0]}"
-        )
     if k < 0:
         raise ValueError(f"k is {k}; it must not be negative")
+
+
+@exact
+def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
+    check_topk(q, c, k, c_scale)
     dtype = accumulator(q, c)
     query = q.to(dtype)
     values = query.new_empty(q.shape[0], 0)
@@ -108,14 +123,18 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-@exact
-def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def check_quantized(q: Tensor, scale: Tensor) -> None:
     if q.dtype != torch.int8 or q.dim() != 2:
         raise TypeError(f"q is {q.dtype} {list(q.shape)}; it must be int8 [N, K]")
     if scale.dtype != torch.float32 or scale.shape != q.shape[:1]:
         raise ValueError(
             f"scale is {scale.dtype} {list(scale.shape)}; it must be float32 [N] with q's N = {q.shape[0]}"
         )
+
+
+@exact
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    check_quantized(q, scale)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return q.to(wide).mul_(scale.to(wide).unsqueeze(1)).to(dtype)
 

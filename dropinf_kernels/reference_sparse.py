@@ -11,6 +11,7 @@ from torch import Tensor
 from ._checks import (
     ID_DTYPES,
     check_bounds,
+    check_flat,
     check_float,
     check_ids,
     check_same_rows,
@@ -126,18 +127,8 @@ def compress_embedding(
 
 @exact
 def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    ndims = (3,) if cu_seqlens is None else (2, 3)
-    check_float("g", g, *ndims)
-    sparse = a.dtype in ID_DTYPES
-    if not sparse:
-        check_float("a", a, *ndims)
-    check_same_rows(a, g, "a", a.shape if sparse else a.shape[:-1], g.shape[:-1])
-    for name, index in (("rows", rows), ("cols", cols)):
-        if index.dtype != torch.int32:
-            raise TypeError(f"{name} has dtype {index.dtype}; it must be int32: use {name}.int()")
-        if index.dim() != 1 or index.shape != rows.shape:
-            raise ValueError(f"{name} has shape {list(index.shape)}; rows and cols must both be [k]")
-    if sparse:
+    check_flat(a, g, rows, cols, cu_seqlens)
+    if a.dtype in ID_DTYPES:
         return _flat_ids(a, g, rows, cols, cu_seqlens)
     if cu_seqlens is None:
         return _flat_dense(a, g, rows, cols)

@@ -142,3 +142,102 @@ def touched_sectors(d: int, k: int, group: int, itemsize: int, sector: int = 32)
     if group >= per_sector:
         return min(float(whole), k / per_sector)
     return whole * (1.0 - (1.0 - min(1.0, k / d)) ** runs_in_sector)
+
+
+@dataclass(frozen=True)
+class SketchTile:
+    """A program of `sketch`: `block_r` rows, and `block_k` of their outputs."""
+
+    stream: bool  # load whole rows of `block_d` values and select on chip
+    block_r: int
+    block_k: int
+    block_d: int
+    warps: int
+
+
+def sketch_tile(d: int, k: int, fan_in: int, group: int, itemsize: int, arch: Arch) -> SketchTile:
+    """Choose between gathering and streaming whole rows, by the sectors that a gather is expected to touch.
+
+    Where a gather touches nearly every sector, a row read at full width moves as much with far fewer requests.
+    """
+    block_d = power_of_two(d, 32, 1 << 30)
+    whole = cdiv(d * itemsize, 32)
+    touched = touched_sectors(d, min(d, fan_in * k), group, itemsize)
+    # The row is selected from in shared memory, and a second program shares the multiprocessor.
+    fits = block_d * itemsize <= arch.shared_bytes // 4
+    if group * itemsize < 16 and touched >= 0.9 * whole and fits:
+        return SketchTile(True, 1, power_of_two(k, 32, 1024), block_d, 4 if block_d <= 4096 else 8)
+    block_k = power_of_two(k, 32, 256)
+    return SketchTile(False, max(1, 2048 // block_k), block_k, 0, 4)
+
+
+@dataclass(frozen=True)
+class GramTile:
+    """A program of `gram_update`: a square block of the lower triangle and one of `splits` ranges of rows."""
+
+    block: int
+    block_n: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def gram_tile(rows: int, k: int, itemsize: int, scaled: bool, arch: Arch) -> GramTile:
+    """Choose the tile of C^T C for C [rows, k] with operands of `itemsize` bytes; `scaled` rows take registers."""
+    block = 64 if k <= 64 or scaled else 128
+    block_n = 64 if itemsize <= 2 else 16
+    stages = 2 if arch.backend == "hip" else min(4, max(2, arch.shared_bytes // 2 // (2 * block * block_n * itemsize)))
+    side = cdiv(k, block)
+    return GramTile(
+        block, block_n, 4 if block == 64 else 8, stages, splits(side * (side + 1) // 2, rows, block_n, arch)
+    )
+
+
+@dataclass(frozen=True)
+class TopkTile:
+    """A program of `score_topk`: a block of queries, and one of `splits` ranges of rows scored `block_n` at a time."""
+
+    block_q: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def topk_tile(queries: int, rows: int, k_padded: int, itemsize: int, arch: Arch) -> TopkTile:
+    """Choose the tile of `queries` running top-k lists of `k_padded` entries over `rows` rows."""
+    block_q = 32 if queries <= 32 or k_padded > 64 or itemsize > 2 else 64
+    block_n = max(64, k_padded)
+    block_k = 64 if itemsize <= 2 else 32
+    stages = 2 if arch.backend == "hip" else 3
+    warps = 8 if block_q * block_n >= 64 * 64 else 4
+    return TopkTile(
+        block_q, block_n, block_k, warps, stages, splits(cdiv(queries, block_q), cdiv(rows, block_n), 4, arch)
+    )
+
+
+@dataclass(frozen=True)
+class GroupedTile:
+    """A program of a grouped convolution: [block_o, block_i] sums over `block_p` positions at a time."""
+
+    block_o: int
+    block_i: int
+    block_p: int
+    warps: int
+    splits: int
+
+
+def grouped_tile(samples: int, length: int, k_out: int, k_in: int, arch: Arch) -> GroupedTile:
+    """Choose the tile of `samples` grouped convolutions; 4096 float32 sums are 32 registers of a thread."""
+    block_p = 32
+    block_i = power_of_two(k_in, 1, 16)
+    block_o = power_of_two(k_out, 1, 4096 // (block_p * block_i))
+    programs = samples * cdiv(k_out, block_o) * cdiv(k_in, block_i)
+    return GroupedTile(block_o, block_i, block_p, 4, splits(programs, length, block_p, arch))
+
+
+def patch_tile(length: int, k: int) -> RowTile:
+    """Choose the tile of a sketch of patches: `block_r` neighbouring positions of `block_k` columns."""
+    block_k = power_of_two(k, 4, 64)
+    return RowTile(power_of_two(length, 16, 4096 // block_k), block_k, 4, 1)

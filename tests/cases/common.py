@@ -13,4 +13,5 @@ class Case:
     name: str
     call: Callable[[], object]
     matrix: str = ""  # the kernel that must use the matrix units
-    vector: str = ""  # the kernel whose bulk loads must be 128 bits wide and asynchronous, in 16-bit dtypes
+    vector: str = ""  # the kernel whose bulk loads and stores must be 128 bits wide, in 16-bit dtypes
+    asynchronous: bool = True  # and whose loads must go to shared memory behind its back; not where there is no loop

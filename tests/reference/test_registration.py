@@ -42,7 +42,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
         ],
         "compress_norm": [(a, a, *left, 1, None), (None, a, None, None, 1, cu_seqlens)],
         "compress_flat": [(a, g, rows, cols, None), (ids, g, rows, cols, cu_seqlens)],
-        "gram_update": [(torch.zeros(8, 8), a[0])],
+        "gram_update": [(torch.zeros(8, 8), a[0]), (torch.zeros(8, 8), q, scale)],
         "score_topk": [(a[0], a[1], 3, None, 0), (a[0], q, 20, scale, 5)],
         "quantize_rows": [(a[0],)],
         "dequantize_rows": [(q, scale, torch.bfloat16)],
@@ -129,7 +129,7 @@ def test_inputs_that_require_grad(name, case):
     tracked = tuple(v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in clone(plain))
     if name == "gram_update":
         # The Fisher matrix itself is never a parameter.
-        tracked = (tracked[0].detach(), tracked[1])
+        tracked = (tracked[0].detach(), *tracked[1:])
     want = getattr(kernels, name)(*plain)
     got = getattr(kernels, name)(*tracked)
     torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -1,0 +1,294 @@
+"""Compressed gradients of convolutions on a GPU: im2col happens in the index arithmetic, never in memory.
+
+1d and 2d convolutions are 3d ones with leading axes of size 1. A position p decodes to an output site, a tap (a column
+of the input side's table) to a channel and an offset in the window.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arch_of, check_device, check_index, choose, launch
+from .linear import operand_dtype
+from .reference_conv import Geometry, check_conv, check_patches
+from .tiles import Side, finish, load_side, outputs
+from .tiling import ARCHS, OuterTile, cdiv, outer_candidates, power_of_two, splits
+
+
+@triton.jit
+def load_patches(
+    p_x, positions, live, taps, keep, O1, O2, S0, S1, S2, stride_c, stride_0, stride_1, stride_2,
+    K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+):  # fmt: skip
+    """Load x at every pair of a position and a tap, broadcast against each other; zero where the padding is."""
+    c = taps // (K[0] * K[1] * K[2])
+    i0 = (positions // (O1 * O2)) * STEP[0] - PAD[0] + (taps // (K[1] * K[2])) % K[0] * DIL[0]
+    i1 = (positions // O2) % O1 * STEP[1] - PAD[1] + (taps // K[2]) % K[1] * DIL[1]
+    i2 = positions % O2 * STEP[2] - PAD[2] + taps % K[2] * DIL[2]
+    inside = (i0 >= 0) & (i0 < S0) & (i1 >= 0) & (i1 < S1) & (i2 >= 0) & (i2 < S2)
+    at = (
+        c.to(tl.int64) * stride_c + i0.to(tl.int64) * stride_0 + i1.to(tl.int64) * stride_1 + i2.to(tl.int64) * stride_2
+    )
+    return tl.load(p_x + at, mask=inside & live & keep, other=0.0)
+
+
+@triton.jit
+def sketch_taps(
+    p_x, positions, live, offsets, k, p_index, p_weight, O1, O2, S0, S1, S2, stride_c, stride_0, stride_1, stride_2,
+    K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+    FAN_IN: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Load the sketched patches [positions, columns]."""
+    keep = offsets < k
+    if FAN_IN == 0:
+        tile = load_patches(
+            p_x, positions[:, None], live[:, None], offsets[None, :], keep[None, :], O1, O2, S0, S1, S2,
+            stride_c, stride_0, stride_1, stride_2, K, STEP, PAD, DIL,
+        ).to(DTYPE)  # fmt: skip
+    else:
+        total = tl.zeros([positions.shape[0], offsets.shape[0]], tl.float32)
+        for f in range(FAN_IN):
+            taps = tl.load(p_index + f * k + offsets, mask=keep, other=0)
+            part = load_patches(
+                p_x, positions[:, None], live[:, None], taps[None, :], keep[None, :], O1, O2, S0, S1, S2,
+                stride_c, stride_0, stride_1, stride_2, K, STEP, PAD, DIL,
+            ).to(tl.float32)  # fmt: skip
+            if WEIGHTED:
+                part *= tl.load(p_weight + f * k + offsets, mask=keep, other=0.0)[None, :]
+            total += part
+        tile = total.to(DTYPE)
+    return tile
+
+
+@triton.jit
+def sketch_patches_kernel(
+    p_x, p_out, p_index, p_weight, T, k, O1, O2, S0, S1, S2, stride_n, stride_c, stride_0, stride_1, stride_2,
+    K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+    FAN_IN: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    positions = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile = sketch_taps(
+        p_x + n * stride_n, positions, positions < T, offs_k, k, p_index, p_weight, O1, O2, S0, S1, S2,
+        stride_c, stride_0, stride_1, stride_2, K, STEP, PAD, DIL, FAN_IN, WEIGHTED, DTYPE,
+    )  # fmt: skip
+    at = (n * T + positions)[:, None] * k + offs_k[None, :]
+    tl.store(p_out + at, tile.to(p_out.dtype.element_ty), mask=(positions < T)[:, None] & (offs_k < k)[None, :])
+
+
+@triton.jit
+def output_sites(positions, O1, O2, stride_p, stride_0, stride_1, stride_2, FLAT: tl.constexpr):
+    """Offsets of output positions; FLAT where one stride serves all of them."""
+    if FLAT:
+        return positions.to(tl.int64) * stride_p
+    o0 = (positions // (O1 * O2)).to(tl.int64)
+    return o0 * stride_0 + (positions // O2 % O1).to(tl.int64) * stride_1 + (positions % O2).to(tl.int64) * stride_2
+
+
+@triton.jit
+def compress_conv_kernel(
+    p_x, p_g, p_out, p_in_index, p_in_weight, p_out_index, p_out_weight,
+    T, k_in, k_out, share, O1, O2, S0, S1, S2,
+    stride_xn, stride_xc, stride_x0, stride_x1, stride_x2,
+    stride_gn, stride_gc, stride_gp, stride_g0, stride_g1, stride_g2, stride_split,
+    K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+    FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, OUT_GROUP: tl.constexpr,
+    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, FLAT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    blocks_i = tl.cdiv(k_in, BLOCK_I)
+    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    split = tl.program_id(2)
+    start = split * share
+    stop = tl.minimum(T, start + share)
+    acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for p in range(start, stop, BLOCK_P):
+        positions = p + tl.arange(0, BLOCK_P)
+        live = positions < stop
+        sites = output_sites(positions, O1, O2, stride_gp, stride_g0, stride_g1, stride_g2, FLAT)
+        left = load_side(
+            p_g + n * stride_gn + sites[None, :], live[None, :], offs_o, k_out, stride_gc,
+            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE, TURNED=True,
+        )  # fmt: skip
+        right = sketch_taps(
+            p_x + n * stride_xn, positions, live, offs_i, k_in, p_in_index, p_in_weight, O1, O2, S0, S1, S2,
+            stride_xc, stride_x0, stride_x1, stride_x2, K, STEP, PAD, DIL, FAN_IN, IN_WEIGHTED, DTYPE,
+        )  # fmt: skip
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
+    keep = (offs_o < k_out)[:, None] & (offs_i < k_in)[None, :]
+    tl.store(p_out + split.to(tl.int64) * stride_split + where, acc, mask=keep)
+
+
+@triton.jit
+def compress_conv_grouped_kernel(
+    p_x, p_g, p_out, p_in_index, p_in_weight, p_out_index, p_out_weight,
+    T, k_in, k_out, share, O1, O2, S0, S1, S2, group_out, group_in,
+    stride_xn, stride_xc, stride_x0, stride_x1, stride_x2,
+    stride_gn, stride_gc, stride_gp, stride_g0, stride_g1, stride_g2, stride_split,
+    K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+    FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Rows see their own channel group's input, so each pair of a row and a tap is a dot product of its own."""
+    n = tl.program_id(0).to(tl.int64)
+    blocks_i = tl.cdiv(k_in, BLOCK_I)
+    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    split = tl.program_id(2)
+    start = split * share
+    stop = tl.minimum(T, start + share)
+    keep_o, keep_i = offs_o < k_out, offs_i < k_in
+    acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for fo in range(FAN_OUT if FAN_OUT > 0 else 1):
+        channel = offs_o
+        if FAN_OUT > 0:
+            channel = tl.load(p_out_index + fo * k_out + offs_o, mask=keep_o, other=0)
+        base = (channel // group_out) * group_in
+        p_rows = p_x + n * stride_xn + base.to(tl.int64)[:, None, None] * stride_xc
+        for fi in range(FAN_IN if FAN_IN > 0 else 1):
+            taps = offs_i
+            if FAN_IN > 0:
+                taps = tl.load(p_in_index + fi * k_in + offs_i, mask=keep_i, other=0)
+            part = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+            for p in range(start, stop, BLOCK_P):
+                positions = p + tl.arange(0, BLOCK_P)
+                live = positions < stop
+                sites = output_sites(positions, O1, O2, stride_gp, stride_g0, stride_g1, stride_g2, FLAT)
+                p_left = p_g + n * stride_gn + channel.to(tl.int64)[:, None] * stride_gc + sites[None, :]
+                left = tl.load(p_left, mask=keep_o[:, None] & live[None, :], other=0.0).to(tl.float32)
+                right = load_patches(
+                    p_rows, positions[None, None, :], live[None, None, :] & keep_o[:, None, None],
+                    taps[None, :, None], keep_i[None, :, None], O1, O2, S0, S1, S2,
+                    stride_xc, stride_x0, stride_x1, stride_x2, K, STEP, PAD, DIL,
+                ).to(tl.float32)  # fmt: skip
+                part += tl.sum(left[:, None, :] * right, 2)
+            if IN_WEIGHTED:
+                part *= tl.load(p_in_weight + fi * k_in + offs_i, mask=keep_i, other=0.0)[None, :]
+            if OUT_WEIGHTED:
+                part *= tl.load(p_out_weight + fo * k_out + offs_o, mask=keep_o, other=0.0)[:, None]
+            acc += part
+    where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
+    tl.store(p_out + split.to(tl.int64) * stride_split + where, acc, mask=keep_o[:, None] & keep_i[None, :])
+
+
+def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    return (*(fill,) * (3 - len(values)), *values)
+
+
+def _window(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    return {
+        "K": _three(geometry.kernel_size, 1),
+        "STEP": _three(geometry.stride, 1),
+        "PAD": _three(geometry.padding, 0),
+        "DIL": _three(geometry.dilation, 1),
+    }
+
+
+def compress_conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+) -> Tensor:
+    """Launch `compress_conv` on g's device; see `functional.compress_conv`."""
+    window = (kernel_size, stride, padding, dilation)
+    geometry = check_conv(x, g, *window, groups, in_index, in_weight, out_index, out_weight, group)
+    check_device(g=g, x=x, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
+    check_index("in_index", in_index, geometry.taps, group)
+    check_index("out_index", out_index, g.shape[1], group)
+    left = Side.of(g, g.shape[1], out_index, out_weight, group)
+    right = Side.of(x, geometry.taps, in_index, in_weight, 1)
+    arch = arch_of(g.device) or ARCHS["sm_80"]
+    samples, positions = x.shape[0], geometry.positions
+    out_size, steps = _three(geometry.out, 1), _three(g.stride()[2:], 0)
+    # One stride reaches all output positions where the spatial axes are packed.
+    flat = steps[0] == steps[1] * out_size[1] or out_size[0] == 1
+    flat = flat and (steps[1] == steps[2] * out_size[2] or out_size[1] == 1)
+    sizes = (*out_size[1:], *_three(x.shape[2:], 1))
+    strides = (*x.stride()[:2], *_three(x.stride()[2:], 0), *g.stride()[:2], steps[2], *steps)
+    operand = tl.float32 if right.weighted or right.fan_in > 1 else operand_dtype(x, g)
+    shared: dict[str, Any] = {
+        **_window(geometry), "FAN_IN": right.fan_in, "FAN_OUT": left.fan_in, "IN_WEIGHTED": right.weighted,
+        "OUT_WEIGHTED": left.weighted, "FLAT": flat,
+    }  # fmt: skip
+
+    def run(tile: OuterTile) -> Tensor:
+        blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
+        out, _, partial = outputs((samples, left.k, right.k), torch.float32, g.device, tile.splits, whole=True)
+        share = cdiv(cdiv(positions, tile.block_t), tile.splits) * tile.block_t
+        head = (x, g, out if partial is None else partial, right.index, right.weight, left.index, left.weight)
+        lengths = (positions, right.k, left.k, share, *sizes)
+        grid = (samples, blocks, tile.splits)
+        meta = shared | {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_P": tile.block_t}
+        if groups == 1:
+            meta |= {"OUT_GROUP": left.group, "DTYPE": operand, "PRECISION": arch.precision}
+            launch(
+                compress_conv_kernel, grid, g.device, *head, *lengths, *strides, out.numel(), **meta,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        else:
+            channels = (g.shape[1] // groups, geometry.channels)
+            launch(
+                compress_conv_grouped_kernel, grid, g.device, *head, *lengths, *channels, *strides, out.numel(),
+                **meta, num_warps=tile.warps,
+            )  # fmt: skip
+        if partial is not None:
+            finish(partial, out, None)
+        return out
+
+    if groups > 1:
+        # A tile of three axes lives in registers.
+        block_o, block_i = 8, power_of_two(right.k, 8, 32)
+        programs = samples * cdiv(left.k, block_o) * cdiv(right.k, block_i)
+        return run(OuterTile(block_o, block_i, 16, 4, 1, splits(programs, positions, 16, arch)))
+    problem = (samples, positions, left.k, right.k, 4 if operand == tl.float32 else 2, True, arch)
+    return run(choose("compress_conv", problem, outer_candidates(*problem), run))
+
+
+def sketch_patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    index: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Launch `sketch_patches` on x's device; see `functional.sketch_patches`."""
+    geometry = check_patches(x, kernel_size, stride, padding, dilation, index, weight)
+    check_device(x=x, index=index, weight=weight)
+    check_index("index", index, geometry.taps)
+    side = Side.of(x, geometry.taps, index, weight, 1)
+    out = torch.empty((x.shape[0], geometry.positions, side.k), dtype=x.dtype, device=x.device)
+    block_k = power_of_two(side.k, 16, 64)
+    block_p = 2048 // block_k
+    grid = (x.shape[0], cdiv(math.prod(geometry.out), block_p), cdiv(side.k, block_k))
+    launch(
+        sketch_patches_kernel, grid, x.device, x, out, side.index, side.weight, geometry.positions, side.k,
+        *_three(geometry.out, 1)[1:], *_three(x.shape[2:], 1), *x.stride()[:2], *_three(x.stride()[2:], 0),
+        **_window(geometry), FAN_IN=side.fan_in, WEIGHTED=side.weighted, DTYPE=tl.float32,
+        BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4,
+    )  # fmt: skip
+    return out

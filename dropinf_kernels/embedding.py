@@ -1,0 +1,136 @@
+"""Compressed gradients of embeddings on a GPU: the one-hot input is built from ids on chip, so nothing is scattered."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arch_of, check_cu_seqlens, check_device, check_index, choose, launch
+from .linear import operand_dtype, packed_rows
+from .reference_sparse import check_embedding
+from .tiles import Side, finish, load_side, outputs
+from .tiling import ARCHS, OuterTile, cdiv, outer_candidates
+
+
+@triton.jit
+def one_hot(ids, offsets, k, p_index, p_weight, FAN_IN: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Return [positions, columns] of the sketched one-hot vectors of `ids`, float32."""
+    keep = offsets < k
+    if FAN_IN == 0:
+        return tl.where((ids[:, None] == offsets[None, :]) & keep[None, :], 1.0, 0.0)
+    total = tl.zeros([ids.shape[0], offsets.shape[0]], tl.float32)
+    for f in range(FAN_IN):
+        row = tl.load(p_index + f * k + offsets, mask=keep, other=-2)
+        hit = ids[:, None] == row[None, :]
+        if WEIGHTED:
+            weight = tl.load(p_weight + f * k + offsets, mask=keep, other=0.0)
+            total += tl.where(hit, weight[None, :], 0.0)
+        else:
+            total += tl.where(hit, 1.0, 0.0)
+    return total
+
+
+@triton.jit
+def compress_embedding_kernel(
+    p_ids, p_g, p_out, p_cu, p_in_index, p_in_weight, p_out_index, p_out_weight,
+    T, k_in, k_out, chunk, padding_idx,
+    stride_in, stride_it, stride_id, stride_gn, stride_gt, stride_gd, stride_split,
+    FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, OUT_GROUP: tl.constexpr,
+    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    blocks_i = tl.cdiv(k_in, BLOCK_I)
+    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    split = tl.program_id(2)
+    if PACKED:
+        first = tl.load(p_cu + n).to(tl.int64)
+        length = (tl.load(p_cu + n + 1).to(tl.int64) - first).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(length, BLOCK_T), chunk) * BLOCK_T
+        p_ids += first * stride_it
+        p_g += first * stride_gt
+    else:
+        length = T
+        share = chunk
+        p_ids += n * stride_in
+        p_g += n * stride_gn
+    start = split * share
+    stop = tl.minimum(length, start + share)
+    acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+    for t in range(start, stop, BLOCK_T):
+        rows = t + tl.arange(0, BLOCK_T)
+        ids = tl.load(p_ids + rows.to(tl.int64) * stride_it, mask=rows < stop, other=-1).to(tl.int32)
+        ids = tl.where(ids == padding_idx, -1, ids)
+        right = one_hot(ids, offs_i, k_in, p_in_index, p_in_weight, FAN_IN, IN_WEIGHTED)
+        # Positions whose id no column names are masked out of the load: they touch no memory.
+        named = tl.max(tl.abs(right), 1) > 0.0
+        left = load_side(
+            p_g + rows.to(tl.int64)[None, :] * stride_gt, named[None, :], offs_o, k_out, stride_gd,
+            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE, TURNED=True,
+        )  # fmt: skip
+        acc = tl.dot(left, right.to(DTYPE), acc, input_precision=PRECISION)
+    where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
+    keep = (offs_o < k_out)[:, None] & (offs_i < k_in)[None, :]
+    tl.store(p_out + split.to(tl.int64) * stride_split + where, acc, mask=keep)
+
+
+def compress_embedding(
+    ids: Tensor,
+    g: Tensor,
+    num_embeddings: int,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    padding_idx: int = -1,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Launch `compress_embedding` on g's device. An id outside [0, num_embeddings) contributes 0, as nothing waits."""
+    check_embedding(ids, g, num_embeddings, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
+    check_device(g=g, ids=ids, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
+    check_index("in_index", in_index, num_embeddings, group)
+    check_index("out_index", out_index, g.shape[-1], group)
+    arch = arch_of(g.device) or ARCHS["sm_80"]
+    left = Side.of(g, g.shape[-1], out_index, out_weight, group)
+    right = Side.of(ids, num_embeddings, in_index, in_weight, 1)
+    # Ids look like rows of width 1, so that they have a dense input's strides.
+    ids = ids.unsqueeze(-1)
+    if cu_seqlens is None:
+        samples, length = g.shape[:2]
+        mean = length
+    else:
+        ids, g = packed_rows("ids", ids), packed_rows("g", g)
+        cu_seqlens = check_cu_seqlens(cu_seqlens, g.shape[0], g.device)
+        samples, length = cu_seqlens.shape[0] - 1, g.shape[0]
+        mean = cdiv(length, max(1, samples))
+        ids, g = ids.unsqueeze(0), g.unsqueeze(0)
+    # A weight, or a row named twice in a column, need not be exact in 16 bits.
+    operand = tl.float32 if right.weighted or right.fan_in > 1 else operand_dtype(g, g)
+    problem = (samples, mean, left.k, right.k, 4 if operand == tl.float32 else 2, True, arch)
+
+    def run(tile: OuterTile) -> Tensor:
+        blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
+        out, _, partial = outputs((samples, left.k, right.k), torch.float32, g.device, tile.splits, whole=True)
+        share = cdiv(cdiv(length, tile.block_t), tile.splits) * tile.block_t
+        launch(
+            compress_embedding_kernel, (samples, blocks, tile.splits), g.device,
+            ids, g, out if partial is None else partial, g if cu_seqlens is None else cu_seqlens,
+            right.index, right.weight, left.index, left.weight,
+            length, right.k, left.k, share if cu_seqlens is None else tile.splits, padding_idx,
+            *ids.stride(), *g.stride(), out.numel(),
+            FAN_IN=right.fan_in, FAN_OUT=left.fan_in, OUT_GROUP=left.group, IN_WEIGHTED=right.weighted,
+            OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None, DTYPE=operand, PRECISION=arch.precision,
+            BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, num_warps=tile.warps, num_stages=2,
+        )  # fmt: skip
+        if partial is not None:
+            finish(partial, out, None)
+        return out
+
+    return run(choose("compress_embedding", problem, outer_candidates(*problem), run))

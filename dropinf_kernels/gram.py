@@ -1,0 +1,118 @@
+"""Fisher accumulation on a GPU: F += C^T C, where only the lower triangle's blocks are computed."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arch_of, check_device, launch
+from .linear import operand_dtype
+from .reference_score import check_gram
+from .tiling import ARCHS, cdiv, gram_tile
+
+
+@triton.jit
+def triangle(p):
+    """Return (i, j), i >= j, of the p-th block of a lower triangle, counted along its rows."""
+    i = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The root is rounded: one step either way makes it exact.
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    return i, p - i * (i + 1) // 2
+
+
+@triton.jit
+def add_block(p_F, acc, i, j, K, stride_r, stride_c, BLOCK: tl.constexpr):
+    """Add block (i, j) to F, and write its mirror image; a diagonal block's upper half is its lower half."""
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    mask = (rows < K)[:, None] & (cols < K)[None, :]
+    p_lower = p_F + rows.to(tl.int64)[:, None] * stride_r + cols.to(tl.int64)[None, :] * stride_c
+    p_upper = p_F + cols.to(tl.int64)[:, None] * stride_r + rows.to(tl.int64)[None, :] * stride_c
+    total = tl.load(p_lower, mask=mask, other=0.0) + acc
+    turned = tl.trans(total)
+    if i == j:
+        total = tl.where(rows[:, None] >= cols[None, :], total, turned)
+        tl.store(p_lower, total, mask=mask)
+    else:
+        tl.store(p_lower, total, mask=mask)
+        tl.store(p_upper, turned, mask=(cols < K)[:, None] & (rows < K)[None, :])
+
+
+@triton.jit
+def gram_kernel(
+    p_C, p_scale, p_F, p_partial, N, K, share, stride_cn, stride_ck, stride_r, stride_c,
+    SCALED: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, split = tl.program_id(0), tl.program_id(1)
+    i, j = triangle(block)
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    start = split * share
+    stop = tl.minimum(N, start + share)
+    p_left = p_C + rows.to(tl.int64)[:, None] * stride_ck
+    p_right = p_C + cols.to(tl.int64)[None, :] * stride_ck
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        at = n + tl.arange(0, BLOCK_N)
+        step = at.to(tl.int64) * stride_cn
+        left = tl.load(p_left + step[None, :], mask=(rows < K)[:, None] & (at < stop)[None, :], other=0).to(DTYPE)
+        right = tl.load(p_right + step[:, None], mask=(at < stop)[:, None] & (cols < K)[None, :], other=0).to(DTYPE)
+        if SCALED:
+            # One side carries both scales, so that int8 stays exact on the other.
+            scale = tl.load(p_scale + at, mask=at < stop, other=0.0)
+            right = right * (scale * scale)[:, None]
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    if SPLIT:
+        at = tl.arange(0, BLOCK)
+        p_mine = p_partial + (split.to(tl.int64) * tl.num_programs(0) + block) * (BLOCK * BLOCK)
+        tl.store(p_mine + at[:, None] * BLOCK + at[None, :], acc)
+    else:
+        add_block(p_F, acc, i, j, K, stride_r, stride_c, BLOCK)
+
+
+@triton.jit(do_not_specialize=["SPLITS"])
+def gram_finish_kernel(p_F, p_partial, K, stride_r, stride_c, SPLITS, BLOCK: tl.constexpr):
+    """Sum the partial blocks in order, and add them to F."""
+    block = tl.program_id(0)
+    i, j = triangle(block)
+    at = tl.arange(0, BLOCK)
+    p_mine = p_partial + block.to(tl.int64) * (BLOCK * BLOCK) + at[:, None] * BLOCK + at[None, :]
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for _ in range(SPLITS):
+        acc += tl.load(p_mine)
+        p_mine += tl.num_programs(0).to(tl.int64) * (BLOCK * BLOCK)
+    add_block(p_F, acc, i, j, K, stride_r, stride_c, BLOCK)
+
+
+def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
+    """Launch `gram_update` on F's device; see `functional.gram_update`."""
+    check_gram(F, C, c_scale)
+    check_device(F=F, C=C, c_scale=c_scale)
+    rows, k = C.shape
+    arch = arch_of(F.device) or ARCHS["sm_80"]
+    operand = tl.float32 if c_scale is not None else operand_dtype(C, C)
+    tile = gram_tile(rows, k, 4 if operand == tl.float32 else 2, c_scale is not None, arch)
+    side = cdiv(k, tile.block)
+    blocks = side * (side + 1) // 2
+    if rows == 0 or k == 0:
+        return
+    split = tile.splits > 1
+    shape = (tile.splits, blocks, tile.block, tile.block)
+    partial = torch.empty(shape, dtype=torch.float32, device=F.device) if split else F
+    launch(
+        gram_kernel, (blocks, tile.splits), F.device, C, C if c_scale is None else c_scale.contiguous(), F, partial,
+        rows, k, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n, *C.stride(), *F.stride(),
+        SCALED=c_scale is not None, SPLIT=split, DTYPE=operand, PRECISION=arch.precision,
+        BLOCK=tile.block, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split:
+        launch(
+            gram_finish_kernel, (blocks,), F.device, F, partial, k, *F.stride(), tile.splits,
+            BLOCK=tile.block, num_warps=8,
+        )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Streaming top-k scores on a GPU: every query keeps its best rows on chip, and [Q, N] is never written.
+
+A list holds 64-bit keys, the score as an ordered integer above the row counted downwards: equal scores then sort by
+the lowest row, and one sort moves both.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arch_of, check_device, launch
+from .reference_score import check_topk
+from .tiling import ARCHS, cdiv, power_of_two, topk_tile
+
+MAX_K = 256
+
+
+@triton.jit
+def to_key(score, row):
+    """Order-preserving integer of a float32 score above 0x7fffffff - row; NaN is the greatest, -0 equals 0."""
+    score = tl.where(score == 0.0, 0.0, score)
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = tl.where(score != score, 0x7FC00000, ordered)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64)
+
+
+@triton.jit
+def merge(best, other):
+    """Return the greatest of two descending lists, descending: the larger of one and the other reversed, sorted."""
+    return tl.sort(tl.maximum(best, tl.flip(other, 1)), 1, descending=True)
+
+
+@triton.jit
+def score_topk_kernel(
+    p_q, p_c, p_scale, p_keys, Q, N, K, share, stride_qn, stride_qk, stride_cn, stride_ck,
+    SCALED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TOP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    split = tl.program_id(1)
+    start = split * share
+    stop = tl.minimum(N, start + share)
+    p_query = p_q + offs_q.to(tl.int64)[:, None] * stride_qn
+    lowest: tl.constexpr = -(2**63)
+    best = tl.full([BLOCK_Q, TOP], lowest, tl.int64)
+    for n in range(start, stop, BLOCK_N):
+        rows = n + tl.arange(0, BLOCK_N)
+        live = rows < stop
+        p_row = p_c + rows.to(tl.int64)[None, :] * stride_cn
+        scores = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            at = k + tl.arange(0, BLOCK_K)
+            mask_q = (offs_q < Q)[:, None] & (at < K)[None, :]
+            mask_c = (at < K)[:, None] & live[None, :]
+            q = tl.load(p_query + at.to(tl.int64)[None, :] * stride_qk, mask=mask_q, other=0.0).to(DTYPE)
+            c = tl.load(p_row + at.to(tl.int64)[:, None] * stride_ck, mask=mask_c, other=0).to(DTYPE)
+            scores = tl.dot(q, c, scores, input_precision=PRECISION)
+        if SCALED:
+            scores *= tl.load(p_scale + rows, mask=live, other=0.0)[None, :]
+        keys = tl.where(live[None, :], to_key(scores, rows[None, :]), lowest)
+        # Once the lists are warm, most blocks beat no list's last entry, and are not sorted.
+        better = keys > tl.min(best, 1)[:, None]
+        if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
+            best = merge(best, tl.topk(keys, TOP, 1))
+    top = tl.arange(0, TOP)
+    at = (split.to(tl.int64) * Q + offs_q)[:, None] * TOP + top[None, :]
+    tl.store(p_keys + at, best, mask=(offs_q < Q)[:, None])
+
+
+@triton.jit(do_not_specialize=["SPLITS"])
+def score_topk_merge_kernel(p_keys, p_values, p_indices, Q, k, offset, SPLITS, TOP: tl.constexpr):
+    """Merge the lists of one query in order, and decode them."""
+    query = tl.program_id(0).to(tl.int64)
+    top = tl.arange(0, TOP)
+    p_list = p_keys + query * TOP + top[None, :]
+    best = tl.load(p_list)
+    for _ in range(1, SPLITS):
+        p_list += Q.to(tl.int64) * TOP
+        best = merge(best, tl.load(p_list))
+    ordered = (best >> 32).to(tl.int32)
+    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    rows = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+    at = query * k + top[None, :]
+    tl.store(p_values + at, values, mask=top[None, :] < k)
+    tl.store(p_indices + at, rows + offset, mask=top[None, :] < k)
+
+
+def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Launch `score_topk` on q's device; see `functional.score_topk`. Raises ValueError for k beyond MAX_K."""
+    check_topk(q, c, k, c_scale)
+    check_device(q=q, c=c, c_scale=c_scale)
+    queries, rows, width = q.shape[0], c.shape[0], q.shape[1]
+    kept = min(k, rows)
+    if kept > MAX_K:
+        raise ValueError(f"k is {k}; the kernel keeps at most {MAX_K} per query on chip: use the reference op for more")
+    if rows > 0x7FFFFFFF:
+        raise ValueError(f"c has {rows} rows; it must have at most 2^31 - 1: score it in blocks, with offset")
+    values = torch.empty((queries, kept), dtype=torch.float32, device=q.device)
+    indices = torch.empty((queries, kept), dtype=torch.int64, device=q.device)
+    if values.numel() == 0:
+        return values, indices
+    arch = arch_of(q.device) or ARCHS["sm_80"]
+    operand = _operand(q, c)
+    top = power_of_two(kept, 16, MAX_K)
+    tile = topk_tile(queries, rows, top, 4 if operand == tl.float32 else 2, arch)
+    keys = torch.empty((tile.splits, queries, top), dtype=torch.int64, device=q.device)
+    launch(
+        score_topk_kernel, (cdiv(queries, tile.block_q), tile.splits), q.device,
+        q, c, c if c_scale is None else c_scale.contiguous(), keys, queries, rows, width,
+        cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n, *q.stride(), *c.stride(),
+        SCALED=c_scale is not None, DTYPE=operand, PRECISION=arch.precision, TOP=top,
+        BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    launch(
+        score_topk_merge_kernel, (queries,), q.device, keys, values, indices, queries, kept, offset, tile.splits,
+        TOP=top, num_warps=1 if top <= 64 else 4,
+    )  # fmt: skip
+    return values, indices
+
+
+def _operand(q: Tensor, c: Tensor) -> tl.dtype:
+    """Return what the matrix units multiply; int8 is exact in either 16-bit dtype."""
+    if q.dtype in (torch.float16, torch.bfloat16) and c.dtype in (q.dtype, torch.int8):
+        return tl.float16 if q.dtype == torch.float16 else tl.bfloat16
+    return tl.float32

@@ -1,0 +1,36 @@
+"""Calls of compress_norm and compress_flat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dropinf_kernels import entries
+from tests.cases.common import Case
+from tests.reference.helpers import make_table
+
+
+def _calls(dtype: torch.dtype, n: int, t: int, d: int, ks: tuple[int, ...]) -> Iterator[Case]:
+    make = torch.randn if t < 100 else torch.empty
+    a, g = make(n, t, d).to(dtype), make(n, t, d).to(dtype)
+    ids = torch.randint(0, d, (n, t))
+    cu_seqlens = torch.tensor([0, t // 2, n * t])
+    for k in ks:
+        for kind, fan_in, group in (("scattered", 1, 1), ("runs", 1, 8), ("fold", 3, 8)):
+            table = make_table(d, k, fan_in, fan_in > 1, group)
+            yield Case(f"norm-{k}-{kind}", lambda i=table, m=group: entries.compress_norm(a, g, *i, m))
+        rows, cols = make_table(d, k)[0][0], make_table(d, k)[0][0]
+        yield Case(f"flat-{k}", lambda r=rows, c=cols: entries.compress_flat(a, g, r, c))
+        yield Case(f"flat-ids-{k}", lambda r=rows, c=cols: entries.compress_flat(ids, g, r, c))
+    yield Case("norm-packed", lambda: entries.compress_norm(a, g, cu_seqlens=cu_seqlens))
+    yield Case("bias", lambda: entries.compress_norm(None, g))
+    yield Case("bias-split", lambda: entries.compress_norm(None, g[:1]))
+
+
+def large(dtype: torch.dtype) -> Iterator[Case]:
+    yield from _calls(dtype, 512, 512, 1024, (64, 1024))
+
+
+def small(dtype: torch.dtype) -> Iterator[Case]:
+    yield from _calls(dtype, 2, 21, 24, (16,))

@@ -1,0 +1,34 @@
+"""Calls of sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dropinf_kernels import gather
+from tests.cases.common import Case
+from tests.reference.helpers import make_table
+
+
+def large(dtype: torch.dtype) -> Iterator[Case]:
+    x = torch.empty(32, 512, 4096, dtype=dtype)
+    for kind, k, fan_in, group in (
+        ("scattered", 64, 1, 1), ("scattered-streamed", 2048, 1, 1), ("fold", 64, 4, 1), ("fold-streamed", 1024, 4, 1),
+        ("runs", 64, 1, 8), ("runs-wide", 256, 1, 8),
+    ):  # fmt: skip
+        table = make_table(4096, k, fan_in, fan_in > 1, group)
+        vector = "sketch_gather_kernel" if group >= 8 else ""
+        yield Case(kind, lambda t=table, n=group: gather.sketch(x, *t, n), vector=vector, asynchronous=False)
+
+
+def small(dtype: torch.dtype) -> Iterator[Case]:
+    x = torch.randn(2, 5, 40).to(dtype)
+    for kind, k, fan_in, group in (
+        ("scattered", 8, 1, 1),
+        ("streamed", 40, 2, 1),
+        ("runs", 16, 1, 8),
+        ("fold", 8, 3, 8),
+    ):
+        table = make_table(40, k, fan_in, fan_in > 1, group)
+        yield Case(kind, lambda t=table, n=group: gather.sketch(x, *t, n))
