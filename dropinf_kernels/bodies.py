@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
+from torch import Tensor
+
 from . import reference, reference_conv, reference_score, reference_sparse
 from .launch import routed
+from .tiling import MAX_TOP
 
 compress_linear = routed(reference.compress_linear, "linear")
 compress_linear_int8 = routed(reference_score.compress_linear_int8, "linear")
@@ -14,6 +19,13 @@ compress_conv = routed(reference_conv.compress_conv, "conv")
 sketch_patches = routed(reference_conv.sketch_patches, "conv")
 compress_embedding = routed(reference_sparse.compress_embedding, "embedding")
 gram_update = routed(reference_score.gram_update, "gram")
-score_topk = routed(reference_score.score_topk, "topk")
+_streaming_topk = routed(reference_score.score_topk, "topk")
 quantize_rows = routed(reference_score.quantize_rows, "quantize")
 dequantize_rows = routed(reference_score.dequantize_rows, "quantize")
+
+
+@functools.wraps(reference_score.score_topk)
+def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Longer lists than the kernel keeps on chip go to the reference, which streams too."""
+    body = reference_score.score_topk if k > MAX_TOP else _streaming_topk
+    return body(q, c, k, c_scale, offset)

@@ -59,7 +59,7 @@ def entries_kernel(
             if INPUT == "ids":
                 # Entries that the token does not name are masked out, so they touch no memory.
                 ids = tl.load(p_a + rows.to(tl.int64) * stride_at, mask=rows < stop, other=-1)
-                mask = mask & (ids[:, None] == a_columns[None, :])
+                mask = mask & ((ids >= 0)[:, None] & (ids[:, None] == a_columns[None, :]))
             value = tl.load(p_g + at * stride_gt + g_columns[None, :] * stride_gd, mask=mask, other=0.0).to(tl.float32)
             if INPUT == "dense":
                 p_at = p_a + at * stride_at + a_columns[None, :] * stride_ad
@@ -106,7 +106,8 @@ def _entries(kind: str, a: Tensor, g: Tensor, side: Side, a_index: Tensor, cu_se
         samples, length = g.shape[:2]
         mean = length
     else:
-        a, g = packed_rows("a", a), packed_rows("g", g)
+        g = packed_rows("g", g)
+        a = g if kind == "ones" else packed_rows("a", a)
         cu_seqlens = check_cu_seqlens(cu_seqlens, g.shape[0], g.device)
         samples, length = cu_seqlens.shape[0] - 1, g.shape[0]
         mean = cdiv(length, max(1, samples))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 # Beyond this many partial results per sample the second stage costs more than an idle multiprocessor.
 _MAX_SPLITS = 64
+# What score_topk keeps per query on chip; longer lists spill, and take a minute to compile.
+MAX_TOP = 64
 _BLOCKS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128))
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from .launch import arch_of, check_device, launch
 from .reference_score import check_topk
-from .tiling import ARCHS, cdiv, power_of_two, topk_tile
-
-MAX_K = 256
+from .tiling import ARCHS, MAX_TOP, cdiv, power_of_two, topk_tile
 
 
 @triton.jit
@@ -92,13 +90,15 @@ def score_topk_merge_kernel(p_keys, p_values, p_indices, Q, k, offset, SPLITS, T
 
 
 def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Launch `score_topk` on q's device; see `functional.score_topk`. Raises ValueError for k beyond MAX_K."""
+    """Launch `score_topk` on q's device; see `functional.score_topk`. Raises ValueError for k beyond MAX_TOP."""
     check_topk(q, c, k, c_scale)
     check_device(q=q, c=c, c_scale=c_scale)
     queries, rows, width = q.shape[0], c.shape[0], q.shape[1]
     kept = min(k, rows)
-    if kept > MAX_K:
-        raise ValueError(f"k is {k}; the kernel keeps at most {MAX_K} per query on chip: use the reference op for more")
+    if kept > MAX_TOP:
+        raise ValueError(
+            f"k is {k}; the kernel keeps at most {MAX_TOP} per query on chip: use the reference op for more"
+        )
     if rows > 0x7FFFFFFF:
         raise ValueError(f"c has {rows} rows; it must have at most 2^31 - 1: score it in blocks, with offset")
     values = torch.empty((queries, kept), dtype=torch.float32, device=q.device)
@@ -107,7 +107,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
         return values, indices
     arch = arch_of(q.device) or ARCHS["sm_80"]
     operand = _operand(q, c)
-    top = power_of_two(kept, 16, MAX_K)
+    top = power_of_two(kept, 16, MAX_TOP)
     tile = topk_tile(queries, rows, top, 4 if operand == tl.float32 else 2, arch)
     keys = torch.empty((tile.splits, queries, top), dtype=torch.int64, device=q.device)
     launch(

@@ -13,7 +13,7 @@ from tests.reference.helpers import make_table
 
 def _calls(dtype: torch.dtype, n: int, t: int, d: int, ks: tuple[int, ...]) -> Iterator[Case]:
     make = torch.randn if t < 100 else torch.empty
-    a, g = make(n, t, d).to(dtype), make(n, t, d).to(dtype)
+    a, g = make(n, t, d, dtype=dtype), make(n, t, d, dtype=dtype)
     ids = torch.randint(0, d, (n, t))
     cu_seqlens = torch.tensor([0, t // 2, n * t])
     for k in ks:

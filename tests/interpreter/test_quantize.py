@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dropinf_kernels import quantize, reference_score
+from tests.reference.helpers import layouts
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DTYPES = [torch.float32, torch.float16]
+
+
+def check(x):
+    q, scale = quantize.quantize_rows(x)
+    exact, exact_scale = reference_score.quantize_rows(x)
+    assert torch.equal(q, exact)
+    assert torch.equal(scale, exact_scale)
+    for dtype in DTYPES:
+        back = quantize.dequantize_rows(q, scale, dtype)
+        assert torch.equal(back, reference_score.dequantize_rows(q, scale, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (3, 5000), (0, 4), (4, 0)])
+def test_equals_the_reference_bit_for_bit(dtype, shape):
+    check(torch.randn(shape).to(dtype))
+
+
+def test_halves_round_to_even_and_zero_rows_stay_zero():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [0.0] * 6])
+    check(x)
+    assert quantize.quantize_rows(x)[0].tolist() == [[127, 0, 2, 2, 0, -2], [0] * 6]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_is_marked(bad):
+    x = torch.randn(3, 40)
+    x[1, 7] = bad
+    q, scale = quantize.quantize_rows(x)
+    assert torch.isnan(scale).tolist() == [False, True, False]
+    assert (q[1] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["sliced", "turned"])
+def test_strides(layout):
+    check(layouts(torch.randn(4, 30))[layout])
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="x has dtype torch.int32"):
+        quantize.quantize_rows(torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="scale is torch.float32"):
+        quantize.dequantize_rows(torch.zeros(2, 3, dtype=torch.int8), torch.zeros(3))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(0, 5), k=st.integers(1, 300))
+def test_random_shapes(n, k):
+    check(torch.randn(n, k))
