@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_device, check_index, choose, launch
+from .launch import arch_of, check_device, check_index, launch
 from .linear import operand_dtype
 from .reference_conv import Geometry, check_conv, check_patches
 from .tiles import Side, finish, load_side, outputs
-from .tiling import ARCHS, OuterTile, cdiv, outer_candidates, power_of_two, splits
+from .tiling import ARCHS, OuterTile, cdiv, computed_tile, power_of_two, splits
 
 
 @triton.jit
@@ -263,8 +263,8 @@ def compress_conv(
         block_o, block_i = 8, power_of_two(right.k, 8, 32)
         programs = samples * cdiv(left.k, block_o) * cdiv(right.k, block_i)
         return run(OuterTile(block_o, block_i, 16, 4, 1, splits(programs, positions, 16, arch)))
-    problem = (samples, positions, left.k, right.k, 4 if operand == tl.float32 else 2, True, arch)
-    return run(choose("compress_conv", problem, outer_candidates(*problem), run))
+    problem = (samples, positions, left.k, right.k, 4 if operand == tl.float32 else 2, arch)
+    return run(computed_tile(*problem))
 
 
 def sketch_patches(

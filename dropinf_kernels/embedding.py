@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_cu_seqlens, check_device, check_index, choose, launch
+from .launch import arch_of, check_cu_seqlens, check_device, check_index, launch
 from .linear import operand_dtype, packed_rows
 from .reference_sparse import check_embedding
 from .tiles import Side, finish, load_side, outputs
-from .tiling import ARCHS, OuterTile, cdiv, outer_candidates
+from .tiling import ARCHS, OuterTile, cdiv, computed_tile
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def one_hot(ids, offsets, k, p_index, p_weight, FAN_IN: tl.constexpr, WEIGHTED: 
 def compress_embedding_kernel(
     p_ids, p_g, p_out, p_cu, p_in_index, p_in_weight, p_out_index, p_out_weight,
     T, k_in, k_out, chunk, padding_idx,
-    stride_in, stride_it, stride_id, stride_gn, stride_gt, stride_gd, stride_split,
+    stride_in, stride_it, stride_gn, stride_gt, stride_gd, stride_split,
     FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, OUT_GROUP: tl.constexpr,
     IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,7 +113,7 @@ def compress_embedding(
         ids, g = ids.unsqueeze(0), g.unsqueeze(0)
     # A weight, or a row named twice in a column, need not be exact in 16 bits.
     operand = tl.float32 if right.weighted or right.fan_in > 1 else operand_dtype(g, g)
-    problem = (samples, mean, left.k, right.k, 4 if operand == tl.float32 else 2, True, arch)
+    problem = (samples, mean, left.k, right.k, 4 if operand == tl.float32 else 2, arch)
 
     def run(tile: OuterTile) -> Tensor:
         blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
@@ -124,7 +124,7 @@ def compress_embedding(
             ids, g, out if partial is None else partial, g if cu_seqlens is None else cu_seqlens,
             right.index, right.weight, left.index, left.weight,
             length, right.k, left.k, share if cu_seqlens is None else tile.splits, padding_idx,
-            *ids.stride(), *g.stride(), out.numel(),
+            *ids.stride()[:2], *g.stride(), out.numel(),
             FAN_IN=right.fan_in, FAN_OUT=left.fan_in, OUT_GROUP=left.group, IN_WEIGHTED=right.weighted,
             OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None, DTYPE=operand, PRECISION=arch.precision,
             BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, num_warps=tile.warps, num_stages=2,
@@ -133,4 +133,4 @@ def compress_embedding(
             finish(partial, out, None)
         return out
 
-    return run(choose("compress_embedding", problem, outer_candidates(*problem), run))
+    return run(computed_tile(*problem))

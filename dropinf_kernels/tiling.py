@@ -126,6 +126,17 @@ def outer_candidates(
     return tuple(_outer_tile(block, samples, length, k_out, k_in, itemsize, narrow, arch) for block in (best, *smaller))
 
 
+def computed_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, arch: Arch) -> OuterTile:
+    """Choose the tile of an outer product whose input side is computed, not loaded: addresses of patches, one-hots.
+
+    What it computes lives in registers, so blocks are at most 64 x 64 on eight warps.
+    """
+    block = 32 if max(k_out, k_in) <= 32 else 64
+    block_t = 32 if itemsize <= 2 else 16
+    programs = samples * cdiv(k_out, block) * cdiv(k_in, block)
+    return OuterTile(block, block, block_t, 4 if block == 32 else 8, 2, splits(programs, length, block_t, arch))
+
+
 def row_tile(samples: int, length: int, k: int, itemsize: int, arch: Arch) -> RowTile:
     """Choose the tile of `samples` reductions over `length` positions of `k` columns, on the vector units."""
     block_k = power_of_two(k, 32, 128 if itemsize > 2 else 256)

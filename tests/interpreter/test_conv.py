@@ -20,6 +20,7 @@ WINDOWS = {
     "pointwise": ([5, 4], [1, 1], [1, 1], [0, 0], [1, 1]),
 }
 NONE = (None, None)
+EPS = torch.finfo(torch.float32).eps
 
 
 def make(name, dtype, channels=6, outputs=12, n=2):
@@ -28,19 +29,18 @@ def make(name, dtype, channels=6, outputs=12, n=2):
     return torch.randn(n, channels, *size).to(dtype), torch.randn(n, outputs, *out).to(dtype), window
 
 
-def check(x, g, window, groups=1, right=NONE, left=NONE, group=1, eps=torch.finfo(torch.float32).eps):
+def check(x, g, window, groups=1, right=NONE, left=NONE, group=1, eps=EPS):
     args = (*window, groups, *right, *left, group)
     got = conv.compress_conv(x, g, *args)
     positive = [None if w is None else w.abs() if w.is_floating_point() else w for w in (*right, *left)]
     magnitude = reference_conv.compress_conv(x.double().abs(), g.double().abs(), *window, groups, *positive, group)
     assert_close(got, reference_conv.compress_conv(x.double(), g.double(), *args), eps, magnitude=magnitude)
-    torch.testing.assert_close(conv.compress_conv(x, g, *args), got, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize(("fan_in", "fan_out"), [(0, 0), (1, 1), (3, 1), (8, 1), (1, 4)])
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(0, 0), (1, 1), (8, 3)])
 def test_equals_the_reference(dtype, window, groups, fan_in, fan_out):
     x, g, window = make(window, dtype)
     taps = 6 // groups * math.prod(window[0])
@@ -81,9 +81,10 @@ def test_strides(layout, groups):
     check(x, g, window, groups, make_table(6 // groups * 6, 5), make_table(12, 4))
 
 
-def test_long_samples_are_split():
-    x, g = torch.randn(1, 3, 40, 30), torch.randn(1, 4, 40, 30)
-    check(x, g, ([3, 3], [1, 1], [1, 1], [1, 1]))
+def test_long_samples_are_split_and_give_the_same_bits_again():
+    x, g, window = torch.randn(1, 3, 20, 15), torch.randn(1, 4, 20, 15), ([3, 3], [1, 1], [1, 1], [1, 1])
+    check(x, g, window)
+    assert torch.equal(conv.compress_conv(x, g, *window, 1), conv.compress_conv(x, g, *window, 1))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -104,7 +105,7 @@ def test_bad_input():
         conv.sketch_patches(x, *window, torch.tensor([[-1]], dtype=torch.int32))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 3),
     size=st.integers(3, 9),

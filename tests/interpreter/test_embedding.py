@@ -12,11 +12,10 @@ from tests.reference.helpers import layouts, make_table
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.float16]
 NONE = (None, None)
+EPS = torch.finfo(torch.float32).eps
 
 
-def check(
-    ids, g, rows, left=NONE, right=NONE, padding_idx=-1, group=1, cu_seqlens=None, eps=torch.finfo(torch.float32).eps
-):
+def check(ids, g, rows, left=NONE, right=NONE, padding_idx=-1, group=1, cu_seqlens=None, eps=EPS):
     args = (rows, *left, *right, padding_idx, group, cu_seqlens)
     got = embedding.compress_embedding(ids, g, *args)
     positive = [None if w is None else w.abs() if w.is_floating_point() else w for w in (*left, *right)]
@@ -86,7 +85,7 @@ def test_bad_input():
     ids, g = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 4)
     with pytest.raises(IndexError, match="in_index has entries from 5 to 5"):
         embedding.compress_embedding(ids, g, 5, torch.tensor([[5]], dtype=torch.int32))
-    with pytest.raises(TypeError, match="ids has dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"ids has dtype torch\.float32"):
         embedding.compress_embedding(ids.float(), g, 5)
     with pytest.raises(ValueError, match="cu_seqlens ends at 1"):
         embedding.compress_embedding(ids, g, 5, cu_seqlens=torch.tensor([0, 1]))

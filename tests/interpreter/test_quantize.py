@@ -49,9 +49,9 @@ def test_strides(layout):
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="x has dtype torch.int32"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int32"):
         quantize.quantize_rows(torch.zeros(2, 3, dtype=torch.int32))
-    with pytest.raises(ValueError, match="scale is torch.float32"):
+    with pytest.raises(ValueError, match=r"scale is torch\.float32"):
         quantize.dequantize_rows(torch.zeros(2, 3, dtype=torch.int8), torch.zeros(3))
 
 

@@ -26,16 +26,19 @@ def check(q, c, k, c_scale=None, offset=0):
         assert_close(scores, exact)
         assert all(row.unique().numel() == row.numel() for row in indices)
     assert indices.shape == where.shape
-    again = topk.score_topk(q, c, k, c_scale, offset)
-    assert torch.equal(again[0], values)
-    assert torch.equal(again[1], indices)
 
 
+# Sorting costs the interpreter seconds a list, so the problems are few and small.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 5, 16, 33])
-@pytest.mark.parametrize(("queries", "rows", "width"), [(1, 40, 20), (5, 300, 70), (40, 65, 3)])
-def test_equals_the_reference(dtype, k, queries, rows, width):
+@pytest.mark.parametrize(("queries", "rows", "width", "k"), [(1, 70, 20, 1), (2, 140, 70, 20), (33, 10, 3, 4)])
+def test_equals_the_reference(dtype, queries, rows, width, k):
     check(torch.randn(queries, width).to(dtype), torch.randn(rows, width).to(dtype), k, offset=9)
+
+
+def test_same_bits_again():
+    q, c = torch.randn(2, 8), torch.randn(100, 8)
+    for one, other in zip(topk.score_topk(q, c, 5), topk.score_topk(q, c, 5), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,7 +81,7 @@ def test_bad_input():
         topk.score_topk(q, c.to(torch.int8), 3)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(queries=st.integers(1, 6), rows=st.integers(1, 150), width=st.integers(1, 40), k=st.integers(1, 20))
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(queries=st.integers(1, 6), rows=st.integers(1, 100), width=st.integers(1, 40), k=st.integers(1, 20))
 def test_random_shapes(queries, rows, width, k):
     check(torch.randn(queries, width), torch.randn(rows, width), k)
