@@ -98,7 +98,13 @@ def outer_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, 
 
     `narrow` says that a side loads single values or is folded: its addresses and sums live in registers.
     """
-    return _outer_tile(outer_blocks(k_out, k_in), samples, length, k_out, k_in, itemsize, narrow, arch)
+    return _outer_tile(_block(k_out, k_in, itemsize, narrow), samples, length, k_out, k_in, itemsize, narrow, arch)
+
+
+def _block(k_out: int, k_in: int, itemsize: int, narrow: bool) -> tuple[int, int]:
+    block = outer_blocks(k_out, k_in)
+    # The largest block would spill where float32 values load one by one.
+    return (64, 128) if narrow and itemsize > 2 and block == (128, 128) else block
 
 
 def _outer_tile(
@@ -121,7 +127,7 @@ def outer_candidates(
     samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch
 ) -> tuple[OuterTile, ...]:
     """Return the tiles worth timing: the rule's first, then every smaller block."""
-    best = outer_blocks(k_out, k_in)
+    best = _block(k_out, k_in, itemsize, narrow)
     smaller = (block for block in _BLOCKS if block != best and block[0] <= best[0] and block[1] <= best[1])
     return tuple(_outer_tile(block, samples, length, k_out, k_in, itemsize, narrow, arch) for block in (best, *smaller))
 
