@@ -9,7 +9,7 @@ from dropinf_kernels import reference_score, topk
 from tests.interpreter.helpers import assert_close
 from tests.reference.helpers import layouts
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.timeout(1200)]
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -30,7 +30,7 @@ def check(q, c, k, c_scale=None, offset=0):
 
 # Sorting costs the interpreter seconds a list, so the problems are few and small.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "rows", "width", "k"), [(1, 70, 20, 1), (2, 140, 70, 20), (33, 10, 3, 4)])
+@pytest.mark.parametrize(("queries", "rows", "width", "k"), [(1, 70, 20, 1), (2, 70, 70, 17), (33, 10, 3, 4)])
 def test_equals_the_reference(dtype, queries, rows, width, k):
     check(torch.randn(queries, width).to(dtype), torch.randn(rows, width).to(dtype), k, offset=9)
 
@@ -47,7 +47,7 @@ def test_int8_rows(dtype):
 
 
 def test_the_most_it_keeps():
-    check(torch.randn(2, 4), torch.randn(200, 4), topk.MAX_TOP)
+    check(torch.randn(2, 4), torch.randn(80, 4), topk.MAX_TOP)
 
 
 def test_order_of_ties_signed_zeros_nans_and_infinities():
@@ -81,7 +81,7 @@ def test_bad_input():
         topk.score_topk(q, c.to(torch.int8), 3)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(queries=st.integers(1, 6), rows=st.integers(1, 100), width=st.integers(1, 40), k=st.integers(1, 20))
 def test_random_shapes(queries, rows, width, k):
     check(torch.randn(queries, width), torch.randn(rows, width), k)
