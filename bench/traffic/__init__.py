@@ -1,0 +1,1 @@
+"""Counted memory traffic of the Triton kernels, without a GPU."""
