@@ -37,7 +37,7 @@ def one_hot(ids, offsets, k, p_index, p_weight, FAN_IN: tl.constexpr, WEIGHTED: 
 @triton.jit
 def compress_embedding_kernel(
     p_ids, p_g, p_out, p_cu, p_in_index, p_in_weight, p_out_index, p_out_weight,
-    T, k_in, k_out, chunk, padding_idx,
+    T, k_in, k_out, chunk, num_embeddings, padding_idx,
     stride_in, stride_it, stride_gn, stride_gt, stride_gd, stride_split,
     FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, OUT_GROUP: tl.constexpr,
     IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr,
@@ -65,8 +65,9 @@ def compress_embedding_kernel(
     acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
     for t in range(start, stop, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
-        ids = tl.load(p_ids + rows.to(tl.int64) * stride_it, mask=rows < stop, other=-1).to(tl.int32)
-        ids = tl.where(ids == padding_idx, -1, ids)
+        ids = tl.load(p_ids + rows.to(tl.int64) * stride_it, mask=rows < stop, other=-1)
+        # Before they are cut to 32 bits, where a wide id would come back as a row of the table.
+        ids = tl.where((ids < 0) | (ids >= num_embeddings) | (ids == padding_idx), -1, ids).to(tl.int32)
         right = one_hot(ids, offs_i, k_in, p_in_index, p_in_weight, FAN_IN, IN_WEIGHTED)
         # Positions whose id no column names are masked out of the load: they touch no memory.
         named = tl.max(tl.abs(right), 1) > 0.0
@@ -123,7 +124,7 @@ def compress_embedding(
             compress_embedding_kernel, (samples, blocks, tile.splits), g.device,
             ids, g, out if partial is None else partial, g if cu_seqlens is None else cu_seqlens,
             right.index, right.weight, left.index, left.weight,
-            length, right.k, left.k, share if cu_seqlens is None else tile.splits, padding_idx,
+            length, right.k, left.k, share if cu_seqlens is None else tile.splits, num_embeddings, padding_idx,
             *ids.stride()[:2], *g.stride(), out.numel(),
             FAN_IN=right.fan_in, FAN_OUT=left.fan_in, OUT_GROUP=left.group, IN_WEIGHTED=right.weighted,
             OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None, DTYPE=operand, PRECISION=arch.precision,

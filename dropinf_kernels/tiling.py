@@ -234,29 +234,3 @@ def topk_tile(queries: int, rows: int, k_padded: int, itemsize: int, arch: Arch)
     return TopkTile(
         block_q, block_n, block_k, warps, stages, splits(cdiv(queries, block_q), cdiv(rows, block_n), 4, arch)
     )
-
-
-@dataclass(frozen=True)
-class GroupedTile:
-    """A program of a grouped convolution: [block_o, block_i] sums over `block_p` positions at a time."""
-
-    block_o: int
-    block_i: int
-    block_p: int
-    warps: int
-    splits: int
-
-
-def grouped_tile(samples: int, length: int, k_out: int, k_in: int, arch: Arch) -> GroupedTile:
-    """Choose the tile of `samples` grouped convolutions; 4096 float32 sums are 32 registers of a thread."""
-    block_p = 32
-    block_i = power_of_two(k_in, 1, 16)
-    block_o = power_of_two(k_out, 1, 4096 // (block_p * block_i))
-    programs = samples * cdiv(k_out, block_o) * cdiv(k_in, block_i)
-    return GroupedTile(block_o, block_i, block_p, 4, splits(programs, length, block_p, arch))
-
-
-def patch_tile(length: int, k: int) -> RowTile:
-    """Choose the tile of a sketch of patches: `block_r` neighbouring positions of `block_k` columns."""
-    block_k = power_of_two(k, 4, 64)
-    return RowTile(power_of_two(length, 16, 4096 // block_k), block_k, 4, 1)
