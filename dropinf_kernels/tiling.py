@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 # Beyond this many partial results per sample the second stage costs more than an idle multiprocessor.
 _MAX_SPLITS = 64
-# What score_topk keeps per query on chip; longer lists spill, and take a minute to compile.
-MAX_TOP = 64
+# The longest list that score_topk keeps per query on chip; a longer one takes the reference.
+MAX_TOP = 256
 _BLOCKS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128))
 
 
@@ -225,12 +225,18 @@ class TopkTile:
 
 
 def topk_tile(queries: int, rows: int, k_padded: int, itemsize: int, arch: Arch) -> TopkTile:
-    """Choose the tile of `queries` running top-k lists of `k_padded` entries over `rows` rows."""
-    block_q = 32 if queries <= 32 or k_padded > 64 or itemsize > 2 else 64
+    """Choose the tile of `queries` running top-k lists of `k_padded` entries over `rows` rows.
+
+    A program holds at most 4096 keys of 64 bits in its lists and 4096 in a block, which sort without a spill. A
+    multiprocessor's registers hold one program of eight warps, or two of four.
+    """
+    block_q = min(64 if queries > 32 and itemsize <= 2 else 32, 4096 // k_padded)
     block_n = max(64, k_padded)
     block_k = 64 if itemsize <= 2 else 32
+    # AMD's warps have 64 lanes, and compilers give 8 of them too few registers.
+    warps = 8 if block_q * block_n >= 4096 and arch.backend == "cuda" else 4
     stages = 2 if arch.backend == "hip" else 3
-    warps = 8 if block_q * block_n >= 64 * 64 else 4
-    return TopkTile(
-        block_q, block_n, block_k, warps, stages, splits(cdiv(queries, block_q), cdiv(rows, block_n), 4, arch)
-    )
+    # Whole waves: one program more than fits at once would take as long as all before it.
+    resident = arch.multiprocessors * 8 // warps
+    ranges = max(1, min(resident // max(1, cdiv(queries, block_q)), cdiv(rows, 4 * block_n)))
+    return TopkTile(block_q, block_n, block_k, warps, stages, ranges)

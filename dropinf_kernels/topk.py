@@ -30,8 +30,8 @@ def to_key(score, row):
 
 @triton.jit
 def merge(best, other):
-    """Return the greatest of two descending lists, descending: the larger of one and the other reversed, sorted."""
-    return tl.sort(tl.maximum(best, tl.flip(other, 1)), 1, descending=True)
+    """Return the greatest of ascending lists and descending ones, ascending: the larger, entry by entry, is bitonic."""
+    return tl.bitonic_merge(tl.maximum(best, other), 1)
 
 
 @triton.jit
@@ -43,13 +43,15 @@ def score_topk_kernel(
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     split = tl.program_id(1)
     start = split * share
-    stop = tl.minimum(N, start + share)
+    # Counted from the start: a row just below 2^31, plus a block, is no int32.
+    length = tl.minimum(N - start, share)
     p_query = p_q + offs_q.to(tl.int64)[:, None] * stride_qn
-    lowest: tl.constexpr = -(2**63)
-    best = tl.full([BLOCK_Q, TOP], lowest, tl.int64)
-    for n in range(start, stop, BLOCK_N):
-        rows = n + tl.arange(0, BLOCK_N)
-        live = rows < stop
+    LOWEST: tl.constexpr = -(2**63)
+    best = tl.full([BLOCK_Q, TOP], LOWEST, tl.int64)
+    for n in range(0, length, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        live = offs_n < length
+        rows = start + offs_n
         p_row = p_c + rows.to(tl.int64)[None, :] * stride_cn
         scores = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -61,32 +63,34 @@ def score_topk_kernel(
             scores = tl.dot(q, c, scores, input_precision=PRECISION)
         if SCALED:
             scores *= tl.load(p_scale + rows, mask=live, other=0.0)[None, :]
-        keys = tl.where(live[None, :], to_key(scores, rows[None, :]), lowest)
-        # Once the lists are warm, most blocks beat no list's last entry, and are not sorted.
+        keys = tl.where(live[None, :], to_key(scores, rows[None, :]), LOWEST)
         better = keys > tl.min(best, 1)[:, None]
-        if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
+        # Flat, as reducing one axis of an accumulator in tensor memory does not compile for sm_100.
+        if tl.max(tl.reshape(better.to(tl.int32), [BLOCK_Q * BLOCK_N], can_reorder=True), 0) > 0:
             best = merge(best, tl.topk(keys, TOP, 1))
-    top = tl.arange(0, TOP)
-    at = (split.to(tl.int64) * Q + offs_q)[:, None] * TOP + top[None, :]
+    offs_top = tl.arange(0, TOP)
+    at = (split.to(tl.int64) * Q + offs_q)[:, None] * TOP + offs_top[None, :]
     tl.store(p_keys + at, best, mask=(offs_q < Q)[:, None])
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def score_topk_merge_kernel(p_keys, p_values, p_indices, Q, k, offset, SPLITS, TOP: tl.constexpr):
-    """Merge the lists of one query in order, and decode them."""
+    """Merge the ascending lists of one query in order, and decode them, the best first."""
     query = tl.program_id(0).to(tl.int64)
-    top = tl.arange(0, TOP)
-    p_list = p_keys + query * TOP + top[None, :]
-    best = tl.load(p_list)
+    offs_top = tl.arange(0, TOP)[None, :]
+    # Counted from the end, a list is descending.
+    backwards = TOP - 1 - offs_top
+    p_list = p_keys + query * TOP
+    best = tl.load(p_list + offs_top)
     for _ in range(1, SPLITS):
         p_list += Q.to(tl.int64) * TOP
-        best = merge(best, tl.load(p_list))
+        best = merge(best, tl.load(p_list + backwards))
     ordered = (best >> 32).to(tl.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     rows = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    at = query * k + top[None, :]
-    tl.store(p_values + at, values, mask=top[None, :] < k)
-    tl.store(p_indices + at, rows + offset, mask=top[None, :] < k)
+    at = query * k + backwards
+    tl.store(p_values + at, values, mask=backwards < k)
+    tl.store(p_indices + at, rows + offset, mask=backwards < k)
 
 
 def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,7 +101,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
     kept = min(k, rows)
     if kept > MAX_TOP:
         raise ValueError(
-            f"k is {k}; the kernel keeps at most {MAX_TOP} per query on chip: use the reference op for more"
+            f"k is {k}; the kernel keeps at most {MAX_TOP} per query on chip: dropinf_kernels.score_topk takes any k"
         )
     if rows > 0x7FFFFFFF:
         raise ValueError(f"c has {rows} rows; it must have at most 2^31 - 1: score it in blocks, with offset")
@@ -113,7 +117,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
     launch(
         score_topk_kernel, (cdiv(queries, tile.block_q), tile.splits), q.device,
         q, c, c if c_scale is None else c_scale.contiguous(), keys, queries, rows, width,
-        cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n, *q.stride(), *c.stride(),
+        min(rows, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n), *q.stride(), *c.stride(),
         SCALED=c_scale is not None, DTYPE=operand, PRECISION=arch.precision, TOP=top,
         BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,

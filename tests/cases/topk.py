@@ -1,4 +1,4 @@
-"""Calls of score_topk; its sort takes long to compile, and its machine code is not yet held to the rules."""
+"""Calls of score_topk: a tile for every length of list; and small ones that run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import torch
 from dropinf_kernels import topk
 from tests.cases.common import Case
 
+KERNEL = "score_topk_kernel"
 
-def _calls(dtype: torch.dtype, queries: int, rows: int, width: int, ks: tuple[int, ...]) -> Iterator[Case]:
-    make = torch.randn if rows < 1000 else torch.empty
-    q, c = make(queries, width).to(dtype), make(rows, width).to(dtype)
-    int8, scale = (
-        torch.empty(rows, width, dtype=torch.int8).fill_(3)
-        if rows < 1000
-        else torch.empty(rows, width, dtype=torch.int8),
-        make(rows),
-    )
-    for k in ks:
-        yield Case(f"top-{k}", lambda k=k: topk.score_topk(q, c, k), "score_topk_kernel")
-        yield Case(f"top-{k}-int8", lambda k=k: topk.score_topk(q, int8, k, scale), "score_topk_kernel")
-    yield Case("few-queries", lambda: topk.score_topk(q[:3], c, ks[0]), "score_topk_kernel")
+
+def large(dtype: torch.dtype) -> Iterator[Case]:
+    """A million rows, never read. A sort takes seconds to compile, so each tile is compiled once."""
+    q, c = torch.empty(256, 1024, dtype=dtype), torch.empty(1 << 20, 1024, dtype=dtype)
+    for k in (10, 64, 100, 256):
+        yield Case(f"top-{k}", lambda k=k: topk.score_topk(q, c, k), KERNEL, KERNEL if k <= 64 else "")
+    if dtype != torch.float32:
+        yield Case("few-queries", lambda: topk.score_topk(q[:3], c, 10), KERNEL, KERNEL)
+    int8, scale = torch.empty(1 << 20, 1024, dtype=torch.int8), torch.empty(1 << 20)
+    yield Case("int8", lambda: topk.score_topk(q, int8, 10, scale), KERNEL)
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:
-    yield from _calls(dtype, 5, 70, 24, (3, 20))
+    q, c = torch.randn(5, 24).to(dtype), torch.randn(70, 24).to(dtype)
+    int8, scale = torch.randint(-127, 128, (70, 24), dtype=torch.int8), torch.rand(70)
+    for k in (3, 20):
+        yield Case(f"top-{k}", lambda k=k: topk.score_topk(q, c, k))
+        yield Case(f"top-{k}-int8", lambda k=k: topk.score_topk(q, int8, k, scale))
+    yield Case("few-queries", lambda: topk.score_topk(q[:3], c, 3))

@@ -7,10 +7,17 @@ from hypothesis import strategies as st
 
 from dropinf_kernels import reference_score, topk
 from tests.interpreter.helpers import assert_close
+from tests.interpreter.sorting import fast_sort
 from tests.reference.helpers import layouts
 
-pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.usefixtures("poisoned", "_fast_sort")
 DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def _fast_sort():
+    with fast_sort():
+        yield
 
 
 def check(q, c, k, c_scale=None, offset=0):
@@ -28,9 +35,8 @@ def check(q, c, k, c_scale=None, offset=0):
     assert indices.shape == where.shape
 
 
-# Sorting costs the interpreter seconds a list, so the problems are few and small.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "rows", "width", "k"), [(1, 70, 20, 1), (2, 70, 70, 17), (33, 10, 3, 4)])
+@pytest.mark.parametrize(("queries", "rows", "width", "k"), [(1, 70, 20, 1), (2, 300, 70, 17), (65, 10, 3, 4)])
 def test_equals_the_reference(dtype, queries, rows, width, k):
     check(torch.randn(queries, width).to(dtype), torch.randn(rows, width).to(dtype), k, offset=9)
 
@@ -43,11 +49,34 @@ def test_same_bits_again():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_rows(dtype):
-    check(torch.randn(3, 20).to(dtype), torch.randint(-127, 128, (90, 20), dtype=torch.int8), 7, torch.rand(90))
+    check(torch.randn(3, 20).to(dtype), torch.randint(-127, 128, (90, 20), dtype=torch.int8), 7, torch.rand(180)[::2])
 
 
 def test_the_most_it_keeps():
-    check(torch.randn(2, 4), torch.randn(80, 4), topk.MAX_TOP)
+    check(torch.randn(2, 4), torch.randn(600, 4), topk.MAX_TOP)
+
+
+@pytest.mark.parametrize(("k", "rows"), [(5, 300), (30, 400), (60, 400), (100, 600), (200, 1100)])
+def test_ties_go_to_the_lowest_row_across_blocks_and_splits(k, rows):
+    q, c = torch.randint(-2, 3, (3, 4)).float(), torch.randint(-2, 3, (rows, 4)).float()
+    splits = []
+    launch = topk.launch
+    topk.launch = lambda kernel, grid, *args, **meta: splits.append(grid) or launch(kernel, grid, *args, **meta)
+    try:
+        values, indices = topk.score_topk(q, c, k, offset=2**40)
+    finally:
+        topk.launch = launch
+    assert splits[0][1] > 1
+    exact, where = reference_score.score_topk(q, c, k, offset=2**40)
+    assert torch.equal(values, exact)
+    assert torch.equal(indices, where)
+
+
+def test_a_block_that_beats_no_list_changes_nothing():
+    q, c = torch.ones(2, 1), torch.arange(200.0, 0, -1)[:, None]
+    values, indices = topk.score_topk(q, c, 3)
+    assert values.tolist() == [[200, 199, 198]] * 2
+    assert indices.tolist() == [[0, 1, 2]] * 2
 
 
 def test_order_of_ties_signed_zeros_nans_and_infinities():
@@ -60,12 +89,24 @@ def test_order_of_ties_signed_zeros_nans_and_infinities():
     torch.testing.assert_close(values, exact, rtol=0, atol=0, equal_nan=True)
 
 
+def test_sign_of_a_scale_does_not_order_zeros_or_nans():
+    nan = torch.tensor(0x7FC00000, dtype=torch.int32)
+    c_scale = torch.stack([torch.tensor(1.0), nan.view(torch.float32), (nan | -(2**31)).view(torch.float32)])
+    c_scale = torch.cat([c_scale, torch.tensor([-1.0, 1.0])])
+    c = torch.tensor([[5], [1], [1], [0], [0]], dtype=torch.int8)
+    values, indices = topk.score_topk(torch.ones(1, 1), c, 5, c_scale)
+    assert indices.tolist() == [[1, 2, 0, 3, 4]]
+    assert values[0, :2].isnan().all()
+    assert values[0, 2:].tolist() == [5, 0, 0]
+    assert not values[0, 3:].signbit().any()
+
+
 @pytest.mark.parametrize(("queries", "rows", "k"), [(0, 5, 2), (3, 0, 2), (3, 5, 0), (2, 3, 10)])
 def test_empty_shapes_and_more_than_there_are(queries, rows, k):
     check(torch.randn(queries, 4), torch.randn(rows, 4), k)
 
 
-@pytest.mark.parametrize("layout", ["sliced", "turned"])
+@pytest.mark.parametrize("layout", ["sliced", "turned", "outer"])
 def test_strides(layout):
     check(layouts(torch.randn(3, 8))[layout], layouts(torch.randn(30, 8))[layout], 4)
     check(torch.randn(1, 8).expand(3, 8), torch.randn(30, 8), 4)
@@ -73,15 +114,17 @@ def test_strides(layout):
 
 def test_bad_input():
     q, c = torch.zeros(2, 4), torch.zeros(600, 4)
-    with pytest.raises(ValueError, match="k is 65; the kernel keeps at most 64"):
-        topk.score_topk(q, c, 65)
+    with pytest.raises(ValueError, match=r"k is 257; the kernel keeps at most 256 .*: dropinf_kernels\.score_topk"):
+        topk.score_topk(q, c, 257)
     with pytest.raises(ValueError, match="k is -1"):
         topk.score_topk(q, c, -1)
+    with pytest.raises(ValueError, match="c has 3 columns and q has 4"):
+        topk.score_topk(q, c[:, :3], 3)
     with pytest.raises(ValueError, match="c is int8 and c_scale is missing"):
         topk.score_topk(q, c.to(torch.int8), 3)
 
 
-@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(queries=st.integers(1, 6), rows=st.integers(1, 100), width=st.integers(1, 40), k=st.integers(1, 20))
 def test_random_shapes(queries, rows, width, k):
     check(torch.randn(queries, width), torch.randn(rows, width), k)
