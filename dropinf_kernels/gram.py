@@ -14,6 +14,8 @@ from .linear import operand_dtype
 from .reference_score import check_gram
 from .tiling import ARCHS, cdiv, gram_tile
 
+_PART = 32  # side of what one program of the second stage sums
+
 
 @triton.jit
 def triangle(p):
@@ -54,18 +56,21 @@ def gram_kernel(
     rows = i * BLOCK + tl.arange(0, BLOCK)
     cols = j * BLOCK + tl.arange(0, BLOCK)
     start = split * share
-    stop = tl.minimum(N, start + share)
+    # Counted from the start: a row just below 2^31, plus a block, is no int32.
+    length = tl.minimum(N - start, share)
     p_left = p_C + rows.to(tl.int64)[:, None] * stride_ck
     p_right = p_C + cols.to(tl.int64)[None, :] * stride_ck
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-        at = n + tl.arange(0, BLOCK_N)
+    for n in tl.range(0, length, BLOCK_N, num_stages=STAGES):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        live = offs_n < length
+        at = start + offs_n
         step = at.to(tl.int64) * stride_cn
-        left = tl.load(p_left + step[None, :], mask=(rows < K)[:, None] & (at < stop)[None, :], other=0).to(DTYPE)
-        right = tl.load(p_right + step[:, None], mask=(at < stop)[:, None] & (cols < K)[None, :], other=0).to(DTYPE)
+        left = tl.load(p_left + step[None, :], mask=(rows < K)[:, None] & live[None, :], other=0).to(DTYPE)
+        right = tl.load(p_right + step[:, None], mask=live[:, None] & (cols < K)[None, :], other=0).to(DTYPE)
         if SCALED:
             # One side carries both scales, so that int8 stays exact on the other.
-            scale = tl.load(p_scale + at, mask=at < stop, other=0.0)
+            scale = tl.load(p_scale + at, mask=live, other=0.0)
             right = right * (scale * scale)[:, None]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     if SPLIT:
@@ -77,17 +82,21 @@ def gram_kernel(
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
-def gram_finish_kernel(p_F, p_partial, K, stride_r, stride_c, SPLITS, BLOCK: tl.constexpr):
-    """Sum the partial blocks in order, and add them to F."""
+def gram_finish_kernel(p_F, p_partial, K, stride_r, stride_c, SPLITS, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Sum one [PART, PART] of a partial block in order, and add it to F; blocks are few, so many programs share one."""
     block = tl.program_id(0)
     i, j = triangle(block)
-    at = tl.arange(0, BLOCK)
-    p_mine = p_partial + block.to(tl.int64) * (BLOCK * BLOCK) + at[:, None] * BLOCK + at[None, :]
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for _ in range(SPLITS):
-        acc += tl.load(p_mine)
-        p_mine += tl.num_programs(0).to(tl.int64) * (BLOCK * BLOCK)
-    add_block(p_F, acc, i, j, K, stride_r, stride_c, BLOCK)
+    PARTS: tl.constexpr = BLOCK // PART
+    part_i, part_j = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    if (i > j) | (part_i >= part_j):
+        rows = part_i * PART + tl.arange(0, PART)
+        cols = part_j * PART + tl.arange(0, PART)
+        p_mine = p_partial + block.to(tl.int64) * (BLOCK * BLOCK) + rows[:, None] * BLOCK + cols[None, :]
+        acc = tl.zeros([PART, PART], tl.float32)
+        for _ in range(SPLITS):
+            acc += tl.load(p_mine)
+            p_mine += tl.num_programs(0).to(tl.int64) * (BLOCK * BLOCK)
+        add_block(p_F, acc, i * PARTS + part_i, j * PARTS + part_j, K, stride_r, stride_c, PART)
 
 
 def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
@@ -107,12 +116,12 @@ def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
     partial = torch.empty(shape, dtype=torch.float32, device=F.device) if split else F
     launch(
         gram_kernel, (blocks, tile.splits), F.device, C, C if c_scale is None else c_scale.contiguous(), F, partial,
-        rows, k, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n, *C.stride(), *F.stride(),
+        rows, k, min(rows, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n), *C.stride(), *F.stride(),
         SCALED=c_scale is not None, SPLIT=split, DTYPE=operand, PRECISION=arch.precision,
         BLOCK=tile.block, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
         launch(
-            gram_finish_kernel, (blocks,), F.device, F, partial, k, *F.stride(), tile.splits,
-            BLOCK=tile.block, num_warps=8,
+            gram_finish_kernel, (blocks, (tile.block // _PART) ** 2), F.device, F, partial, k, *F.stride(), tile.splits,
+            BLOCK=tile.block, PART=_PART, num_warps=4,
         )  # fmt: skip

@@ -43,7 +43,9 @@ def dequantize_rows_kernel(p_q, p_scale, p_out, K, stride_n, stride_k, BLOCK: tl
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     q = tl.load(p_q + row * stride_n + at.to(tl.int64) * stride_k, mask=at < K, other=0)
-    value = q.to(tl.float32) * tl.load(p_scale + row)
+    # The product has 31 bits: exact in float64 alone.
+    WIDE: tl.constexpr = tl.float64 if p_out.dtype.element_ty == tl.float64 else tl.float32
+    value = q.to(WIDE) * tl.load(p_scale + row).to(WIDE)
     tl.store(p_out + row * K + at, value.to(p_out.dtype.element_ty), mask=at < K)
 
 
@@ -54,8 +56,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     block = power_of_two(x.shape[1], 128, 2048)
     launch(
-        quantize_rows_kernel, (x.shape[0],), x.device, x, q, scale, x.shape[1], *x.stride(), BLOCK=block, num_warps=4
-    )
+        quantize_rows_kernel, (x.shape[0],), x.device, x, q, scale, x.shape[1], *x.stride(),
+        BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
     return q, scale
 
 
@@ -67,6 +70,11 @@ def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     block = power_of_two(q.shape[1], 128, 2048)
     launch(
         dequantize_rows_kernel, (q.shape[0], cdiv(q.shape[1], block)), q.device, q, scale.contiguous(), out,
-        q.shape[1], *q.stride(), BLOCK=block, num_warps=4,
+        q.shape[1], *q.stride(), BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
+
+
+def _warps(block: int) -> int:
+    """Return the warps that load a block in 16 bytes a thread of 16-bit values, twice over."""
+    return max(1, block // 512)

@@ -11,7 +11,7 @@ from tests.cases.common import Case
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
-    for k in (64, 4096):
+    for k in (64, 256, 4096):
         F, C = torch.empty(k, k), torch.empty(1 << 14, k, dtype=dtype)
         vector = "gram_kernel"
         yield Case(f"{k}", lambda F=F, C=C: gram.gram_update(F, C), "gram_kernel", vector)

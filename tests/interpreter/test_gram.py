@@ -35,16 +35,39 @@ def test_equals_the_reference(dtype, n, k):
     check(symmetric(k), torch.randn(n, k).to(dtype))
 
 
-@pytest.mark.parametrize(("n", "k"), [(30, 20), (100, 150)])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(30, 20), (100, 150), (0, 5)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.float16])
 def test_scaled_rows(n, k, dtype):
     check(symmetric(k), torch.randint(-127, 128, (n, k)).to(dtype), torch.rand(n))
 
 
-@pytest.mark.parametrize("layout", ["sliced", "turned"])
+@pytest.mark.parametrize("layout", ["sliced", "turned", "outer"])
 def test_strides(layout):
     check(layouts(symmetric(20))[layout], layouts(torch.randn(30, 20))[layout])
     check(symmetric(20), torch.randn(1, 20).expand(30, 20))
+
+
+def test_scale_with_a_stride_and_a_row_that_is_not_finite():
+    C, c_scale = torch.randint(-127, 128, (9, 20), dtype=torch.int8), torch.rand(18)[::2]
+    check(symmetric(20), C, c_scale)
+    c_scale[4] = float("nan")
+    F = torch.zeros(20, 20)
+    gram.gram_update(F, C, c_scale)
+    assert F.isnan().all()
+
+
+def test_split_sums_are_finished_in_parts():
+    F, C = symmetric(70), torch.randn(300, 70)
+    shapes = []
+    launch = gram.launch
+    gram.launch = lambda kernel, grid, *args, **meta: shapes.append(grid) or launch(kernel, grid, *args, **meta)
+    try:
+        check(F, C)
+    finally:
+        gram.launch = launch
+    (blocks, splits), (finished, parts) = shapes[:2]
+    assert splits > 1
+    assert (blocks, finished, parts) == (1, 1, 16)
 
 
 def test_only_one_triangle_is_computed():
@@ -83,6 +106,8 @@ def test_triangle_is_exact_for_many_blocks():
 def test_bad_input():
     with pytest.raises(ValueError, match="C is int8 and c_scale is missing"):
         gram.gram_update(torch.zeros(4, 4), torch.zeros(2, 4, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"c_scale is torch\.float32 \[3\]; it must be float32 \[N\] with C's N = 2"):
+        gram.gram_update(torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(3))
     with pytest.raises(ValueError, match=r"F has shape \[4, 5\]"):
         gram.gram_update(torch.zeros(4, 5), torch.zeros(2, 4))
     with pytest.raises(TypeError, match=r"F has dtype torch\.float16"):

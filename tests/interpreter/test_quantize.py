@@ -17,7 +17,7 @@ def check(x):
     exact, exact_scale = reference_score.quantize_rows(x)
     assert torch.equal(q, exact)
     assert torch.equal(scale, exact_scale)
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, torch.float64):
         back = quantize.dequantize_rows(q, scale, dtype)
         assert torch.equal(back, reference_score.dequantize_rows(q, scale, dtype))
 
@@ -43,9 +43,16 @@ def test_a_row_that_is_not_finite_is_marked(bad):
     assert (q[1] == 0).all()
 
 
-@pytest.mark.parametrize("layout", ["sliced", "turned"])
+@pytest.mark.parametrize("layout", ["sliced", "turned", "outer"])
 def test_strides(layout):
     check(layouts(torch.randn(4, 30))[layout])
+    check(torch.randn(1, 30).expand(4, 30))
+
+
+def test_strides_of_int8():
+    q, scale = torch.randint(-127, 128, (9, 30), dtype=torch.int8)[::2, ::3], torch.rand(10)[::2]
+    for rows in (q, q.contiguous().T.contiguous().T):
+        assert torch.equal(quantize.dequantize_rows(rows, scale), reference_score.dequantize_rows(q, scale))
 
 
 def test_bad_input():

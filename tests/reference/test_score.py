@@ -144,3 +144,30 @@ ONES = torch.ones(3, 4)
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("f_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("c_dtype", [torch.int8, torch.float16, torch.float32])
+def test_gram_update_of_scaled_rows(f_dtype, c_dtype, monkeypatch):
+    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_BLOCK", 5)
+    monkeypatch.setattr("dropinf_kernels.reference_score.BUFFER_BYTES", 3 * 13 * 8)
+    C, c_scale = torch.randint(-127, 128, (20, 13)).to(c_dtype), torch.rand(20)
+    F = torch.eye(13, dtype=f_dtype)
+    kernels.gram_update(F, C, c_scale)
+    rows = C.double() * c_scale.double()[:, None]
+    want = torch.eye(13, dtype=torch.float64) + rows.T @ rows
+    torch.testing.assert_close(F.double(), want, rtol=0, atol=32 * torch.finfo(f_dtype).eps * want.max().item())
+    assert torch.equal(F, F.T)
+
+
+@pytest.mark.parametrize(
+    ("c_dtype", "c_scale", "message"),
+    [
+        (torch.int8, None, "C is int8 and c_scale is missing"),
+        (torch.int8, torch.ones(4), r"c_scale is torch.float32 \[4\]; .* C's N = 3"),
+        (torch.float32, torch.ones(3).double(), r"c_scale is torch.float64 \[3\]"),
+    ],
+)
+def test_gram_update_needs_the_scale_of_each_row(c_dtype, c_scale, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.gram_update(torch.zeros(4, 4), torch.ones(3, 4).to(c_dtype), c_scale)
