@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-triton lint bench clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
 	$(BIN)/python -m pytest tests/reference tests/api tests/distributed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/interpreter
+	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/sanitizer
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m pytest -n 2 tests/compile
+
+# Every kernel with the oldest and the newest Triton that is supported; torch's own is in `test`.
+test-triton: $(READY)
+	tests/compile/other_triton.sh 3.6.0 -n 2
+	tests/compile/other_triton.sh 3.9.0 -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,4 +36,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .triton out .pytest_cache .mypy_cache .ruff_cache
