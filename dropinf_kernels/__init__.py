@@ -2,11 +2,15 @@
 
 from .functional import (
     compress_conv,
+    compress_conv_int8,
     compress_embedding,
+    compress_embedding_int8,
     compress_flat,
+    compress_flat_int8,
     compress_linear,
     compress_linear_int8,
     compress_norm,
+    compress_norm_int8,
     dequantize_rows,
     gram_update,
     quantize_rows,
@@ -18,11 +22,15 @@ from .reference_conv import conv_output_size
 
 __all__ = [
     "compress_conv",
+    "compress_conv_int8",
     "compress_embedding",
+    "compress_embedding_int8",
     "compress_flat",
+    "compress_flat_int8",
     "compress_linear",
     "compress_linear_int8",
     "compress_norm",
+    "compress_norm_int8",
     "conv_output_size",
     "dequantize_rows",
     "gram_update",

@@ -20,7 +20,7 @@ from torch import Tensor
 from .launch import arch_of, check_device, check_index, launch
 from .linear import operand_dtype
 from .reference_conv import Geometry, check_conv, check_patches
-from .tiles import Side, finish, load_side, outputs
+from .tiles import Side, finish, load_side, outputs, sample_and_block, store_block
 from .tiling import ARCHS, OuterTile, cdiv, computed_tile, power_of_two, splits
 
 
@@ -75,9 +75,7 @@ def sketch_patches_kernel(
     K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
     FAN_IN: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    positions = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n, positions, offs_k = sample_and_block(T, k, BLOCK_P, BLOCK_K)
     tile = sketch_taps(
         p_x + n * stride_n, positions, positions < T, offs_k, k, p_index, p_weight, O1, O2, S0, S1, S2,
         stride_c, stride_0, stride_1, stride_2, K, STEP, PAD, DIL, FAN_IN, WEIGHTED, DTYPE,
@@ -97,21 +95,18 @@ def output_sites(positions, O1, O2, stride_p, stride_0, stride_1, stride_2, FLAT
 
 @triton.jit
 def compress_conv_kernel(
-    p_x, p_g, p_out, p_in_index, p_in_weight, p_out_index, p_out_weight,
+    p_x, p_g, p_out, p_scale, p_in_index, p_in_weight, p_out_index, p_out_weight,
     T, k_in, k_out, share, O1, O2, S0, S1, S2,
     stride_xn, stride_xc, stride_x0, stride_x1, stride_x2,
     stride_gn, stride_gc, stride_gp, stride_g0, stride_g1, stride_g2, stride_split,
     K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
     FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, OUT_GROUP: tl.constexpr,
-    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, FLAT: tl.constexpr,
+    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, FLAT: tl.constexpr, QUANTIZE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    blocks_i = tl.cdiv(k_in, BLOCK_I)
-    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    split = tl.program_id(2)
+    n, offs_o, offs_i = sample_and_block(k_out, k_in, BLOCK_O, BLOCK_I)
+    split = tl.program_id(1)
     start = split * share
     stop = tl.minimum(T, start + share)
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
@@ -130,25 +125,23 @@ def compress_conv_kernel(
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
     keep = (offs_o < k_out)[:, None] & (offs_i < k_in)[None, :]
-    tl.store(p_out + split.to(tl.int64) * stride_split + where, acc, mask=keep)
+    store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
 
 
 @triton.jit
 def compress_conv_grouped_kernel(
-    p_x, p_g, p_out, p_in_index, p_in_weight, p_out_index, p_out_weight,
+    p_x, p_g, p_out, p_scale, p_in_index, p_in_weight, p_out_index, p_out_weight,
     T, k_in, k_out, share, O1, O2, S0, S1, S2, group_out, group_in,
     stride_xn, stride_xc, stride_x0, stride_x1, stride_x2,
     stride_gn, stride_gc, stride_gp, stride_g0, stride_g1, stride_g2, stride_split,
     K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
     FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr,
-    FLAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+    FLAT: tl.constexpr, QUANTIZE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Rows see their own channel group's input, so each pair of a row and a tap is a dot product of its own."""
-    n = tl.program_id(0).to(tl.int64)
-    blocks_i = tl.cdiv(k_in, BLOCK_I)
-    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    split = tl.program_id(2)
+    n, offs_o, offs_i = sample_and_block(k_out, k_in, BLOCK_O, BLOCK_I)
+    split = tl.program_id(1)
     start = split * share
     stop = tl.minimum(T, start + share)
     keep_o, keep_i = offs_o < k_out, offs_i < k_in
@@ -182,7 +175,8 @@ def compress_conv_grouped_kernel(
                 part *= tl.load(p_out_weight + fo * k_out + offs_o, mask=keep_o, other=0.0)[:, None]
             acc += part
     where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
-    tl.store(p_out + split.to(tl.int64) * stride_split + where, acc, mask=keep_o[:, None] & keep_i[None, :])
+    keep = keep_o[:, None] & keep_i[None, :]
+    store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
 
 
 def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
@@ -198,7 +192,18 @@ def _window(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     }
 
 
-def compress_conv(
+def compress_conv(*args: Any, **kwargs: Any) -> Tensor:
+    """Launch `compress_conv` on g's device; see `functional.compress_conv`."""
+    return _compress(torch.float32, *args, **kwargs)[0]
+
+
+def compress_conv_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_conv_int8`: int8 rows, and the scale of each."""
+    return _compress(torch.int8, *args, **kwargs)
+
+
+def _compress(
+    dtype: torch.dtype,
     x: Tensor,
     g: Tensor,
     kernel_size: Sequence[int],
@@ -211,8 +216,7 @@ def compress_conv(
     out_index: Tensor | None = None,
     out_weight: Tensor | None = None,
     group: int = 1,
-) -> Tensor:
-    """Launch `compress_conv` on g's device; see `functional.compress_conv`."""
+) -> tuple[Tensor, Tensor | None]:
     window = (kernel_size, stride, padding, dilation)
     geometry = check_conv(x, g, *window, groups, in_index, in_weight, out_index, out_weight, group)
     check_device(g=g, x=x, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
@@ -234,29 +238,32 @@ def compress_conv(
         "OUT_WEIGHTED": left.weighted, "FLAT": flat,
     }  # fmt: skip
 
-    def run(tile: OuterTile) -> Tensor:
+    def run(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
         blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
-        out, _, partial = outputs((samples, left.k, right.k), torch.float32, g.device, tile.splits, whole=True)
+        shape = (samples, left.k, right.k)
+        out, scale, partial = outputs(shape, dtype, g.device, tile.splits, whole=blocks == 1)
         share = cdiv(cdiv(positions, tile.block_t), tile.splits) * tile.block_t
-        head = (x, g, out if partial is None else partial, right.index, right.weight, left.index, left.weight)
+        head = (x, g, out if partial is None else partial, out if scale is None else scale)
+        tables = (right.index, right.weight, left.index, left.weight)
         lengths = (positions, right.k, left.k, share, *sizes)
-        grid = (samples, blocks, tile.splits)
+        grid = (samples * blocks, tile.splits)
         meta = shared | {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_P": tile.block_t}
+        meta["QUANTIZE"] = scale is not None and partial is None
         if groups == 1:
             meta |= {"OUT_GROUP": left.group, "DTYPE": operand, "PRECISION": arch.precision}
             launch(
-                compress_conv_kernel, grid, g.device, *head, *lengths, *strides, out.numel(), **meta,
+                compress_conv_kernel, grid, g.device, *head, *tables, *lengths, *strides, out.numel(), **meta,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         else:
             channels = (g.shape[1] // groups, geometry.channels)
             launch(
-                compress_conv_grouped_kernel, grid, g.device, *head, *lengths, *channels, *strides, out.numel(),
-                **meta, num_warps=tile.warps,
+                compress_conv_grouped_kernel, grid, g.device, *head, *tables, *lengths, *channels, *strides,
+                out.numel(), **meta, num_warps=tile.warps,
             )  # fmt: skip
         if partial is not None:
-            finish(partial, out, None)
-        return out
+            finish(partial, out, scale)
+        return out, scale
 
     if groups > 1:
         # A tile of three axes lives in registers.
@@ -284,7 +291,7 @@ def sketch_patches(
     out = torch.empty((x.shape[0], geometry.positions, side.k), dtype=x.dtype, device=x.device)
     block_k = power_of_two(side.k, 16, 64)
     block_p = 2048 // block_k
-    grid = (x.shape[0], cdiv(math.prod(geometry.out), block_p), cdiv(side.k, block_k))
+    grid = (x.shape[0] * cdiv(math.prod(geometry.out), block_p) * cdiv(side.k, block_k),)
     launch(
         sketch_patches_kernel, grid, x.device, x, out, side.index, side.weight, geometry.positions, side.k,
         *_three(geometry.out, 1)[1:], *_three(x.shape[2:], 1), *x.stride()[:2], *_three(x.stride()[2:], 0),

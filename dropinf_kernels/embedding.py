@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 from .launch import arch_of, check_cu_seqlens, check_device, check_index, launch
 from .linear import operand_dtype, packed_rows
 from .reference_sparse import check_embedding
-from .tiles import Side, finish, load_side, outputs
+from .tiles import Side, finish, load_side, outputs, range_of, sample_and_block, store_block
 from .tiling import ARCHS, OuterTile, cdiv, computed_tile
 
 
@@ -36,32 +38,19 @@ def one_hot(ids, offsets, k, p_index, p_weight, FAN_IN: tl.constexpr, WEIGHTED: 
 
 @triton.jit
 def compress_embedding_kernel(
-    p_ids, p_g, p_out, p_cu, p_in_index, p_in_weight, p_out_index, p_out_weight,
+    p_ids, p_g, p_out, p_scale, p_cu, p_in_index, p_in_weight, p_out_index, p_out_weight,
     T, k_in, k_out, chunk, num_embeddings, padding_idx,
     stride_in, stride_it, stride_gn, stride_gt, stride_gd, stride_split,
     FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, OUT_GROUP: tl.constexpr,
-    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr,
+    IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr, QUANTIZE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    blocks_i = tl.cdiv(k_in, BLOCK_I)
-    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    split = tl.program_id(2)
-    if PACKED:
-        first = tl.load(p_cu + n).to(tl.int64)
-        length = (tl.load(p_cu + n + 1).to(tl.int64) - first).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(length, BLOCK_T), chunk) * BLOCK_T
-        p_ids += first * stride_it
-        p_g += first * stride_gt
-    else:
-        length = T
-        share = chunk
-        p_ids += n * stride_in
-        p_g += n * stride_gn
-    start = split * share
-    stop = tl.minimum(length, start + share)
+    n, offs_o, offs_i = sample_and_block(k_out, k_in, BLOCK_O, BLOCK_I)
+    split = tl.program_id(1)
+    sample, row, start, stop = range_of(n, split, p_cu, T, chunk, BLOCK_T, PACKED)
+    p_ids += sample * stride_in + row * stride_it
+    p_g += sample * stride_gn + row * stride_gt
     acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
     for t in range(start, stop, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
@@ -78,10 +67,21 @@ def compress_embedding_kernel(
         acc = tl.dot(left, right.to(DTYPE), acc, input_precision=PRECISION)
     where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
     keep = (offs_o < k_out)[:, None] & (offs_i < k_in)[None, :]
-    tl.store(p_out + split.to(tl.int64) * stride_split + where, acc, mask=keep)
+    store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
 
 
-def compress_embedding(
+def compress_embedding(*args: Any, **kwargs: Any) -> Tensor:
+    """Launch `compress_embedding` on g's device. An id outside [0, num_embeddings) contributes 0, as nothing waits."""
+    return _compress(torch.float32, *args, **kwargs)[0]
+
+
+def compress_embedding_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_embedding_int8`: int8 rows, and the scale of each."""
+    return _compress(torch.int8, *args, **kwargs)
+
+
+def _compress(
+    dtype: torch.dtype,
     ids: Tensor,
     g: Tensor,
     num_embeddings: int,
@@ -92,8 +92,7 @@ def compress_embedding(
     padding_idx: int = -1,
     group: int = 1,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """Launch `compress_embedding` on g's device. An id outside [0, num_embeddings) contributes 0, as nothing waits."""
+) -> tuple[Tensor, Tensor | None]:
     check_embedding(ids, g, num_embeddings, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
     check_device(g=g, ids=ids, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
     check_index("in_index", in_index, num_embeddings, group)
@@ -116,22 +115,24 @@ def compress_embedding(
     operand = tl.float32 if right.weighted or right.fan_in > 1 else operand_dtype(g, g)
     problem = (samples, mean, left.k, right.k, 4 if operand == tl.float32 else 2, arch)
 
-    def run(tile: OuterTile) -> Tensor:
+    def run(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
         blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
-        out, _, partial = outputs((samples, left.k, right.k), torch.float32, g.device, tile.splits, whole=True)
+        shape = (samples, left.k, right.k)
+        out, scale, partial = outputs(shape, dtype, g.device, tile.splits, whole=blocks == 1)
         share = cdiv(cdiv(length, tile.block_t), tile.splits) * tile.block_t
         launch(
-            compress_embedding_kernel, (samples, blocks, tile.splits), g.device,
-            ids, g, out if partial is None else partial, g if cu_seqlens is None else cu_seqlens,
-            right.index, right.weight, left.index, left.weight,
+            compress_embedding_kernel, (samples * blocks, tile.splits), g.device,
+            ids, g, out if partial is None else partial, out if scale is None else scale,
+            g if cu_seqlens is None else cu_seqlens, right.index, right.weight, left.index, left.weight,
             length, right.k, left.k, share if cu_seqlens is None else tile.splits, num_embeddings, padding_idx,
             *ids.stride()[:2], *g.stride(), out.numel(),
             FAN_IN=right.fan_in, FAN_OUT=left.fan_in, OUT_GROUP=left.group, IN_WEIGHTED=right.weighted,
-            OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None, DTYPE=operand, PRECISION=arch.precision,
+            OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None,
+            QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
             BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, num_warps=tile.warps, num_stages=2,
         )  # fmt: skip
         if partial is not None:
-            finish(partial, out, None)
-        return out
+            finish(partial, out, scale)
+        return out, scale
 
     return run(computed_tile(*problem))

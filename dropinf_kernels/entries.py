@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,35 +14,24 @@ from torch import Tensor
 from ._checks import ID_DTYPES, check_flat, check_norm
 from .launch import arch_of, check_cu_seqlens, check_device, check_index, launch
 from .linear import packed_rows
-from .tiles import Side, below, finish, outputs, run_columns
+from .tiles import Side, below, finish, outputs, range_of, run_columns, sample_and_block, store_block
 from .tiling import ARCHS, cdiv, row_tile
 
 
 @triton.jit
 def entries_kernel(
-    p_a, p_g, p_out, p_cu, p_a_index, p_g_index, p_weight,
+    p_a, p_g, p_out, p_scale, p_cu, p_a_index, p_g_index, p_weight,
     T, k, chunk, stride_an, stride_at, stride_ad, stride_gn, stride_gt, stride_gd, stride_split,
     INPUT: tl.constexpr, FAN_IN: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    QUANTIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[n, j] = sum_f weight sum_t g[t, g_index] * a[t, a_index]; INPUT is "ones", "dense" or "ids" (one-hot)."""
-    n = tl.program_id(0).to(tl.int64)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    split = tl.program_id(2)
+    n, _, offs_k = sample_and_block(1, k, 1, BLOCK_K)
+    split = tl.program_id(1)
     keep = below(offs_k, k, GROUP)
-    if PACKED:
-        first = tl.load(p_cu + n).to(tl.int64)
-        length = (tl.load(p_cu + n + 1).to(tl.int64) - first).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(length, BLOCK_T), chunk) * BLOCK_T
-        p_a += first * stride_at
-        p_g += first * stride_gt
-    else:
-        length = T
-        share = chunk
-        p_a += n * stride_an
-        p_g += n * stride_gn
-    start = split * share
-    stop = tl.minimum(length, start + share)
+    sample, row, start, stop = range_of(n, split, p_cu, T, chunk, BLOCK_T, PACKED)
+    p_a += sample * stride_an + row * stride_at
+    p_g += sample * stride_gn + row * stride_gt
     total = tl.zeros([BLOCK_K], tl.float32)
     # A side without a table keeps the axis whole: FAN_IN 0, one pass.
     for f in range(FAN_IN if FAN_IN > 0 else 1):
@@ -69,39 +60,62 @@ def entries_kernel(
         if WEIGHTED:
             part *= tl.load(p_weight + f * k + offs_k, mask=keep, other=0.0)
         total += part
-    tl.store(p_out + split.to(tl.int64) * stride_split + n * k + offs_k, total, mask=keep)
+    store_block(p_out, p_scale, n, split, stride_split, total, n * k + offs_k, keep, QUANTIZE)
 
 
-def compress_norm(
+def compress_norm(*args: Any, **kwargs: Any) -> Tensor:
+    """Launch `compress_norm` on g's device; see `functional.compress_norm`."""
+    return _norm(torch.float32, *args, **kwargs)[0]
+
+
+def compress_norm_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_norm_int8`: int8 rows, and the scale of each."""
+    return _norm(torch.int8, *args, **kwargs)
+
+
+def compress_flat(*args: Any, **kwargs: Any) -> Tensor:
+    """Launch `compress_flat` on g's device; see `functional.compress_flat`."""
+    return _flat(torch.float32, *args, **kwargs)[0]
+
+
+def compress_flat_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_flat_int8`: int8 rows, and the scale of each."""
+    return _flat(torch.int8, *args, **kwargs)
+
+
+def _norm(
+    dtype: torch.dtype,
     a: Tensor | None,
     g: Tensor,
     index: Tensor | None = None,
     weight: Tensor | None = None,
     group: int = 1,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """Launch `compress_norm` on g's device; see `functional.compress_norm`."""
+) -> tuple[Tensor, Tensor | None]:
     check_norm(a, g, index, weight, group, cu_seqlens)
     check_device(g=g, a=a, index=index, weight=weight)
     check_index("index", index, g.shape[-1], group)
     side = Side.of(g, g.shape[-1], index, weight, group)
-    return _entries("ones" if a is None else "dense", g if a is None else a, g, side, side.index, cu_seqlens)
+    return _entries(dtype, "ones" if a is None else "dense", g if a is None else a, g, side, side.index, cu_seqlens)
 
 
-def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Launch `compress_flat` on g's device; see `functional.compress_flat`."""
+def _flat(
+    dtype: torch.dtype, a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     check_flat(a, g, rows, cols, cu_seqlens)
     check_device(g=g, a=a, rows=rows, cols=cols)
     check_index("rows", rows, g.shape[-1])
     side = Side.of(g, g.shape[-1], rows.unsqueeze(0), None, 1)
     if a.dtype in ID_DTYPES:
         # Ids look like rows of width 1, so that both kinds of input have the same strides.
-        return _entries("ids", a.unsqueeze(-1), g, side, cols.contiguous(), cu_seqlens)
+        return _entries(dtype, "ids", a.unsqueeze(-1), g, side, cols.contiguous(), cu_seqlens)
     check_index("cols", cols, a.shape[-1])
-    return _entries("dense", a, g, side, cols.contiguous(), cu_seqlens)
+    return _entries(dtype, "dense", a, g, side, cols.contiguous(), cu_seqlens)
 
 
-def _entries(kind: str, a: Tensor, g: Tensor, side: Side, a_index: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _entries(
+    dtype: torch.dtype, kind: str, a: Tensor, g: Tensor, side: Side, a_index: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     if cu_seqlens is None:
         samples, length = g.shape[:2]
         mean = length
@@ -114,16 +128,19 @@ def _entries(kind: str, a: Tensor, g: Tensor, side: Side, a_index: Tensor, cu_se
         a, g = a.unsqueeze(0), g.unsqueeze(0)
     arch = arch_of(g.device) or ARCHS["sm_80"]
     tile = row_tile(samples, mean, side.k, g.element_size(), arch)
-    out, _, partial = outputs((samples, side.k), torch.float32, g.device, tile.splits, whole=True)
+    blocks = cdiv(side.k, tile.block_k)
+    out, scale, partial = outputs((samples, side.k), dtype, g.device, tile.splits, whole=blocks == 1)
     share = cdiv(cdiv(length, tile.block_r), tile.splits) * tile.block_r
     launch(
-        entries_kernel, (samples, cdiv(side.k, tile.block_k), tile.splits), g.device,
-        a, g, out if partial is None else partial, g if cu_seqlens is None else cu_seqlens,
-        a_index, side.index, side.weight, length, side.k, share if cu_seqlens is None else tile.splits,
+        entries_kernel, (samples * blocks, tile.splits), g.device,
+        a, g, out if partial is None else partial, out if scale is None else scale,
+        g if cu_seqlens is None else cu_seqlens, a_index, side.index, side.weight,
+        length, side.k, share if cu_seqlens is None else tile.splits,
         *a.stride(), *g.stride(), out.numel(),
         INPUT=kind, FAN_IN=side.fan_in, GROUP=side.group, WEIGHTED=side.weighted, PACKED=cu_seqlens is not None,
+        QUANTIZE=scale is not None and partial is None,
         BLOCK_T=tile.block_r, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if partial is not None:
-        finish(partial, out, None)
-    return out
+        finish(partial, out, scale)
+    return out, scale

@@ -10,6 +10,7 @@ a wrong shape ValueError, an index or id outside its axis IndexError or torch's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -74,36 +75,6 @@ def compress_linear(
         group,
         cu_seqlens,
         dtype,
-    )
-
-
-def compress_linear_int8(
-    a: Tensor,
-    g: Tensor,
-    in_index: Tensor | None = None,
-    in_weight: Tensor | None = None,
-    out_index: Tensor | None = None,
-    out_weight: Tensor | None = None,
-    group: int = 1,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compress as compress_linear does, and quantize each sample's gradient as quantize_rows does, in one pass.
-
-    Returns int8 [N, k_out, k_in] and the scale of each sample, float32 [N]; a gradient that is not finite has scale
-    NaN and values 0 on a GPU, and raises ValueError elsewhere. Raises as compress_linear.
-    Source: see compress_linear and quantize_rows.
-    """
-    return _call(
-        torch.ops.dropinf.compress_linear_int8,
-        bodies.compress_linear_int8,
-        a,
-        g,
-        in_index,
-        in_weight,
-        out_index,
-        out_weight,
-        group,
-        cu_seqlens,
     )
 
 
@@ -243,6 +214,35 @@ def compress_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: 
     Source: entry (rows[i], cols[i]) of G_n = sum_t g_nt a_nt^T (mode "flat").
     """
     return _call(torch.ops.dropinf.compress_flat, bodies.compress_flat, a, g, rows, cols, cu_seqlens)
+
+
+def _int8(
+    compress: Callable[..., Tensor], body: Callable[P, tuple[Tensor, Tensor]]
+) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Return the variant of `compress` that quantizes each sample's gradient in the same pass."""
+    op = getattr(torch.ops.dropinf, body.__name__)
+
+    @functools.wraps(body)
+    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
+        return _call(op, body, *args, **kwargs)
+
+    call.__module__, call.__qualname__ = __name__, body.__name__
+    name = compress.__name__
+    call.__doc__ = f"""Compress as {name} does, and quantize each sample as quantize_rows does, in one pass.
+
+    Takes what {name} takes, but no `dtype`. Returns int8 values of the same shape and the scale of each
+    sample, float32 [N]; a gradient that is not finite has scale NaN and values 0 on a GPU, and raises ValueError
+    elsewhere. Raises as {name}.
+    Source: see {name} and quantize_rows.
+    """
+    return call
+
+
+compress_linear_int8 = _int8(compress_linear, bodies.compress_linear_int8)
+compress_conv_int8 = _int8(compress_conv, bodies.compress_conv_int8)
+compress_embedding_int8 = _int8(compress_embedding, bodies.compress_embedding_int8)
+compress_norm_int8 = _int8(compress_norm, bodies.compress_norm_int8)
+compress_flat_int8 = _int8(compress_flat, bodies.compress_flat_int8)
 
 
 def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:

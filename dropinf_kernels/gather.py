@@ -23,8 +23,10 @@ def sketch_gather_kernel(
     FAN_IN: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Column blocks of the same rows run side by side, so that a sector that several of them touch is read once.
+    blocks_k = tl.cdiv(k, BLOCK_K)
+    row = (tl.program_id(0) // blocks_k).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = (tl.program_id(0) % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     live = (row < rows)[:, None]
     p_rows = p_x + ((row // T) * stride_n + (row % T) * stride_t)[:, None]
     tile = load_side(p_rows, live, offs_k, k, stride_d, p_index, p_weight, FAN_IN, GROUP, WEIGHTED, DTYPE, TURNED=False)
@@ -84,14 +86,14 @@ def sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 
     d, side = x.shape[-1], Side.of(x, x.shape[-1], index, weight, group)
     arch = arch_of(x.device) or ARCHS["sm_80"]
     tile = sketch_tile(d, side.k, side.fan_in, side.group, x.element_size(), arch)
-    if tile.stream:
+    if tile.stream and x.stride(-1) == 1:
         launch(
             sketch_stream_kernel, (n * t,), x.device, x, out, side.index, side.weight, t, d, side.k,
             stride_n, stride_t, x.stride(-1), FAN_IN=side.fan_in, WEIGHTED=side.weighted,
             BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, num_warps=tile.warps,
         )  # fmt: skip
         return out
-    grid = (cdiv(n * t, tile.block_r), cdiv(side.k, tile.block_k))
+    grid = (cdiv(n * t, tile.block_r) * cdiv(side.k, tile.block_k),)
     launch(
         sketch_gather_kernel, grid, x.device, x, out, side.index, side.weight, n * t, t, side.k,
         stride_n, stride_t, x.stride(-1), FAN_IN=side.fan_in, GROUP=side.group, WEIGHTED=side.weighted,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._checks import check_linear, check_output_dtype
 from .launch import arch_of, check_cu_seqlens, check_device, check_index, choose, launch
-from .tiles import Side, finish, load_side, outputs, quantized
+from .tiles import Side, finish, load_side, outputs, range_of, sample_and_block, store_block
 from .tiling import ARCHS, OuterTile, cdiv, outer_candidates
 
 
@@ -30,25 +30,11 @@ def compress_linear_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    blocks_i = tl.cdiv(k_in, BLOCK_I)
-    offs_o = (tl.program_id(1) // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = (tl.program_id(1) % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    split = tl.program_id(2)
-    if PACKED:
-        first = tl.load(p_cu + n).to(tl.int64)
-        length = (tl.load(p_cu + n + 1).to(tl.int64) - first).to(tl.int32)
-        # A document's own share of blocks: `chunk` is the number of splits here.
-        share = tl.cdiv(tl.cdiv(length, BLOCK_T), chunk) * BLOCK_T
-        p_a += first * stride_at
-        p_g += first * stride_gt
-    else:
-        length = T
-        share = chunk
-        p_a += n * stride_an
-        p_g += n * stride_gn
-    start = split * share
-    stop = tl.minimum(length, start + share)
+    n, offs_o, offs_i = sample_and_block(k_out, k_in, BLOCK_O, BLOCK_I)
+    split = tl.program_id(1)
+    sample, row, start, stop = range_of(n, split, p_cu, T, chunk, BLOCK_T, PACKED)
+    p_a += sample * stride_an + row * stride_at
+    p_g += sample * stride_gn + row * stride_gt
     acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
     for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         rows = t + tl.arange(0, BLOCK_T)
@@ -64,13 +50,7 @@ def compress_linear_kernel(
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
     keep = (offs_o < k_out)[:, None] & (offs_i // IN_GROUP < k_in // IN_GROUP)[None, :]
-    if QUANTIZE:
-        values, scale = quantized(acc, keep)
-        tl.store(p_out + where, values, mask=keep)
-        tl.store(p_scale + n, scale)
-    else:
-        p_out += split.to(tl.int64) * stride_split
-        tl.store(p_out + where, acc.to(p_out.dtype.element_ty), mask=keep)
+    store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
 
 
 def compress_linear(
@@ -161,7 +141,7 @@ def _compress(
         target = out if partial is None else partial
         share = cdiv(cdiv(length, tile.block_t), tile.splits) * tile.block_t
         launch(
-            compress_linear_kernel, (samples, blocks, tile.splits), g.device,
+            compress_linear_kernel, (samples * blocks, tile.splits), g.device,
             a, g, target, out if scale is None else scale, g if cu_seqlens is None else cu_seqlens,
             right.index, right.weight, left.index, left.weight,
             length, right.k, left.k, share if cu_seqlens is None else tile.splits,

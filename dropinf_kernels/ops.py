@@ -37,6 +37,14 @@ def _samples(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def _quantizing(fake: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fake_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out = fake(*args, **kwargs)
+        return out.new_empty(out.shape, dtype=torch.int8), out.new_empty(out.shape[0], dtype=torch.float32)
+
+    return fake_int8
+
+
 def _fake_sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
     return x.new_empty(*x.shape[:-1], index.shape[1])
 
@@ -54,20 +62,6 @@ def _fake_compress_linear(
 ) -> Tensor:
     shape = (_samples(g, cu_seqlens), _kept(out_index, g.shape[-1]), _kept(in_index, a.shape[-1]))
     return g.new_empty(shape, dtype=dtype or accumulator(a, g))
-
-
-def _fake_compress_linear_int8(
-    a: Tensor,
-    g: Tensor,
-    in_index: Tensor | None = None,
-    in_weight: Tensor | None = None,
-    out_index: Tensor | None = None,
-    out_weight: Tensor | None = None,
-    group: int = 1,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    shape = (_samples(g, cu_seqlens), _kept(out_index, g.shape[-1]), _kept(in_index, a.shape[-1]))
-    return g.new_empty(shape, dtype=torch.int8), g.new_empty(shape[0], dtype=torch.float32)
 
 
 def _fake_compress_conv(
@@ -154,41 +148,51 @@ def _fake_dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
 
 _register(f"({_SKETCH}) -> Tensor", bodies.sketch, _fake_sketch)
 _register(
-    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None, ScalarType? dtype=None) -> Tensor",
-    bodies.compress_linear,
-    _fake_compress_linear,
-)
-_register(
-    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
-    bodies.compress_linear_int8,
-    _fake_compress_linear_int8,
-)
-_register(
-    f"(Tensor x, Tensor g, {_WINDOW}, int groups, {_TABLES}, int group=1) -> Tensor",
-    bodies.compress_conv,
-    _fake_compress_conv,
-)
-_register(
     f"(Tensor x, {_WINDOW}, Tensor index, Tensor? weight=None) -> Tensor",
     bodies.sketch_patches,
     _fake_sketch_patches,
 )
 _register(
-    f"(Tensor ids, Tensor g, SymInt num_embeddings, {_TABLES}, int padding_idx=-1, int group=1, "
-    "Tensor? cu_seqlens=None) -> Tensor",
-    bodies.compress_embedding,
-    _fake_compress_embedding,
+    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None, ScalarType? dtype=None) -> Tensor",
+    bodies.compress_linear,
+    _fake_compress_linear,
 )
-_register(
-    "(Tensor? a, Tensor g, Tensor? index=None, Tensor? weight=None, int group=1, Tensor? cu_seqlens=None) -> Tensor",
-    bodies.compress_norm,
-    _fake_compress_norm,
-)
-_register(
-    "(Tensor a, Tensor g, Tensor rows, Tensor cols, Tensor? cu_seqlens=None) -> Tensor",
-    bodies.compress_flat,
-    _fake_compress_flat,
-)
+for _schema, _body, _body_int8, _fake in (
+    (
+        f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None)",
+        None,
+        bodies.compress_linear_int8,
+        _fake_compress_linear,
+    ),
+    (
+        f"(Tensor x, Tensor g, {_WINDOW}, int groups, {_TABLES}, int group=1)",
+        bodies.compress_conv,
+        bodies.compress_conv_int8,
+        _fake_compress_conv,
+    ),
+    (
+        f"(Tensor ids, Tensor g, SymInt num_embeddings, {_TABLES}, int padding_idx=-1, int group=1, "
+        "Tensor? cu_seqlens=None)",
+        bodies.compress_embedding,
+        bodies.compress_embedding_int8,
+        _fake_compress_embedding,
+    ),
+    (
+        "(Tensor? a, Tensor g, Tensor? index=None, Tensor? weight=None, int group=1, Tensor? cu_seqlens=None)",
+        bodies.compress_norm,
+        bodies.compress_norm_int8,
+        _fake_compress_norm,
+    ),
+    (
+        "(Tensor a, Tensor g, Tensor rows, Tensor cols, Tensor? cu_seqlens=None)",
+        bodies.compress_flat,
+        bodies.compress_flat_int8,
+        _fake_compress_flat,
+    ),
+):
+    if _body is not None:
+        _register(f"{_schema} -> Tensor", _body, _fake)
+    _register(f"{_schema} -> (Tensor, Tensor)", _body_int8, _quantizing(_fake))
 _register("(Tensor(a!) F, Tensor C, Tensor? c_scale=None) -> ()", bodies.gram_update, _fake_gram_update, mutates=("F",))
 _register(
     "(Tensor q, Tensor c, SymInt k, Tensor? c_scale=None, SymInt offset=0) -> (Tensor, Tensor)",

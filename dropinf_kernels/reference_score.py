@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
 from ._checks import check_float
-from .reference import BUFFER_BYTES, accumulator, compress_linear, exact
+from .reference import BUFFER_BYTES, accumulator, exact
 
+P = ParamSpec("P")
 _GRAM_BLOCK = 1024
 
 
@@ -139,17 +145,18 @@ def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     return q.to(wide).mul_(scale.to(wide).unsqueeze(1)).to(dtype)
 
 
-@exact
-def compress_linear_int8(
-    a: Tensor,
-    g: Tensor,
-    in_index: Tensor | None = None,
-    in_weight: Tensor | None = None,
-    out_index: Tensor | None = None,
-    out_weight: Tensor | None = None,
-    group: int = 1,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    wide = compress_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
-    q, scale = quantize_rows(wide.flatten(1))
-    return q.view(wide.shape), scale
+def quantizing(compress: Callable[P, Tensor]) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Return `<name>_int8`, which compresses as `compress` does and then quantizes the row of each sample."""
+
+    @functools.wraps(compress)
+    def body(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
+        wide = compress(*args, **kwargs)
+        q, scale = quantize_rows(wide.flatten(1))
+        return q.view(wide.shape), scale
+
+    signature = inspect.signature(compress)
+    parameters = [p for p in signature.parameters.values() if p.name != "dtype"]
+    returned = "tuple[Tensor, Tensor]"
+    vars(body)["__signature__"] = signature.replace(parameters=parameters, return_annotation=returned)
+    body.__name__ = f"{compress.__name__}_int8"
+    return body

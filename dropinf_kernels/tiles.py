@@ -35,6 +35,51 @@ def spread(x, TURNED: tl.constexpr):
 
 
 @triton.jit
+def sample_and_block(k_out, k_in, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Return this program's sample, and its rows and columns of the sample's [k_out, k_in].
+
+    All lie on the first axis of the grid, which alone may be longer than 65,535; blocks of a sample run side by side,
+    as they read the same rows.
+    """
+    blocks_i = tl.cdiv(k_in, BLOCK_I)
+    blocks = tl.cdiv(k_out, BLOCK_O) * blocks_i
+    n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    offs_o = (block // blocks_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = (block % blocks_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    return n.to(tl.int64), offs_o, offs_i
+
+
+@triton.jit
+def range_of(n, split, p_cu, T, chunk, BLOCK_T: tl.constexpr, PACKED: tl.constexpr):
+    """Return (sample, row, start, stop): where sample n begins, and the positions of it that are this split's.
+
+    `chunk` is the length of a range, or, where documents are packed in one sample, the number of splits.
+    """
+    zero = tl.full([], 0, tl.int64)
+    if PACKED:
+        sample = zero
+        row = tl.load(p_cu + n).to(tl.int64)
+        length = (tl.load(p_cu + n + 1).to(tl.int64) - row).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(length, BLOCK_T), chunk) * BLOCK_T
+    else:
+        sample, row, length, share = n, zero, T, chunk
+    start = split * share
+    return sample, row, start, tl.minimum(length, start + share)
+
+
+@triton.jit
+def store_block(p_out, p_scale, n, split, stride_split, values, where, keep, QUANTIZE: tl.constexpr):
+    """Store one block of sample n's result (or partial result), or all of it as int8 with its scale."""
+    if QUANTIZE:
+        rounded, scale = quantized(values, keep)
+        tl.store(p_out + where, rounded, mask=keep)
+        tl.store(p_scale + n, scale)
+    else:
+        p_out += split.to(tl.int64) * stride_split
+        tl.store(p_out + where, values.to(p_out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def load_side(
     p_rows, keep_rows, offsets, k, stride, p_index, p_weight,
     FAN_IN: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr,

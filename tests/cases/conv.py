@@ -24,9 +24,11 @@ def _calls(x: torch.Tensor, g: torch.Tensor, ks: tuple[int, ...]) -> Iterator[Ca
                 "compress_conv_kernel",
             )
             yield Case(f"patches-{k}-{kind}", lambda r=right: conv.sketch_patches(x, *WINDOW, *r))
+    yield Case("int8", lambda: conv.compress_conv_int8(x, g, *WINDOW, 1, *right, *left), "compress_conv_kernel")
     for groups in (2, channels):
         right = make_table(channels // groups * 9, 9)
         yield Case(f"groups-{groups}", lambda r=right, n=groups: conv.compress_conv(x, g, *WINDOW, n, *r))
+    yield Case("groups-int8", lambda: conv.compress_conv_int8(x, g, *WINDOW, groups, *right))
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:

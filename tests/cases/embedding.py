@@ -20,6 +20,7 @@ def _calls(ids: torch.Tensor, g: torch.Tensor, rows: int, ks: tuple[int, ...]) -
             args = (rows, *make_table(rows, k, fan_in, fan_in > 1, group), *make_table(d, k, fan_in, fan_in > 1, group))
             yield Case(f"{k}-{kind}", lambda a=args, m=group: embedding.compress_embedding(ids, g, *a, -1, m), kernel)
     yield Case("packed", lambda: embedding.compress_embedding(ids, g, *args, 0, 8, cu_seqlens), kernel)
+    yield Case("int8", lambda: embedding.compress_embedding_int8(ids, g, *args, 0, 8), kernel)
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:

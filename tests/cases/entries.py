@@ -23,6 +23,8 @@ def _calls(dtype: torch.dtype, n: int, t: int, d: int, ks: tuple[int, ...]) -> I
         rows, cols = make_table(d, k)[0][0], make_table(d, k)[0][0]
         yield Case(f"flat-{k}", lambda r=rows, c=cols: entries.compress_flat(a, g, r, c))
         yield Case(f"flat-ids-{k}", lambda r=rows, c=cols: entries.compress_flat(ids, g, r, c))
+    yield Case("norm-int8", lambda: entries.compress_norm_int8(a, g, *table, 8))
+    yield Case("flat-int8", lambda: entries.compress_flat_int8(a, g, rows, cols))
     yield Case("norm-packed", lambda: entries.compress_norm(a, g, cu_seqlens=cu_seqlens))
     yield Case("bias", lambda: entries.compress_norm(None, g))
     yield Case("bias-split", lambda: entries.compress_norm(None, g[:1]))

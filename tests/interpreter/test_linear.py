@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import launch, linear, reference, reference_score, tiling
+from dropinf_kernels import launch, linear, reference, tiling
 from tests.interpreter.helpers import assert_close
 from tests.reference.helpers import layouts, make_table
 
@@ -86,7 +86,7 @@ def test_split_positions(packed, monkeypatch):
     cu_seqlens = torch.tensor([0, 700]) if packed else None
     tables = (*make_table(16, 8), *make_table(16, 8))
     got = linear.compress_linear(a, g, *tables, 1, cu_seqlens)
-    assert seen[0][2] == 22  # every block of positions is a program of its own
+    assert seen[0][1] == 22  # every block of positions is a program of its own
     assert_close(got, want(a, g, *tables, 1, cu_seqlens))
     torch.testing.assert_close(linear.compress_linear(a, g, *tables, 1, cu_seqlens), got, rtol=0, atol=0)
 
@@ -97,31 +97,6 @@ def test_several_blocks(k, dtype):
     a, g = torch.randn(1, 5, 150).to(dtype), torch.randn(1, 5, 150).to(dtype)
     tables = (*make_table(150, k), *make_table(150, k))
     assert_close(linear.compress_linear(a, g, *tables), want(a, g, *tables))
-
-
-@pytest.mark.parametrize("t", [4, 100])
-@pytest.mark.parametrize("k", [8, 140])
-def test_int8_rows(t, k):
-    a, g = torch.randn(3, t, 150), torch.randn(3, t, 16)
-    g[1] = 0
-    tables = (*make_table(150, k), *make_table(16, 8))
-    q, scale = linear.compress_linear_int8(a, g, *tables)
-    exact = want(a, g, *tables)
-    assert q.dtype == torch.int8
-    assert scale[1] == 0
-    torch.testing.assert_close(scale.double(), exact.flatten(1).abs().amax(1) / 127, rtol=1e-5, atol=0)
-    assert ((q.double() * scale.double()[:, None, None] - exact).abs() <= 0.5001 * scale.double()[:, None, None]).all()
-    ref, _ = reference_score.compress_linear_int8(a, g, *tables)
-    assert (q.int() - ref.int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("t", [4, 100])
-def test_int8_marks_rows_that_are_not_finite(t):
-    a, g = torch.randn(2, t, 8), torch.randn(2, t, 8)
-    g[0, 1, 2] = float("inf")
-    q, scale = linear.compress_linear_int8(a, g)
-    assert torch.isnan(scale).tolist() == [True, False]
-    assert (q[0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -31,6 +31,10 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
         "sketch": [(a, *left, 1), (a, make_table(8, 4, 2, False, 4)[0], None, 4)],
         "compress_linear": [(a, g, *left, *right, 1, None), (a, g, None, None, *right, 1, cu_seqlens, torch.bfloat16)],
         "compress_linear_int8": [(a, g, *left, *right, 1, None)],
+        "compress_conv_int8": [(x, y, *WINDOW, 1, *taps, None, None, 1)],
+        "compress_embedding_int8": [(ids, g, 9, None, None, *right, -1, 1, cu_seqlens)],
+        "compress_norm_int8": [(None, a, *left, 1, None)],
+        "compress_flat_int8": [(ids, g, rows, cols, cu_seqlens)],
         "compress_conv": [
             (x, y, *WINDOW, 2, *taps, *make_table(6, 3, 2, True), 1),
             (x, y, *WINDOW, 1, None, None, None, None, 1),
