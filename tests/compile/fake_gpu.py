@@ -93,6 +93,11 @@ class Compiled:
         return len(re.findall(pattern, self.code))
 
 
+def fake_driver(arch: str) -> _Driver:
+    """Return what Triton takes for the driver of a part."""
+    return _Driver(TARGETS[arch])
+
+
 @contextlib.contextmanager
 def gpu(arch: str) -> Iterator[list[Compiled]]:
     """Compile for `arch` what launchers launch on CPU tensors; yields the list of compiled kernels, in order."""
@@ -106,7 +111,7 @@ def gpu(arch: str) -> Iterator[list[Compiled]]:
         return kernel
 
     active = driver._active
-    driver.set_active(_Driver(TARGETS[arch]))
+    driver.set_active(fake_driver(arch))
     JITFunction.run = compile_only
     for module in modules:
         module.arch_of = lambda device: ARCHS[arch]
