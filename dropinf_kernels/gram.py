@@ -12,9 +12,10 @@ from torch import Tensor
 from .launch import arch_of, check_device, launch
 from .linear import operand_dtype
 from .reference_score import check_gram
+from .tiles import sum_splits
 from .tiling import ARCHS, cdiv, gram_tile
 
-_PART = 32  # side of what one program of the second stage sums
+_PART = 16  # side of what one program of the second stage sums
 
 
 @triton.jit
@@ -89,14 +90,14 @@ def gram_finish_kernel(p_F, p_partial, K, stride_r, stride_c, SPLITS, BLOCK: tl.
     PARTS: tl.constexpr = BLOCK // PART
     part_i, part_j = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     if (i > j) | (part_i >= part_j):
-        rows = part_i * PART + tl.arange(0, PART)
-        cols = part_j * PART + tl.arange(0, PART)
-        p_mine = p_partial + block.to(tl.int64) * (BLOCK * BLOCK) + rows[:, None] * BLOCK + cols[None, :]
-        acc = tl.zeros([PART, PART], tl.float32)
-        for _ in range(SPLITS):
-            acc += tl.load(p_mine)
-            p_mine += tl.num_programs(0).to(tl.int64) * (BLOCK * BLOCK)
-        add_block(p_F, acc, i * PARTS + part_i, j * PARTS + part_j, K, stride_r, stride_c, PART)
+        at = tl.arange(0, PART * PART)
+        offsets = (part_i * PART + at // PART) * BLOCK + part_j * PART + at % PART
+        blocks = tl.num_programs(0).to(tl.int64)
+        total = sum_splits(
+            p_partial + block.to(tl.int64) * (BLOCK * BLOCK) + offsets, blocks * (BLOCK * BLOCK), SPLITS, at >= 0, 16
+        )
+        values = tl.reshape(total, [PART, PART])
+        add_block(p_F, values, i * PARTS + part_i, j * PARTS + part_j, K, stride_r, stride_c, PART)
 
 
 def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:

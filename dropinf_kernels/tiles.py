@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiling import cdiv
+from .tiling import cdiv, power_of_two
 
 
 @triton.jit
@@ -124,22 +124,30 @@ def quantized(values, mask):
     return tl.clamp(rounded, -127.0, 127.0).to(tl.int8), tl.where(finite, scale, float("nan"))
 
 
+@triton.jit
+def sum_splits(p_split, stride_split, SPLITS, keep, AT_ONCE: tl.constexpr):
+    """Sum each column's SPLITS partial results: many loads at a time, in an order that their number alone decides."""
+    total = tl.zeros(keep.shape, tl.float32)
+    for first in range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        p_part = p_split[None, :] + split.to(tl.int64)[:, None] * stride_split
+        total += tl.sum(tl.load(p_part, mask=(split < SPLITS)[:, None] & keep[None, :], other=0.0), 0)
+    return total
+
+
 @triton.jit(do_not_specialize=["SPLITS"])
-def finish_kernel(p_partial, p_out, p_scale, width, stride_split, SPLITS, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the partial results of one row in order, and store it in the output's dtype or as int8 with a scale."""
-    row = tl.program_id(0).to(tl.int64)
-    p_partial += row * width
-    p_out += row * width
+def finish_kernel(
+    p_partial, p_out, p_scale, width, stride_split, SPLITS,
+    QUANTIZE: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the partial results of (a block of) one row, and store it in the output's dtype or as int8 with a scale."""
     if QUANTIZE:
+        row = tl.program_id(0).to(tl.int64)
         most = tl.zeros([BLOCK], tl.float32)
         bad = tl.zeros([BLOCK], tl.int32)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            total = tl.zeros([BLOCK], tl.float32)
-            p_split = p_partial
-            for _ in range(SPLITS):
-                total += tl.load(p_split + at, mask=at < width, other=0.0)
-                p_split += stride_split
+            total = sum_splits(p_partial + row * width + at, stride_split, SPLITS, at < width, AT_ONCE)
             most = tl.maximum(most, tl.abs(total))
             bad += tl.where(total - total != 0.0, 1, 0)
         finite = tl.sum(bad, 0) == 0
@@ -148,31 +156,26 @@ def finish_kernel(p_partial, p_out, p_scale, width, stride_split, SPLITS, QUANTI
         divisor = tl.where(scale > 0, scale, 1.0) + tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            total = tl.zeros([BLOCK], tl.float32)
-            p_split = p_partial
-            for _ in range(SPLITS):
-                total += tl.load(p_split + at, mask=at < width, other=0.0)
-                p_split += stride_split
+            total = sum_splits(p_partial + row * width + at, stride_split, SPLITS, at < width, AT_ONCE)
             ratio = (tl.where(finite, tl.div_rn(total, divisor), 0.0) + 12582912.0) - 12582912.0
-            tl.store(p_out + at, tl.clamp(ratio, -127.0, 127.0).to(tl.int8), mask=at < width)
+            tl.store(p_out + row * width + at, tl.clamp(ratio, -127.0, 127.0).to(tl.int8), mask=at < width)
     else:
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        p_split = p_partial
-        for _ in range(SPLITS):
-            total += tl.load(p_split + at, mask=at < width, other=0.0)
-            p_split += stride_split
-        tl.store(p_out + at, total.to(p_out.dtype.element_ty), mask=at < width)
+        blocks = tl.cdiv(width, BLOCK)
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+        total = sum_splits(p_partial + row * width + at, stride_split, SPLITS, at < width, AT_ONCE)
+        tl.store(p_out + row * width + at, total.to(p_out.dtype.element_ty), mask=at < width)
 
 
 def finish(partial: Tensor, out: Tensor, scale: Tensor | None) -> None:
-    """Sum `partial` [S, N, ...] float32 over S in order into `out` [N, ...], or int8 rows with `scale` [N]."""
+    """Sum `partial` [S, N, ...] float32 over S, in order, into `out` [N, ...], or int8 rows with `scale` [N]."""
     rows, width = out.shape[0], out[0].numel() if out.shape[0] else 0
-    block = 1024
-    grid = (rows, 1 if scale is not None else cdiv(width, block))
+    at_once = power_of_two(partial.shape[0], 1, 16)
+    block = 2048 // at_once
     launch(
-        finish_kernel, grid, out.device, partial, out, out if scale is None else scale, width, rows * width,
-        partial.shape[0], QUANTIZE=scale is not None, BLOCK=block, num_warps=4,
+        finish_kernel, (rows if scale is not None else rows * cdiv(width, block),), out.device,
+        partial, out, out if scale is None else scale, width, rows * width, partial.shape[0],
+        QUANTIZE=scale is not None, AT_ONCE=at_once, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 

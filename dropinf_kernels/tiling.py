@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Beyond this many partial results per sample the second stage costs more than an idle multiprocessor.
-_MAX_SPLITS = 64
+_MAX_SPLITS = 256
 # The longest list that score_topk keeps per query on chip; a longer one takes the reference.
 MAX_TOP = 256
 _BLOCKS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128))
@@ -83,14 +83,17 @@ def outer_blocks(k_out: int, k_in: int) -> tuple[int, int]:
     return _BLOCKS[-1]
 
 
-def splits(programs: int, length: int, block: int, arch: Arch) -> int:
-    """Return into how many ranges to split a reduction over `length` so that every multiprocessor works.
+def splits(programs: int, length: int, block: int, arch: Arch, most: int = _MAX_SPLITS) -> int:
+    """Return into how many ranges of whole blocks to split a reduction over `length`, so that all multiprocessors work.
 
-    Two programs a multiprocessor hide latency; a range below one block is empty.
+    Two programs a multiprocessor hide latency. No range is empty.
     """
     if programs <= 0 or programs >= arch.multiprocessors:
         return 1
-    return max(1, min(cdiv(2 * arch.multiprocessors, programs), cdiv(length, block), _MAX_SPLITS))
+    ranges = cdiv(length, block)
+    wanted = min(most, cdiv(2 * arch.multiprocessors, programs))
+    share = max(1, ranges // wanted, cdiv(ranges, most))
+    return max(1, cdiv(ranges, share))
 
 
 def outer_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch) -> OuterTile:
@@ -98,7 +101,7 @@ def outer_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, 
 
     `narrow` says that a side loads single values or is folded: its addresses and sums live in registers.
     """
-    return _outer_tile(_block(k_out, k_in, itemsize, narrow), samples, length, k_out, k_in, itemsize, narrow, arch)
+    return outer_candidates(samples, length, k_out, k_in, itemsize, narrow, arch)[0]
 
 
 def _block(k_out: int, k_in: int, itemsize: int, narrow: bool) -> tuple[int, int]:
@@ -108,13 +111,23 @@ def _block(k_out: int, k_in: int, itemsize: int, narrow: bool) -> tuple[int, int
 
 
 def _outer_tile(
-    block: tuple[int, int], samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch
+    block: tuple[int, int],
+    most_t: int,
+    samples: int,
+    length: int,
+    k_out: int,
+    k_in: int,
+    itemsize: int,
+    narrow: bool,
+    arch: Arch,
 ) -> OuterTile:
     area = block[0] * block[1]
-    block_t = 64 if itemsize <= 2 and not narrow else 32
+    block_t = min(most_t, 64 if itemsize <= 2 and not narrow else 32)
     if narrow and area > 64 * 128:
         block_t = 16  # more would spill
     warps = 8 if area > 64 * 128 or (area == 64 * 128 and (narrow or itemsize > 2)) else 4
+    # Each lane loads 16 bytes of either side at once.
+    warps = max(1, min(warps, block_t * min(block) * itemsize // (16 * arch.warp_size)))
     # Half of the shared memory, so that two programs share a multiprocessor.
     stages = min(4, (arch.shared_bytes // 2) // (block_t * (block[0] + block[1]) * itemsize))
     if arch.backend == "hip":
@@ -126,10 +139,19 @@ def _outer_tile(
 def outer_candidates(
     samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch
 ) -> tuple[OuterTile, ...]:
-    """Return the tiles worth timing: the rule's first, then every smaller block."""
-    best = _block(k_out, k_in, itemsize, narrow)
-    smaller = (block for block in _BLOCKS if block != best and block[0] <= best[0] and block[1] <= best[1])
-    return tuple(_outer_tile(block, samples, length, k_out, k_in, itemsize, narrow, arch) for block in (best, *smaller))
+    """Return the tiles worth timing: the rule's first, then other blocks.
+
+    The rule is the largest block, or, where few samples would leave multiprocessors idle, the largest that keeps all
+    of them busy. Blocks shrink before ranges of positions do, as each range's results are written and read again.
+    """
+    largest = _block(k_out, k_in, itemsize, narrow)
+    fitting = [block for block in reversed(_BLOCKS) if block[0] <= largest[0] and block[1] <= largest[1]]
+    problem = (samples, length, k_out, k_in, itemsize, narrow, arch)
+    tiles = [_outer_tile(block, 64, *problem) for block in fitting]
+    for tile in (*tiles, *(_outer_tile(fitting[-1], most_t, *problem) for most_t in (32, 16))):
+        if samples * cdiv(k_out, tile.block_o) * cdiv(k_in, tile.block_i) * tile.splits >= arch.multiprocessors:
+            return (tile, *(other for other in tiles if other != tile))
+    return tuple(tiles)
 
 
 def computed_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, arch: Arch) -> OuterTile:
@@ -137,10 +159,16 @@ def computed_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: in
 
     What it computes lives in registers, so blocks are at most 64 x 64 on eight warps.
     """
-    block = 32 if max(k_out, k_in) <= 32 else 64
-    block_t = 32 if itemsize <= 2 else 16
-    programs = samples * cdiv(k_out, block) * cdiv(k_in, block)
-    return OuterTile(block, block, block_t, 4 if block == 32 else 8, 2, splits(programs, length, block_t, arch))
+    most_t = 32 if itemsize <= 2 else 16
+    choices = [(64, most_t), (32, most_t), (32, 16)]
+    tiles = []
+    for block, block_t in choices[max(k_out, k_in) <= 32 :]:
+        programs = samples * cdiv(k_out, block) * cdiv(k_in, block)
+        tile = OuterTile(block, block, block_t, 4 if block == 32 else 8, 2, splits(programs, length, block_t, arch))
+        if programs * tile.splits >= arch.multiprocessors:
+            return tile
+        tiles.append(tile)
+    return tiles[0]
 
 
 def row_tile(samples: int, length: int, k: int, itemsize: int, arch: Arch) -> RowTile:
@@ -148,6 +176,8 @@ def row_tile(samples: int, length: int, k: int, itemsize: int, arch: Arch) -> Ro
     block_k = power_of_two(k, 32, 128 if itemsize > 2 else 256)
     block_r = max(8, 4096 // block_k)
     programs = samples * cdiv(k, block_k)
+    while block_r > 8 and programs * cdiv(length, block_r) < arch.multiprocessors <= programs * cdiv(length, 8):
+        block_r //= 2
     return RowTile(block_r, block_k, 4, 3, splits(programs, length, block_r, arch))
 
 
@@ -208,7 +238,7 @@ def gram_tile(rows: int, k: int, itemsize: int, scaled: bool, arch: Arch) -> Gra
     stages = 2 if arch.backend == "hip" else min(4, max(2, arch.shared_bytes // 2 // (2 * block * block_n * itemsize)))
     side = cdiv(k, block)
     return GramTile(
-        block, block_n, 4 if block == 64 else 8, stages, splits(side * (side + 1) // 2, rows, block_n, arch)
+        block, block_n, 4 if block == 64 else 8, stages, splits(side * (side + 1) // 2, rows, block_n, arch, most=64)
     )
 
 

@@ -17,6 +17,8 @@ from .launch import arch_of, check_device, launch
 from .reference_score import check_topk
 from .tiling import ARCHS, MAX_TOP, cdiv, power_of_two, topk_tile
 
+_KEYS = 1024  # that the second stage sorts at a time
+
 
 @triton.jit
 def to_key(score, row):
@@ -74,17 +76,21 @@ def score_topk_kernel(
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
-def score_topk_merge_kernel(p_keys, p_values, p_indices, Q, k, offset, SPLITS, TOP: tl.constexpr):
-    """Merge the ascending lists of one query in order, and decode them, the best first."""
+def score_topk_merge_kernel(
+    p_keys, p_values, p_indices, Q, k, offset, SPLITS, TOP: tl.constexpr, LISTS: tl.constexpr
+):  # fmt: skip
+    """Merge the lists of one query, LISTS at a time, and decode the result, the best first."""
     query = tl.program_id(0).to(tl.int64)
-    offs_top = tl.arange(0, TOP)[None, :]
-    # Counted from the end, a list is descending.
-    backwards = TOP - 1 - offs_top
-    p_list = p_keys + query * TOP
-    best = tl.load(p_list + offs_top)
-    for _ in range(1, SPLITS):
-        p_list += Q.to(tl.int64) * TOP
-        best = merge(best, tl.load(p_list + backwards))
+    LOWEST: tl.constexpr = -(2**63)
+    best = tl.full([1, TOP], LOWEST, tl.int64)
+    at = tl.arange(0, LISTS * TOP)[None, :]
+    for first in range(0, SPLITS, LISTS):
+        split = first + at // TOP
+        p_key = p_keys + (split.to(tl.int64) * Q + query) * TOP + at % TOP
+        keys = tl.load(p_key, mask=split < SPLITS, other=LOWEST)
+        best = merge(best, tl.topk(keys, TOP, 1))
+    # Counted from the end, an ascending list is descending.
+    backwards = TOP - 1 - tl.arange(0, TOP)[None, :]
     ordered = (best >> 32).to(tl.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     rows = 0x7FFFFFFF - (best & 0x7FFFFFFF)
@@ -124,7 +130,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
     )  # fmt: skip
     launch(
         score_topk_merge_kernel, (queries,), q.device, keys, values, indices, queries, kept, offset, tile.splits,
-        TOP=top, num_warps=1 if top <= 64 else 4,
+        TOP=top, LISTS=_KEYS // top, num_warps=4,
     )  # fmt: skip
     return values, indices
 

@@ -36,7 +36,16 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
             yield Case(f"{block}-{kind}-kept-input", kept_input, kernel, vector)
     left, right = make_table(d, 64, 1, False, 8), make_table(d, 64, 1, False, 8)
     cu_seqlens = torch.tensor([0, 4096], dtype=torch.int32)
-    yield Case("split", lambda: linear.compress_linear(a[:1], g[:1], *right, *left, 8), "compress_linear_kernel")
+    one_a, one_g = torch.empty(1, 4096, d, dtype=dtype), torch.empty(1, 4096, d, dtype=dtype)
+    for kind, group, fan_in in (("scattered", 1, 1), ("runs", 8, 1), ("fold", 1, 4)):
+        tables = (*make_table(d, 64, fan_in, fan_in > 1, group), *make_table(d, 64, fan_in, fan_in > 1, group))
+        for length in (4096, 2048, 1024):  # on sm_90, steps of 64, 32 and 16 positions in blocks of 32 x 32
+
+            def few(t=length, tables=tables, group=group):
+                return linear.compress_linear(one_a[:, :t], one_g[:, :t], *tables, group)
+
+            kernel = "compress_linear_kernel"
+            yield Case(f"one-sample-{length}-{kind}", few, kernel, kernel if group >= 8 else "")
     yield Case(
         "packed",
         lambda: linear.compress_linear(a[:8].view(-1, d), g[:8].view(-1, d), *right, *left, 8, cu_seqlens),

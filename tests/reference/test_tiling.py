@@ -30,11 +30,42 @@ def test_outer_tiles_cover_the_problem_and_fit_the_part(arch, itemsize, narrow):
 
 
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
-def test_one_long_sample_uses_every_multiprocessor_or_every_block_of_positions(arch):
-    tile = tiling.outer_tile(1, 4096, 64, 64, 2, False, arch)
-    assert tile.splits == min(64, 2 * arch.multiprocessors)
-    tile = tiling.outer_tile(8, 4096, 64, 64, 2, False, arch)
-    assert 8 * tile.splits >= arch.multiprocessors
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("samples", [1, 2, 8])
+@pytest.mark.parametrize("k", [16, 32, 64, 100, 256, 1000])
+def test_few_long_samples_use_every_multiprocessor(arch, itemsize, samples, k):
+    tiles = [tiling.outer_tile(samples, 4096, k, k, itemsize, narrow, arch) for narrow in (False, True)]
+    tiles.append(tiling.computed_tile(samples, 4096, k, k, itemsize, arch))
+    # A matrix instruction is 16 positions deep: 32 columns of 4096 positions are 256 programs at most.
+    if samples * (4096 // 16) * (k // 32) ** 2 >= arch.multiprocessors:
+        for tile in tiles:
+            programs = samples * tiling.cdiv(k, tile.block_o) * tiling.cdiv(k, tile.block_i)
+            assert programs * busy(4096, tile.block_t, tile.splits) >= arch.multiprocessors
+    tile = tiling.row_tile(samples, 4096, k, itemsize, arch)
+    assert samples * tiling.cdiv(k, tile.block_k) * busy(4096, tile.block_r, tile.splits) >= min(
+        arch.multiprocessors, 256
+    )
+
+
+def busy(length, block, splits):
+    """Ranges of positions that are not empty, as launchers cut them."""
+    return tiling.cdiv(length, block * tiling.cdiv(tiling.cdiv(length, block), splits))
+
+
+@pytest.mark.parametrize("programs", [1, 5, 40, 131])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4096, 100_000])
+def test_no_range_is_empty_and_none_too_small(programs, length):
+    splits = tiling.splits(programs, length, 64, ARCHS["sm_90"])
+    assert busy(length, 64, splits) == splits <= 256
+    assert programs * splits >= min(132, programs * tiling.cdiv(length, 64))
+
+
+def test_the_largest_block_that_fills_the_machine_is_chosen():
+    rule = lambda samples, length, k: tiling.outer_tile(samples, length, k, k, 2, False, ARCHS["sm_90"])  # noqa: E731
+    assert (rule(64, 512, 256).block_o, rule(1, 16384, 64).block_o) == (128, 64)
+    few = rule(1, 4096, 64)
+    assert (few.block_o, few.block_i, few.block_t) == (32, 32, 64)
+    assert rule(1, 1024, 64).block_t == 16
 
 
 def test_many_samples_are_not_split():
