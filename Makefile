@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-triton lint bench clean
+.PHONY: demo test test-triton lint bench bench-traffic clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
@@ -27,6 +27,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench/ops --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# Interprets 29 calls and writes bench/results/traffic.md and .csv: three minutes.
+bench-traffic: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m bench.traffic
 
 # torch is named on the command line so that the pinned build is chosen before anything can ask for another.
 $(READY): pyproject.toml constraints.txt

@@ -34,8 +34,15 @@ class Result:
 
     @property
     def checks(self) -> list[Check]:
-        own = Check("DRAM / minimum", self.ratio(self.problem.minimum), self.problem.limit)
-        return [own, *self.problem.checks(self.launches)]
+        least, sectors, limit = self.problem.minimum, self.problem.sectors, self.problem.limit
+        checks = [Check("DRAM / minimum", self.ratio(least), limit)]
+        if limit is not None and sectors > limit * least:
+            # No kernel can read less than a sector: what the table leaves unused of one is its own price.
+            checks = [
+                Check("DRAM / minimum", self.ratio(least), None),
+                Check("DRAM / its sectors", self.ratio(sectors), limit),
+            ]
+        return [*checks, *self.problem.checks(self.launches)]
 
     @property
     def work(self) -> list[Work]:
@@ -130,7 +137,9 @@ Counted by `python -m bench.traffic`, which runs each kernel in Triton's interpr
   summed over launches. *L2*: distinct sectors of each program, summed over programs.
 - *Minimum*: each input byte that the op uses once, touched sectors where survivors are scattered, and each output
   byte once. *Partial* results, which one launch leaves for the next, are part of the ratio, not of the minimum.
-  Tables are part of neither. *Its sectors*: the minimum with whole sectors for all inputs.
+  Tables are part of neither. *Its sectors*: the minimum with whole sectors for all inputs. The limit is on these
+  where the values that a table keeps fill so little of their sectors that no kernel could hold the other: runs of 8
+  in 16 bits are half a sector, so 1.8 times the bytes that are used have to move. Take runs of 16 there.
 - Tiles are sm_90's. Problems are scaled down, and so is the number of multiprocessors that launchers see
   (`multiprocessors` in traffic.csv; an H100 has 132): sums are split as in a whole problem on a whole part.
   *2 samples* and *split* show all 132, where a sum is split because multiprocessors would idle.

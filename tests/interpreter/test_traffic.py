@@ -161,3 +161,7 @@ def test_partial_results_and_wasted_sectors_count():
     half = count(Case("half", partial(linear_case, 3, 64, 1024, 32, partial(dropout, group=8), 8), multiprocessors=3))
     assert half.ratio(half.problem.sectors) == pytest.approx(1, abs=0.01)
     assert half.ratio(half.problem.minimum) > 1.5
+    assert [(check.name, check.limit) for check in half.checks] == [
+        ("DRAM / minimum", None),
+        ("DRAM / its sectors", 1.10),
+    ]
