@@ -6,6 +6,7 @@ architecture are its vendor's data sheet's; they decide shapes here and predicte
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 # Beyond this many partial results per sample the second stage costs more than an idle multiprocessor.
@@ -13,6 +14,10 @@ _MAX_SPLITS = 256
 # The longest list that score_topk keeps per query on chip; a longer one takes the reference.
 MAX_TOP = 256
 _BLOCKS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+
+
+# A rule costs tens of microseconds, a call of a launcher not many more.
+_remembered = functools.lru_cache(maxsize=1024)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ def _outer_tile(
     return OuterTile(*block, block_t, warps, max(2, stages), splits(programs, length, block_t, arch))
 
 
+@_remembered
 def outer_candidates(
     samples: int, length: int, k_out: int, k_in: int, itemsize: int, narrow: bool, arch: Arch
 ) -> tuple[OuterTile, ...]:
@@ -154,6 +160,7 @@ def outer_candidates(
     return tuple(tiles)
 
 
+@_remembered
 def computed_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: int, arch: Arch) -> OuterTile:
     """Choose the tile of an outer product whose input side is computed, not loaded: addresses of patches, one-hots.
 
@@ -171,6 +178,7 @@ def computed_tile(samples: int, length: int, k_out: int, k_in: int, itemsize: in
     return tiles[0]
 
 
+@_remembered
 def row_tile(samples: int, length: int, k: int, itemsize: int, arch: Arch) -> RowTile:
     """Choose the tile of `samples` reductions over `length` positions of `k` columns, on the vector units."""
     block_k = power_of_two(k, 32, 128 if itemsize > 2 else 256)
@@ -204,6 +212,7 @@ class SketchTile:
     warps: int
 
 
+@_remembered
 def sketch_tile(d: int, k: int, fan_in: int, group: int, itemsize: int, arch: Arch) -> SketchTile:
     """Choose between gathering and streaming whole rows, by the sectors that a gather is expected to touch.
 
@@ -231,6 +240,7 @@ class GramTile:
     splits: int
 
 
+@_remembered
 def gram_tile(rows: int, k: int, itemsize: int, scaled: bool, arch: Arch) -> GramTile:
     """Choose the tile of C^T C for C [rows, k] with operands of `itemsize` bytes; `scaled` rows take registers."""
     block = 64 if k <= 64 or scaled else 128
@@ -254,6 +264,7 @@ class TopkTile:
     splits: int
 
 
+@_remembered
 def topk_tile(queries: int, rows: int, k_padded: int, itemsize: int, arch: Arch) -> TopkTile:
     """Choose the tile of `queries` running top-k lists of `k_padded` entries over `rows` rows.
 
