@@ -82,7 +82,8 @@ class Compiled:
             read = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", code).group(1))  # noqa: E731
             return {
                 "registers": read("vgpr_count") + read("agpr_count"),
-                "spilled": read("private_segment_fixed_size") + read("vgpr_spill_count") + read("sgpr_spill_count"),
+                # Scalar registers spill to lanes of vector registers, not to memory.
+                "spilled": read("private_segment_fixed_size") + read("vgpr_spill_count"),
             }
         usage = self._tool("cuobjdump", "-res-usage")
         read = lambda key: int(re.search(rf"{key}:(\d+)", usage).group(1))  # noqa: E731

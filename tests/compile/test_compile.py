@@ -23,7 +23,7 @@ MATRIX = {
 }
 # What a bulk load looks like, narrow and wide. Tables of coordinates are 32-bit loads.
 NARROW = {"gfx942": r"\b(?:global|buffer)_load_(?:u|s)(?:short|byte)"}
-ASYNC = r"\b(LDGSTS\.E\.BYPASS\.128|UTMALDG)"
+ASYNC = r"\b(LDGSTS\.E\.BYPASS(\.LTC\w+)?\.128|UTMALDG)"
 LOADS = r"\bLDG\.E(?!\.CONSTANT)[.\w]*"
 
 
@@ -47,12 +47,15 @@ def test_compiles_without_a_spill_and_with_the_right_instructions(op, dtype, arc
         for kernel in kernels:
             resources = kernel.resources()
             where = f"{case.name}: {kernel.name}"
-            if resources["spilled"] or kernel.count(r"\b(LDL|STL)\b"):
+            if resources["spilled"]:
                 problems.append(f"{where} spills: {resources}")
             if kernel.shared > ARCHS[arch].shared_bytes:
                 problems.append(f"{where} takes {kernel.shared} bytes of shared memory")
+            # Disassembling takes longer than compiling: only where there is something to read.
             if kernel.name == case.matrix and not kernel.count(MATRIX[arch]):
                 problems.append(f"{where} has no matrix instruction")
+            if kernel.name == case.matrix and kernel.count(r"\b(LDL|STL)\b"):
+                problems.append(f"{where} uses local memory")
             if kernel.name == case.vector and dtype != "fp32":
                 problems += [f"{where} {p}" for p in narrow(kernel, arch, case.asynchronous)]
     assert not problems, "\n".join(problems)
