@@ -210,42 +210,61 @@ def _target(parameter: nn.Parameter, sites: Sequence[tuple[str, str, nn.Module]]
     return Target(name, kind, full_name, parameter, is_conv1d, route)
 
 
-def axis_statistics(target: Target, sketch: Sketch) -> dict[str, tuple[Statistics, int]]:
-    """What a calibration pass must gather for a target: side -> (statistic, axis length)."""
-    if sketch.statistics is None:
-        return {}
-    sides = {"out": (target.out_statistics, 0), "in": (target.in_statistics, 1)}
-    out_in = matrix_shape(target.shape, target.transposed)
-    result: dict[str, tuple[Statistics, int]] = {}
-    for side, dim in _sides(target, sketch).items():
-        size = out_in[0] * out_in[1] if side == "flat" else out_in[sides[side][1]]
-        finest = "energy" if side == "flat" or size > MAX_COVARIANCE else sides[side][0]
-        if dim < size:
-            result[side] = ("energy" if sketch.statistics == "energy" else finest, size)
-    return result
+@dataclass(frozen=True, eq=False)
+class Need:
+    """What a calibration pass must gather of one side: its ``size`` energies or their covariance, or ``kept``'s."""
+
+    kind: Literal["energy", "covariance"]
+    size: int
+    kept: Axis | None = None
 
 
-def _sides(target: Target, sketch: Sketch) -> dict[str, int]:
-    """The axes of a target and what is stored of each."""
+@dataclass(frozen=True)
+class Side:
+    """One axis of a target: its length, what is stored of it, and the name that its mask is drawn from."""
+
+    size: int
+    dim: int
+    key: str
+
+
+def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
+    """What a calibration pass must gather for a target, by side."""
+    needs = {}
+    for name, side in _sides(target, sketch).items():
+        if sketch.statistics is None or side.dim >= side.size:
+            continue
+        finest = {"out": target.out_statistics, "in": target.in_statistics}.get(name, "energy")
+        kept = sketch.survivors(side.size, side.key) if sketch.statistics == "survivors" else None
+        if sketch.statistics == "energy" or finest == "energy":
+            needs[name] = Need("energy", side.size)
+        elif kept is not None:
+            needs[name] = Need("covariance", kept.dim, kept)
+        else:
+            needs[name] = Need("energy" if side.size > MAX_COVARIANCE else "covariance", side.size)
+    return needs
+
+
+def _sides(target: Target, sketch: Sketch) -> dict[str, Side]:
+    """The axes of a target. A bias shares its layer's output mask."""
+    rows, columns = matrix_shape(target.shape, target.transposed)
+    owner = target.name.removesuffix(".bias") if target.kind == "bias" else target.name
     if target.kind in ("bias", "norm") or len(target.shape) < 2:
-        return {"out": sketch.dim_out}
+        return {"out": Side(rows * columns, sketch.dim_out, f"{owner}/out")}
     if sketch.mode == "flat" or (target.kind == "flat" and not sketch.dense):
-        return {"flat": sketch.dim_flat}
-    return {"out": sketch.dim_out, "in": sketch.dim_in}
+        if rows * columns > 2**31 - 1:
+            raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
+        return {"flat": Side(rows * columns, sketch.dim_flat, f"{owner}/flat")}
+    return {
+        "out": Side(rows, sketch.dim_out, f"{owner}/out"),
+        "in": Side(columns, sketch.dim_in, f"{owner}/in"),
+    }
 
 
 def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor]) -> Layer:
-    """Draw a target's sketches. A bias shares its layer's output mask."""
-    rows, columns = matrix_shape(target.shape, target.transposed)
-    owner = target.name.removesuffix(".bias") if target.kind == "bias" else target.name
-    sides = _sides(target, sketch)
-    if "flat" in sides:
-        if rows * columns > 2**31 - 1:
-            raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
-        out = sketch.make(rows * columns, sides["flat"], f"{owner}/flat", statistics.get("flat"))
-        in_axis = None
-    else:
-        length = rows if "in" in sides else rows * columns
-        out = sketch.make(length, sides["out"], f"{owner}/out", statistics.get("out"))
-        in_axis = sketch.make(columns, sides["in"], f"{owner}/in", statistics.get("in")) if "in" in sides else None
-    return target.plan(out, in_axis)
+    """Draw a target's sketches."""
+    axes = {
+        name: sketch.make(side.size, side.dim, side.key, statistics.get(name))
+        for name, side in _sides(target, sketch).items()
+    }
+    return target.plan(axes.get("flat") or axes["out"], axes.get("in"))

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from dropinf_kernels import sketch as _gather
 
-Statistics = Literal["energy", "covariance"]
+Statistics = Literal["energy", "covariance", "survivors"]
 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """The sketch of one axis, R^size -> R^dim: a table (``index``, ``weight``) or a dense ``matrix``.
+    """The sketch of one axis, R^size -> R^dim: a table (``index``, ``weight``), a dense ``matrix``, or both.
 
     Table: ``(S x)[j] = sum_f weight[f, j] * x[index[f, j]]``, ``index`` int32 [fan_in, dim], ``weight``
     float32 [fan_in, dim] or None (all ones). Dense: ``S x = matrix @ x``, ``matrix`` float32 [dim, size].
+    Both: the matrix, [dim, kept], rotates the ``kept`` values of the table.
     ``group`` promises that ``index`` consists of aligned runs of that length.
     """
 
@@ -45,9 +46,10 @@ class Axis:
     @property
     def dim(self) -> int:
         """What is stored, k."""
-        table = self.index if self.matrix is None else self.matrix.T
-        assert table is not None
-        return int(table.shape[1])
+        if self.matrix is not None:
+            return len(self.matrix)
+        assert self.index is not None
+        return int(self.index.shape[1])
 
     @property
     def is_whole(self) -> bool:
@@ -66,13 +68,18 @@ class Axis:
 
     def apply(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
-        if self.matrix is not None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return x.to(dtype) @ self.matrix.to(dtype).T
         if self.is_whole:
             return x
-        assert self.index is not None
-        return _gather(x, self.index, self.weight, self.group)
+        if self.index is not None:
+            x = _gather(x, self.index, self.weight, self.group)
+        return self.rotate(x)
+
+    def rotate(self, gathered: Tensor) -> Tensor:
+        """[..., kept] -> [..., dim]: what the matrix does to the values of the table."""
+        if self.matrix is None:
+            return gathered
+        dtype = torch.promote_types(gathered.dtype, torch.float32)
+        return gathered.to(dtype) @ self.matrix.to(dtype).T
 
     def fold(self, gathered: Tensor) -> Tensor:
         """[..., fan_in * dim] -> [..., dim]: finish a table sketch whose ``index.flatten()`` is gathered already."""
@@ -123,8 +130,8 @@ class Sketch(ABC):
     """Compresses one axis. ``dim`` is what is stored per axis: an int, or (out, in).
 
     Class attributes say what a sketch needs: ``statistics`` (``"energy"``: E[x_j^2]; ``"covariance"``: E[x x^T];
-    None: no calibration pass) and ``dense`` (a matrix rather than a table, so that a flattened
-    parameter is never sketched as one long axis).
+    ``"survivors"``: the covariance of what :meth:`survivors` keeps; None: no calibration pass) and ``dense`` (a matrix
+    rather than a table, so that a flattened parameter is never sketched as one long axis).
     """
 
     statistics: Statistics | None = None
@@ -148,8 +155,13 @@ class Sketch(ABC):
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
         """The sketch of the axis named ``key``, of length ``size``, to ``dim`` < ``size`` values.
 
-        ``statistics`` is E[x_j^2] [size] or E[x x^T] [size, size] over the calibration pass, or None.
+        ``statistics`` is E[x_j^2] [size] or E[x x^T] [size, size] over the calibration pass, that of the survivors
+        [kept, kept], or None.
         """
+
+    def survivors(self, size: int, key: str) -> Axis | None:  # noqa: ARG002
+        """What is kept of an axis before any statistics are known: None where the covariance of all of it is wanted."""
+        return None
 
     def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:
         """:meth:`axis`, or the axis kept whole where ``dim`` >= ``size``."""
@@ -172,6 +184,20 @@ def _fold_table(order: np.ndarray, runs: int, group: int, signs: np.ndarray) -> 
     return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight.astype(np.float32))
 
 
+def _leading(size: int, dim: int, energies: Tensor) -> Axis:
+    """Keep the coordinates of most energy: the principal directions of a diagonal second moment."""
+    top = torch.sort(energies, descending=True, stable=True).indices[:dim]
+    return Axis(size, top.sort().values.to(torch.int32)[None])
+
+
+def _principal(covariance: Tensor, dim: int) -> Tensor:
+    """The ``dim`` leading eigenvectors [dim, size], float32."""
+    vectors: Tensor = torch.linalg.eigh(covariance.double()).eigenvectors[:, -dim:].flip(1).T
+    # An eigenvector's sign is arbitrary: fix it, so that equal statistics give equal sketches.
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return (vectors * largest.sign()).float().contiguous()
+
+
 class Dropout(Sketch):
     """Keep few coordinates and drop the rest: one fixed random mask per axis, shared by all samples.
 
@@ -184,6 +210,9 @@ class Dropout(Sketch):
     which needs :meth:`Compressor.calibrate`.
     ``mode``: ``"factorized"`` masks the inputs and output gradients of a layer, ``"flat"`` the flattened
     gradient of a parameter (``dim`` values of it).
+    ``rank``: keep this many values of an axis instead of ``dim``, and rotate them onto their ``dim`` leading principal
+    directions, which needs :meth:`Compressor.calibrate`: a dense sketch's quality for ``rank`` / d of its price. Of
+    one-hot inputs (an embedding's vocabulary) the most frequent rows are kept.
     ``scale``: multiply by sqrt(d / survivors), so that inner products are unbiased (uniform sampling only).
     Source: Zhang & Amiri, arXiv 2509.15651, reconstructed from the abstract and headline results.
     """
@@ -195,6 +224,7 @@ class Dropout(Sketch):
         keep: float | None = None,
         group: int = 1,
         sampling: Literal["uniform", "energy"] = "uniform",
+        rank: int | None = None,
         mode: Literal["factorized", "flat"] = "factorized",
         scale: bool = False,
         seed: int = 0,
@@ -210,21 +240,50 @@ class Dropout(Sketch):
             raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
         if mode == "flat" and sampling == "energy":
             raise ValueError("mode='flat' samples uniformly; use mode='factorized' with sampling='energy'")
-        self.keep, self.group, self.scale = keep, _whole_number("group", group), scale
+        if rank is not None and _whole_number("rank", rank) <= max(self.dim_out, self.dim_in):
+            raise ValueError(
+                f"rank must be more than dim, got rank={rank} and dim={max(self.dim_out, self.dim_in)}: rank values of "
+                "an axis are kept and rotated onto dim; four times dim is a good choice"
+            )
+        if rank is not None and (mode == "flat" or scale):
+            raise ValueError("rank= rotates the axes of factorized gradients: leave mode='factorized' and scale=False")
+        self.keep, self.group, self.scale, self.rank = keep, _whole_number("group", group), scale, rank
         self.statistics = "energy" if sampling == "energy" else None
+        if rank is not None:
+            self.statistics = "survivors" if sampling == "uniform" else "covariance"
         self.mode = mode
 
     @property
     def dim_flat(self) -> int:
         return self.dim_out if self.mode == "flat" else super().dim_flat
 
+    def survivors(self, size: int, key: str) -> Axis | None:
+        if self.rank is None or self.rank >= size:
+            return None
+        return self._table(size, self.rank, key, None)
+
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
+        if self.rank is None:
+            return self._table(size, dim, key, statistics)
+        assert statistics is not None, "the compressor calibrates first"
+        if statistics.ndim == 1:
+            return _leading(size, dim, statistics)
+        if self.rank >= size:
+            return Axis(size, matrix=_principal(statistics, dim))
+        if self.statistics == "survivors":
+            table = self._table(size, self.rank, key, None)
+        else:
+            table = self._table(size, self.rank, key, statistics.diagonal())
+            statistics = table.apply(table.apply(statistics).T)  # the table is linear: S E[x x^T] S^T
+        return Axis(size, table.index, table.weight, _principal(statistics, dim), table.group)
+
+    def _table(self, size: int, dim: int, key: str, energies: Tensor | None) -> Axis:
         group = math.gcd(self.group, size, dim)
         survivors = dim if self.keep is None else min(size, max(dim, round(self.keep * size)))
         ranks: np.ndarray = _bits(self.seed, key, size // group)
-        if statistics is not None:
+        if energies is not None:
             # Efraimidis & Spirakis (2006): the smallest -log(u) / w are a weighted sample without replacement.
-            energy = statistics.double().cpu().numpy().reshape(-1, group).mean(1)
+            energy = energies.double().cpu().numpy().reshape(-1, group).mean(1)
             with np.errstate(divide="ignore"):
                 ranks = -np.log(_uniform(self.seed, key, size // group)) / energy
         order = np.argsort(ranks, kind="stable")[: math.ceil(survivors / group)]
@@ -285,12 +344,8 @@ class PCA(Sketch):
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
         assert statistics is not None, "the compressor calibrates first"
         if statistics.ndim == 1:
-            top = torch.sort(statistics, descending=True, stable=True).indices[:dim]
-            return Axis(size, top.sort().values.to(torch.int32)[None])
-        vectors = torch.linalg.eigh(statistics.double()).eigenvectors[:, -dim:].flip(1).T  # [dim, size]
-        # An eigenvector's sign is arbitrary: fix it, so that equal statistics give equal sketches.
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        return Axis(size, matrix=(vectors * largest.sign()).float().contiguous())
+            return _leading(size, dim, statistics)
+        return Axis(size, matrix=_principal(statistics, dim))
 
 
 class Identity(Sketch):

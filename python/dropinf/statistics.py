@@ -9,11 +9,11 @@ from torch import Tensor
 
 import dropinf_kernels as ops
 
-from .layers import Layer
-from .sketch import Statistics
+from .layers import Layer, Need
+from .sketch import Axis
 from .uses import ConvUse, EmbeddingUse, NormUse, Samples, Use
 
-Needs = Mapping[str, Mapping[str, tuple[Statistics, int]]]
+Needs = Mapping[str, Mapping[str, Need]]
 
 
 class Moments:
@@ -31,8 +31,8 @@ class Moments:
     def of(self, name: str) -> dict[str, Tensor]:
         """Side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached."""
         found = {}
-        for side, (kind, size) in self.needs.get(name, {}).items():
-            shape = (size,) if kind == "energy" else (size, size)
+        for side, need in self.needs.get(name, {}).items():
+            shape = (need.size,) if need.kind == "energy" else (need.size, need.size)
             total = self.sums.get((name, side), torch.zeros(shape, dtype=torch.float64))
             found[side] = total / max(1, self.samples)
         return found
@@ -61,11 +61,15 @@ class Moments:
 
     def _rows(self, layer: Layer, side: str, x: Tensor) -> None:
         """Add the second moment of the rows of x [..., d]."""
-        if not self._needs(layer, side):
-            return
-        rows = x.reshape(-1, x.shape[-1]).double()
-        kind, _ = self.needs[layer.name][side]
-        self._put(layer, side, rows.square().sum(0) if kind == "energy" else rows.T @ rows)
+        if self._needs(layer, side):
+            kept = self.needs[layer.name][side].kept
+            self._moment(layer, side, x if kept is None else kept.to(x.device).apply(x))
+
+    def _moment(self, layer: Layer, side: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        energy = self.needs[layer.name][side].kind == "energy"
+        self._put(layer, side, (rows.square().sum(0) if energy else rows.T @ rows).double())
 
     def add(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
         """One call of one module: its whole input and its output gradient."""
@@ -106,11 +110,12 @@ class Moments:
         """One sample and one group at a time, so that no full unfold exists."""
         if not self._needs(layer, "in"):
             return
-        every = torch.arange(layer.matrix_shape[1], dtype=torch.int32, device=x.device)[None]
+        kept = (self.needs[layer.name]["in"].kept or Axis.identity(layer.matrix_shape[1])).to(x.device)
+        assert kept.index is not None
         for sample in x.split(1):
             for part in sample.chunk(use.groups, 1):
-                patches = ops.sketch_patches(part, use.kernel, use.stride, use.padding, use.dilation, every)
-                self._rows(layer, "in", patches)
+                window = (use.kernel, use.stride, use.padding, use.dilation)
+                self._moment(layer, "in", ops.sketch_patches(part, *window, kept.index, kept.weight))
 
     def add_exact(self, layer: Layer, gradient: Tensor) -> None:
         """Whole per-sample gradients [n, *shape] of a parameter that no hook covers."""

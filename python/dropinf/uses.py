@@ -289,14 +289,15 @@ class ConvUse(Use):
         assert self.weight is not None
         axis = self.weight.in_axis
         assert axis is not None
-        if axis.matrix is not None:
+        if axis.matrix is not None and axis.index is None:
             # A dense sketch of patches is a convolution with the sketch's rows as its kernels.
             kernels = axis.matrix.to(torch.promote_types(x.dtype, torch.float32)).view(-1, x.shape[1], *self.kernel)
             function = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
             patches: Tensor = function(x.to(kernels.dtype), kernels, None, self.stride, self.padding, self.dilation)
             return patches.flatten(2).mT
         assert axis.index is not None
-        return ops.sketch_patches(x, self.kernel, self.stride, self.padding, self.dilation, axis.index, axis.weight)
+        window = (self.kernel, self.stride, self.padding, self.dilation)
+        return axis.rotate(ops.sketch_patches(x, *window, axis.index, axis.weight))
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         if self.keeps_patches:

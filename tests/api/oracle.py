@@ -35,13 +35,13 @@ def sketched(layer: dropinf.Layer, gradient: Tensor) -> Tensor:
 
 def dense(axis: dropinf.Axis) -> Tensor:
     """The sketch of an axis as a float64 matrix [k, d]."""
-    if axis.matrix is not None:
+    if axis.index is None:
         return axis.matrix.double()
-    s = torch.zeros(axis.dim, axis.size, dtype=torch.float64)
+    s = torch.zeros(axis.index.shape[1], axis.size, dtype=torch.float64)
     for f in range(len(axis.index)):
         for j, coordinate in enumerate(axis.index[f].tolist()):
             s[j, coordinate] += 1.0 if axis.weight is None else float(axis.weight[f, j])
-    return s
+    return s if axis.matrix is None else axis.matrix.double() @ s
 
 
 def assert_equal_gradients(compressor, gradients, expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
