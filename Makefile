@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test test-triton lint bench bench-traffic clean
+.PHONY: demo test test-triton test-gpu lint bench bench-traffic bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
@@ -20,17 +22,28 @@ test-triton: $(READY)
 	tests/compile/other_triton.sh 3.6.0 -n 2
 	tests/compile/other_triton.sh 3.9.0 -n 2
 
+# On a GPU: tests/gpu, and the interpreter's tests without the interpreter. Elsewhere it says why not.
+test-gpu: $(READY)
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -rs tests/gpu
+	@if $(HAS_CUDA); then env -u TRITON_INTERPRET DROPINF_GPU=1 $(BIN)/python -m pytest -n 4 tests/interpreter; \
+	else echo "tests/interpreter on a GPU: skipped, there is no CUDA device"; fi
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench/ops --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m pytest bench/ops $(COLUMNS)
 
 # Interprets 29 calls and writes bench/results/traffic.md and .csv: three minutes.
 bench-traffic: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m bench.traffic
+
+# On a GPU: medians in the terminal, and each row with its own baseline in bench/results/gpu.json.
+bench-gpu: $(READY)
+	@if $(HAS_CUDA); then $(BIN)/python -m pytest bench/gpu $(COLUMNS) --benchmark-json=bench/results/gpu.json; \
+	else $(BIN)/python -m pytest -rs bench/gpu; fi
 
 # torch is named on the command line so that the pinned build is chosen before anything can ask for another.
 $(READY): pyproject.toml constraints.txt

@@ -1,4 +1,7 @@
-"""Kernels on numpy: TRITON_INTERPRET=1 is read when a kernel is defined, so this tier has a process of its own."""
+"""Kernels on numpy: TRITON_INTERPRET=1 is read when a kernel is defined, so this tier has a process of its own.
+
+With DROPINF_GPU=1 instead, the same tests run on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ import os
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+from tests.interpreter.helpers import ON_GPU
+
+if ON_GPU:
+    # These two look into the interpreter.
+    collect_ignore = ["test_traffic.py", "test_offsets.py"]
+    torch.set_default_device("cuda")
+elif os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
 
 

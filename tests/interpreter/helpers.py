@@ -1,9 +1,20 @@
-"""Shared by the interpreter tests: how near a kernel must come to its float64 reference."""
+"""Shared by the interpreter tests: where they run, and how near a kernel must come to its float64 reference."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+ON_GPU = os.environ.get("DROPINF_GPU") == "1" and os.environ.get("TRITON_INTERPRET") != "1"
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+def on_cpu(*bounds: int) -> Tensor:
+    """Return cu_seqlens that the host checks: on a GPU the stream does, where a wrong one ends the context."""
+    return torch.tensor(bounds, device="cpu")
 
 
 def assert_close(

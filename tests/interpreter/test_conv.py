@@ -8,15 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dropinf_kernels import conv, reference_conv
-from tests.interpreter.helpers import assert_close
+from tests.interpreter.helpers import DTYPES, assert_close
 from tests.reference.helpers import layouts, make_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.float16]
 WINDOWS = {
     "1d": ([11], [3], [2], [1], [1]),
-    "2d": ([7, 6], [3, 2], [2, 1], [1, 0], [1, 2]),
-    "3d": ([3, 4, 3], [2, 2, 2], [1, 1, 1], [1, 0, 1], [1, 1, 1]),
+    "2d": ([7, 6], [3, 2], [2, 1], [1, 0], [2, 3]),
+    "3d": ([3, 4, 3], [2, 2, 2], [2, 1, 1], [1, 0, 1], [1, 1, 1]),
     "pointwise": ([5, 4], [1, 1], [1, 1], [0, 0], [1, 1]),
 }
 NONE = (None, None)
@@ -40,7 +39,7 @@ def check(x, g, window, groups=1, right=NONE, left=NONE, group=1, eps=EPS):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize(("fan_in", "fan_out"), [(0, 0), (1, 1), (8, 3)])
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(0, 0), (1, 1), (3, 1), (8, 3)])
 def test_equals_the_reference(dtype, window, groups, fan_in, fan_out):
     x, g, window = make(window, dtype)
     taps = 6 // groups * math.prod(window[0])

@@ -6,11 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dropinf_kernels import embedding, reference_sparse
-from tests.interpreter.helpers import assert_close
+from tests.interpreter.helpers import DTYPES, assert_close, on_cpu
 from tests.reference.helpers import layouts, make_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.float16]
 NONE = (None, None)
 EPS = torch.finfo(torch.float32).eps
 
@@ -95,7 +94,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match=r"ids has dtype torch\.float32"):
         embedding.compress_embedding(ids.float(), g, 5)
     with pytest.raises(ValueError, match="cu_seqlens ends at 1"):
-        embedding.compress_embedding(ids, g, 5, cu_seqlens=torch.tensor([0, 1]))
+        embedding.compress_embedding(ids, g, 5, cu_seqlens=on_cpu(0, 1))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

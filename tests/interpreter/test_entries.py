@@ -6,11 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dropinf_kernels import entries, launch, reference, reference_sparse
-from tests.interpreter.helpers import assert_close
+from tests.interpreter.helpers import DTYPES, ON_GPU, assert_close, on_cpu
 from tests.reference.helpers import layouts, make_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.float16]
 DOCUMENTS = [0, 0, 1, 90, 90, 140]
 
 
@@ -149,7 +148,7 @@ def test_split_positions(packed, kind, monkeypatch):
         rows, cols = make_table(16, 24)[0][0], make_table(16, 24)[0][0]
         call, args = check_flat, (flat_input(kind, (1, 700), 16, torch.float32), g, rows, cols, cu_seqlens)
     got = call(*args)
-    assert seen[0][1] == 6  # every block of 128 positions is a program of its own
+    assert seen[0][1] > 1 if ON_GPU else seen[0][1] == 6  # every block of 128 positions is a program of its own
     torch.testing.assert_close(call(*args), got, rtol=0, atol=0)
 
 
@@ -190,9 +189,9 @@ BAD_NORM = [
     ({"a": torch.zeros(2, 3, 7)}, ValueError, r"leading dimensions \[2, 3, 7\] and \[2, 3, 8\] must agree"),
     ({"a": G.int()}, TypeError, "a has dtype torch.int32"),
     ({"g": G[0], "a": None}, ValueError, r"g has shape \[3, 8\]; it must have 3 dimensions"),
-    ({"index": ONE[None].to("meta")}, ValueError, "index is on meta and g on cpu"),
-    ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens decreases"),
-    ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens ends at 5; it must end at the number of rows, 6"),
+    ({"index": ONE[None].to("meta")}, ValueError, "index is on meta and g on"),
+    ({"cu_seqlens": on_cpu(0, 4, 3, 6)}, ValueError, "cu_seqlens decreases"),
+    ({"cu_seqlens": on_cpu(0, 5)}, ValueError, "cu_seqlens ends at 5; it must end at the number of rows, 6"),
     ({"a": UNEVEN, "cu_seqlens": CUT}, ValueError, r"a has shape .* pass a.contiguous\(\)"),
     ({"a": None, "g": UNEVEN, "cu_seqlens": CUT}, ValueError, r"g has shape .* pass g.contiguous\(\)"),
 ]
@@ -212,7 +211,7 @@ BAD_FLAT = [
     ({"a": torch.zeros(2, 4, 8)}, ValueError, r"leading dimensions \[2, 4\] and \[2, 3\] must agree"),
     ({"a": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"leading dimensions \[2, 4\] and \[2, 3\] must agree"),
     ({"a": G.bool()}, TypeError, "a has dtype torch.bool"),
-    ({"cols": ONE.to("meta")}, ValueError, "cols is on meta and g on cpu"),
+    ({"cols": ONE.to("meta")}, ValueError, "cols is on meta and g on"),
     ({"a": torch.zeros(3, 2).int().T, "cu_seqlens": CUT}, ValueError, r"pass a.contiguous\(\)"),
 ]
 

@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 
 from dropinf_kernels import gather, reference
 from dropinf_kernels.tiling import ARCHS, sketch_tile
-from tests.interpreter.helpers import assert_close
+from tests.interpreter.helpers import DTYPES, assert_close
 from tests.reference.helpers import layouts, make_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.float16]
 
 
 def check(x, index, weight=None, group=1):

