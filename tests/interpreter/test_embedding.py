@@ -63,7 +63,7 @@ def test_ids_outside_the_table_contribute_nothing():
 
 @pytest.mark.parametrize("table", [NONE, (torch.tensor([[1, 5]], dtype=torch.int32), None)])
 def test_an_id_wider_than_32_bits_is_no_row_of_the_table(table):
-    got = embedding.compress_embedding(torch.tensor([[2**32 + 5, 1, -3]]), torch.ones(1, 3, 2), 8, *table)
+    got = embedding.compress_embedding(torch.tensor([[2**32 + 5, 1, -3, 5 - 2**32]]), torch.ones(1, 4, 2), 8, *table)
     assert got.sum().item() == 2.0
     assert got[0, 0, 1 if table is NONE else 0].item() == 1.0
 
