@@ -6,40 +6,16 @@ Each holds sums and a count: updates come in any order, merges add. Factorizatio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dropinf._cholesky import Cholesky, cholesky, solver_dtype, spans
+from dropinf._damping import Damping, ledoit_wolf
 from dropinf_kernels import gram_update
 
 Form = Literal["primal", "dual"]
-SPAN = 1 << 24  # elements of the largest temporary
-
-
-def spans(size: int, other: int) -> Iterator[slice]:
-    """Yield slices covering `range(size)`, of at most SPAN elements when the other axis is `other` long."""
-    step = max(1, SPAN // max(1, other))
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
-
-
-def solver_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to factor in: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class Damping:
-    """`lambda = value * mean(diag F)`, or `lambda = value` when absolute."""
-
-    value: float
-    absolute: bool = False
-
-    def of(self, mean_diagonal: float) -> float:
-        return self.value if self.absolute else self.value * mean_diagonal
 
 
 class Block(ABC):
@@ -54,6 +30,7 @@ class Block(ABC):
         self.width = width
         self.damping = damping
         self.count = 0
+        self.fourths = 0.0  # what ledoit_wolf asks for, summed under damping="auto" alone
 
     @abstractmethod
     def update(self, c: Tensor) -> None:
@@ -71,6 +48,23 @@ class Block(ABC):
     def quadratic(self, v: Tensor) -> Tensor:
         """Return `v^T (F + lambda I)^{-1} v` for each row of v `[n, K]`, as `[n]` in at least fp32."""
 
+    def _count(self, c: Tensor) -> None:
+        self.count += len(c)
+        if self.damping.is_auto:
+            for part in spans(len(c), self.width):
+                self.fourths += self._fourths(c[part].to(solver_dtype(c.dtype)))
+
+    def _count_of(self, other: Block) -> None:
+        self.count += other.count
+        self.fourths += other.fourths
+
+    def _fourths(self, c: Tensor) -> float:
+        """Return `sum_n |c_n|^4`, and each coordinate's own where coordinates are known apart."""
+        return float(c.square().sum(1).double().square().sum())
+
+    def _chosen(self, mean_diagonal: float, squares: float) -> float:
+        return ledoit_wolf(self.count, self.width, mean_diagonal, squares, self.fourths)
+
     def singular(self, mean_diagonal: float) -> ValueError:
         """Return the error for a matrix that cannot be solved with this damping."""
         way = "damping=0.1"
@@ -78,44 +72,8 @@ class Block(ABC):
             way = f"damping={0.1 * mean_diagonal:.3g} with absolute=True, or damping=0.1 with absolute=False"
         return ValueError(
             f"layer {self.name!r}: the Fisher matrix of N={self.count} samples and K={self.width} columns is "
-            f"singular to working precision with damping={self.damping.value:g}; use a larger one, e.g. {way}"
+            f"singular to working precision with damping={self.damping}; use a larger one, e.g. {way}"
         )
-
-
-@dataclass(frozen=True)
-class Cholesky:
-    """`lower lower^T` is `F + lambda I` in the primal; `N lambda I + C C^T` in the dual, with C in `rows`."""
-
-    lower: Tensor
-    damping: float
-    rows: Tensor | None
-
-    def solve(self, v: Tensor) -> Tensor:
-        if self.rows is None:
-            direct: Tensor = torch.cholesky_solve(v.T, self.lower).T
-            return direct
-        x: Tensor = torch.cholesky_solve(project(self.rows, v), self.lower)  # [N, n]
-        solved = v.clone()
-        for cols in spans(v.shape[1], len(self.rows)):
-            solved[:, cols] -= x.T @ self.rows[:, cols].to(v.dtype)
-        return solved.div_(self.damping)
-
-    def quadratic(self, v: Tensor) -> Tensor:
-        inner = v.T if self.rows is None else project(self.rows, v)
-        half: Tensor = torch.linalg.solve_triangular(self.lower, inner, upper=False)
-        square = half.square().sum(0)
-        if self.rows is None:
-            return square
-        # Non-negative in exact arithmetic; the difference can round below zero.
-        return (v.square().sum(1) - square).div_(self.damping).clamp_min_(0)
-
-
-def project(rows: Tensor, v: Tensor) -> Tensor:
-    """Return `rows v^T` `[N, n]` in v's dtype, without a full-width copy of rows in that dtype."""
-    out = v.new_zeros(len(rows), len(v))
-    for cols in spans(rows.shape[1], len(rows)):
-        out.addmm_(rows[:, cols].to(v.dtype), v[:, cols].T)
-    return out
 
 
 class DenseBlock(Block):
@@ -134,7 +92,7 @@ class DenseBlock(Block):
 
     def update(self, c: Tensor) -> None:
         self._factor = None
-        self.count += len(c)
+        self._count(c)
         self.rows.append(c)
         if self.gram is not None or self.form == "primal" or (self.form is None and self.count >= self.width):
             self._fold_rows()
@@ -142,7 +100,7 @@ class DenseBlock(Block):
     def merge(self, other: Block) -> None:
         assert isinstance(other, DenseBlock)
         self._factor = None
-        self.count += other.count
+        self._count_of(other)
         self.rows += other.rows
         if other.gram is not None or self.gram is not None or (self.form is None and self.count >= self.width):
             self._fold_rows()
@@ -194,8 +152,14 @@ class DenseBlock(Block):
             return float(self.gram.diagonal().sum(dtype=torch.float64))
         return float(torch.linalg.vector_norm(self.rows[0], dtype=torch.float64).square())
 
+    def _squares(self) -> float:
+        """Return |F|^2."""
+        matrix = self._matrix(solver_dtype(self.rows[0].dtype), 0.0) / self.count if self.gram is None else self.gram
+        total = float(matrix.double().square().sum())
+        return total if self.gram is None else total / self.count**2
+
     def _factorize(self, mean_diagonal: float) -> Cholesky:
-        lam = self.damping.of(mean_diagonal)
+        lam = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, self._squares()))
         if lam == 0 and self.count < self.width:
             raise self.singular(mean_diagonal)
         held = self.rows[0] if self.gram is None else self.gram
@@ -230,20 +194,6 @@ class DenseBlock(Block):
         return matrix
 
 
-def cholesky(matrix: Tensor, least: float) -> Tensor | None:
-    """Return the lower Cholesky factor, or None if the matrix is singular to within `least`.
-
-    Each pivot is compared with its own diagonal entry, `L_ii^2 / A_ii`: the error of Cholesky depends on the
-    matrix scaled to unit diagonal (Higham, Accuracy and Stability of Numerical Algorithms, section 10.1), so
-    layers and columns of very different size are no reason to refuse.
-    """
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        return None
-    pivots = lower.diagonal().square() / matrix.diagonal()
-    return lower if float(pivots.min()) >= least else None
-
-
 class DiagonalBlock(Block):
     """The diagonal of a block."""
 
@@ -252,13 +202,13 @@ class DiagonalBlock(Block):
         self.squares: Tensor | None = None  # [K]
 
     def update(self, c: Tensor) -> None:
-        self.count += len(c)
+        self._count(c)
         for part in spans(len(c), self.width):
             self._add(c[part].to(solver_dtype(c.dtype)).square().sum(0))
 
     def merge(self, other: Block) -> None:
         assert isinstance(other, DiagonalBlock)
-        self.count += other.count
+        self._count_of(other)
         if other.squares is not None:
             self._add(other.squares)
 
@@ -272,6 +222,9 @@ class DiagonalBlock(Block):
             out[part] = v[part].to(inverse.dtype).square() @ inverse
         return out
 
+    def _fourths(self, c: Tensor) -> float:
+        return float(c.double().square().square().sum())
+
     def _add(self, squares: Tensor) -> None:
         self.squares = squares.clone() if self.squares is None else self.squares + squares.to(self.squares.device)
 
@@ -281,7 +234,8 @@ class DiagonalBlock(Block):
         mean = float(diagonal.mean(dtype=torch.float64))
         if mean == 0:
             return diagonal
-        diagonal = diagonal + self.damping.of(mean)
+        squares = float(diagonal.double().square().sum())
+        diagonal = diagonal + self.damping.of(mean, lambda: self._chosen(mean, squares))
         if float(diagonal.min()) == 0:
             raise self.singular(mean)
         return diagonal.reciprocal_()
@@ -308,7 +262,7 @@ class KroneckerBlock(Block):
 
     def update(self, c: Tensor) -> None:
         self._changed()
-        self.count += len(c)
+        self._count(c)
         dtype = solver_dtype(c.dtype)
         if self.left is None or self.right is None:
             self.left = torch.zeros(self.shape[0], self.shape[0], dtype=dtype, device=c.device)
@@ -321,7 +275,7 @@ class KroneckerBlock(Block):
     def merge(self, other: Block) -> None:
         assert isinstance(other, KroneckerBlock)
         self._changed()
-        self.count += other.count
+        self._count_of(other)
         if other.left is None or other.right is None:
             return
         if self.left is None or self.right is None:
@@ -382,7 +336,8 @@ class KroneckerBlock(Block):
         largest, mean = float(values.max()), float(values.mean(dtype=torch.float64))
         if mean == 0:
             return values
-        lam = self.damping.of(mean)
+        squares = float(values.double().square().sum())
+        lam = self.damping.of(mean, lambda: self._chosen(mean, squares))
         # What eigh cannot tell from zero is zero, unless a damping stands in for it.
         least = torch.finfo(values.dtype).eps * largest * (max(self.shape) if lam == 0 else 1)
         damped = values + lam

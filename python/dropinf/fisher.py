@@ -9,7 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dropinf._solvers import Block, Damping, DenseBlock, DiagonalBlock, Form, KroneckerBlock, solver_dtype
+from dropinf._cholesky import solver_dtype
+from dropinf._damping import Damping
+from dropinf._solvers import Block, DenseBlock, DiagonalBlock, Form, KroneckerBlock
 from dropinf.gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch
 
 Kind = Literal["block", "joint", "diagonal", "kronecker"]
@@ -24,8 +26,9 @@ class Fisher:
             arXiv 1503.05671; EK-FAC after `correct`: George et al. 2018, arXiv 1806.03884; a layer with one
             axis keeps its full block).
         damping: `lambda = damping * mean(diag F)` of each block. The larger it is, the closer scores come to
-            plain dot products; raise it where N is small beside K, since F is then known badly. To choose
-            one, try 0.01 to 1 on something you can check: mislabelled samples, or retrained subsets.
+            plain dot products; raise it where N is small beside K, since F is then known badly. "auto" chooses it
+            for each block from how much F varies between samples (Ledoit & Wolf 2004; see `_damping.ledoit_wolf`),
+            without retraining anything.
         absolute: `lambda = damping` in every block instead.
 
     A dense block of N < K samples holds references to the rows that it was given, so do not change those
@@ -37,12 +40,22 @@ class Fisher:
     """
 
     def __init__(
-        self, kind: Kind = "block", damping: float = 0.1, absolute: bool = False, *, _form: Form | None = None
+        self,
+        kind: Kind = "block",
+        damping: float | Literal["auto"] = 0.1,
+        absolute: bool = False,
+        *,
+        _form: Form | None = None,
     ) -> None:
         if kind not in get_args(Kind):
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(Kind)))}")
-        if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(f"damping is {damping}; it must be a finite number of at least 0, for instance 0.1")
+        if damping == "auto":
+            if absolute:
+                raise ValueError('damping is "auto" and absolute is True; "auto" chooses a share of mean(diag F)')
+        elif isinstance(damping, str) or not (math.isfinite(damping) and damping >= 0):
+            raise ValueError(
+                f'damping is {damping!r}; it must be a finite number of at least 0, for instance 0.1, or "auto"'
+            )
         self.kind: Kind = kind
         self.damping = damping
         self.absolute = absolute
@@ -160,7 +173,7 @@ class Fisher:
         check_same_sketch(self, gradients, what)
 
     def __repr__(self) -> str:
-        damping = f"damping={self.damping:g}" + (", absolute=True" if self.absolute else "")
+        damping = f"damping={Damping(self.damping)}" + (", absolute=True" if self.absolute else "")
         size = f"{self._count} samples, {len(self._blocks)} blocks"
         return f"Fisher({self.kind!r}, {damping}, {size}, {self._device})"
 
@@ -190,7 +203,7 @@ class Fisher:
 
 
 def build_fisher(
-    train: GradientSource, kind: Kind = "block", damping: float = 0.1, *, absolute: bool = False
+    train: GradientSource, kind: Kind = "block", damping: float | Literal["auto"] = 0.1, *, absolute: bool = False
 ) -> Fisher:
     """Return the Fisher matrix of the training gradients; see `Fisher` for the arguments.
 

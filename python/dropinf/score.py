@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args, overload
 import torch
 from torch import Tensor
 
-from dropinf._solvers import solver_dtype
+from dropinf._cholesky import solver_dtype
 from dropinf.fisher import Fisher
 from dropinf.gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch
 from dropinf_kernels import score_topk

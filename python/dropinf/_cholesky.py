@@ -1,0 +1,73 @@
+"""Cholesky factors of a damped Fisher block, in the space of its columns or of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPAN = 1 << 24  # elements of the largest temporary
+
+
+def spans(size: int, other: int) -> Iterator[slice]:
+    """Yield slices covering `range(size)`, of at most SPAN elements when the other axis is `other` long."""
+    step = max(1, SPAN // max(1, other))
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def solver_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to factor in: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """`lower lower^T` is `F + lambda I` in the primal; `N lambda I + C C^T` in the dual, with C in `rows`."""
+
+    lower: Tensor
+    damping: float
+    rows: Tensor | None
+
+    def solve(self, v: Tensor) -> Tensor:
+        if self.rows is None:
+            direct: Tensor = torch.cholesky_solve(v.T, self.lower).T
+            return direct
+        x: Tensor = torch.cholesky_solve(project(self.rows, v), self.lower)  # [N, n]
+        solved = v.clone()
+        for cols in spans(v.shape[1], len(self.rows)):
+            solved[:, cols] -= x.T @ self.rows[:, cols].to(v.dtype)
+        return solved.div_(self.damping)
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        inner = v.T if self.rows is None else project(self.rows, v)
+        half: Tensor = torch.linalg.solve_triangular(self.lower, inner, upper=False)
+        square = half.square().sum(0)
+        if self.rows is None:
+            return square
+        # Non-negative in exact arithmetic; the difference can round below zero.
+        return (v.square().sum(1) - square).div_(self.damping).clamp_min_(0)
+
+
+def project(rows: Tensor, v: Tensor) -> Tensor:
+    """Return `rows v^T` `[N, n]` in v's dtype, without a full-width copy of rows in that dtype."""
+    out = v.new_zeros(len(rows), len(v))
+    for cols in spans(rows.shape[1], len(rows)):
+        out.addmm_(rows[:, cols].to(v.dtype), v[:, cols].T)
+    return out
+
+
+def cholesky(matrix: Tensor, least: float) -> Tensor | None:
+    """Return the lower Cholesky factor, or None if the matrix is singular to within `least`.
+
+    Each pivot is compared with its own diagonal entry, `L_ii^2 / A_ii`: the error of Cholesky depends on the
+    matrix scaled to unit diagonal (Higham, Accuracy and Stability of Numerical Algorithms, section 10.1), so
+    layers and columns of very different size are no reason to refuse.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        return None
+    pivots = lower.diagonal().square() / matrix.diagonal()
+    return lower if float(pivots.min()) >= least else None

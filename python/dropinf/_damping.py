@@ -1,0 +1,46 @@
+"""How much is added to the diagonal of a Fisher block before it is solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+# Of the shrinkage: plain dot products are as good as reached there, and the matrix is still one.
+_MOST = 0.999
+
+
+@dataclass(frozen=True)
+class Damping:
+    """`lambda = value * mean(diag F)`, or `lambda = value` when absolute; "auto" chooses the value of each block."""
+
+    value: float | Literal["auto"]
+    absolute: bool = False
+
+    def __str__(self) -> str:
+        return self.value if isinstance(self.value, str) else f"{self.value:g}"
+
+    @property
+    def is_auto(self) -> bool:
+        return self.value == "auto"
+
+    def of(self, mean_diagonal: float, chosen: Callable[[], float]) -> float:
+        """Return lambda; `chosen` is asked for the value under "auto"."""
+        if self.absolute and not isinstance(self.value, str):
+            return self.value
+        return mean_diagonal * (chosen() if isinstance(self.value, str) else self.value)
+
+
+def ledoit_wolf(count: int, width: int, mean: float, squares: float, fourths: float) -> float:
+    """Return the value for `F = (1/N) sum_n c_n c_n^T` that brings `F + lambda I` nearest to F of endless samples.
+
+    `count` is N, `width` K, `mean` tr(F) / K, `squares` |F|^2 (Frobenius), `fourths` sum_n |c_n|^4. The expected
+    squared distance is least for a share rho = b^2 / d^2 of `mean * I`, with d^2 = |F - mean I|^2 and b^2 the variance
+    of F, (mean_n |c_n|^4 - |F|^2) / (N - 1); that is F with `rho / (1 - rho)` of its mean diagonal added.
+    Source: Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), with a known
+    mean of zero and an unbiased b^2.
+    """
+    variance = (fourths / count - squares) / max(1, count - 1)
+    distance = squares - width * mean * mean
+    share = _MOST if count < 2 or distance <= 0 else min(_MOST, max(0.0, variance) / distance)
+    return share / (1 - share)
