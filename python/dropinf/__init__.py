@@ -1,11 +1,13 @@
 """Influence functions on dropout-compressed per-sample gradients, for any PyTorch module."""
 
+from .axis import Axis
+from .budget import Choice, choose
 from .compressor import Compressor, compress
 from .fisher import Fisher, build_fisher
 from .gradients import Gradients
 from .layers import Layer
 from .score import TopK, score, self_influence
-from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
+from .sketch import PCA, SJLT, Dropout, Gaussian, Identity, Rademacher, Sketch
 
 __version__ = "0.1.0"
 
@@ -13,6 +15,7 @@ __all__ = [
     "PCA",
     "SJLT",
     "Axis",
+    "Choice",
     "Compressor",
     "Dropout",
     "Fisher",
@@ -24,6 +27,7 @@ __all__ = [
     "Sketch",
     "TopK",
     "build_fisher",
+    "choose",
     "compress",
     "score",
     "self_influence",

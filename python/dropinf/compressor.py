@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import sharded
+from .axis import Axis
 from .batches import batch_size_hint
 from .capture import Capture, Pass, UseGuard, accumulate
 from .checks import check_arguments, check_batchnorm, check_finite, check_losses, explain, untied_message
@@ -30,7 +31,7 @@ from .layers import (
     module_kind,
 )
 from .masks import load_masks, save_masks
-from .sketch import Axis, Sketch
+from .sketch import Sketch
 from .statistics import Moments
 from .uses import USES, Samples, Use
 

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .sketch import Axis, Sketch, Statistics
+from .axis import Axis
+from .sketch import Sketch, Statistics
 
 Kind = Literal["linear", "conv", "embedding", "norm", "bias", "tied", "flat"]
 LayerFilter = str | type | Iterable["str | type"] | None
@@ -250,14 +251,14 @@ def _sides(target: Target, sketch: Sketch) -> dict[str, Side]:
     rows, columns = matrix_shape(target.shape, target.transposed)
     owner = target.name.removesuffix(".bias") if target.kind == "bias" else target.name
     if target.kind in ("bias", "norm") or len(target.shape) < 2:
-        return {"out": Side(rows * columns, sketch.dim_out, f"{owner}/out")}
+        return {"out": Side(rows * columns, sketch.dims(target.name)[0], f"{owner}/out")}
     if sketch.mode == "flat" or (target.kind == "flat" and not sketch.dense):
         if rows * columns > 2**31 - 1:
             raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
-        return {"flat": Side(rows * columns, sketch.dim_flat, f"{owner}/flat")}
+        return {"flat": Side(rows * columns, sketch.dim_flat(target.name), f"{owner}/flat")}
     return {
-        "out": Side(rows, sketch.dim_out, f"{owner}/out"),
-        "in": Side(columns, sketch.dim_in, f"{owner}/in"),
+        "out": Side(rows, sketch.dims(target.name)[0], f"{owner}/out"),
+        "in": Side(columns, sketch.dims(target.name)[1], f"{owner}/in"),
     }
 
 

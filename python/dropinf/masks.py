@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .axis import Axis
 from .layers import Layer
-from .sketch import Axis
 
 FORMAT = "dropinf-masks-1"
 

@@ -7,104 +7,20 @@ device or number of ranks. Random bits come from Philox's raw stream, which is s
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf_kernels import sketch as _gather
+from .axis import Axis
 
 Statistics = Literal["energy", "covariance", "survivors"]
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """The sketch of one axis, R^size -> R^dim: a table (``index``, ``weight``), a dense ``matrix``, or both.
-
-    Table: ``(S x)[j] = sum_f weight[f, j] * x[index[f, j]]``, ``index`` int32 [fan_in, dim], ``weight``
-    float32 [fan_in, dim] or None (all ones). Dense: ``S x = matrix @ x``, ``matrix`` float32 [dim, size].
-    Both: the matrix, [dim, kept], rotates the ``kept`` values of the table.
-    ``group`` promises that ``index`` consists of aligned runs of that length.
-    """
-
-    size: int
-    index: Tensor | None = None
-    weight: Tensor | None = None
-    matrix: Tensor | None = None
-    group: int = 1
-
-    @classmethod
-    def identity(cls, size: int) -> Axis:
-        """The axis kept whole."""
-        return cls(size, torch.arange(size, dtype=torch.int32)[None], group=size)
-
-    @property
-    def dim(self) -> int:
-        """What is stored, k."""
-        if self.matrix is not None:
-            return len(self.matrix)
-        assert self.index is not None
-        return int(self.index.shape[1])
-
-    @property
-    def is_whole(self) -> bool:
-        """Nothing is dropped: the sketch is the identity."""
-        return self.matrix is None and self.weight is None and self.dim == self.size
-
-    @property
-    def is_gather(self) -> bool:
-        """Plain dropout: each output is one input, so the sketch commutes with elementwise products."""
-        return self.matrix is None and self.weight is None
-
-    @property
-    def table(self) -> tuple[Tensor | None, Tensor | None]:
-        """(index, weight) as the ops take them: (None, None) where the axis is whole."""
-        return (None, None) if self.is_whole else (self.index, self.weight)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
-        if self.is_whole:
-            return x
-        if self.index is not None:
-            x = _gather(x, self.index, self.weight, self.group)
-        return self.rotate(x)
-
-    def rotate(self, gathered: Tensor) -> Tensor:
-        """[..., kept] -> [..., dim]: what the matrix does to the values of the table."""
-        if self.matrix is None:
-            return gathered
-        dtype = torch.promote_types(gathered.dtype, torch.float32)
-        return gathered.to(dtype) @ self.matrix.to(dtype).T
-
-    def fold(self, gathered: Tensor) -> Tensor:
-        """[..., fan_in * dim] -> [..., dim]: finish a table sketch whose ``index.flatten()`` is gathered already."""
-        if self.weight is None:
-            return gathered
-        parts = gathered.view(*gathered.shape[:-1], len(self.weight), self.dim)
-        return (parts * self.weight.to(gathered.dtype)).sum(-2)
-
-    def to(self, device: torch.device) -> Axis:
-        """The same sketch with its tables on ``device``."""
-        tables = {name: table.to(device) for name, table in self.tensors().items()}
-        return Axis(self.size, tables.get("index"), tables.get("weight"), tables.get("matrix"), self.group)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tables by field name, for saving and for :meth:`digest`."""
-        parts = {"index": self.index, "weight": self.weight, "matrix": self.matrix}
-        return {name: table for name, table in parts.items() if table is not None}
-
-    def digest(self) -> bytes:
-        """A fingerprint of the map: two axes with equal digests compress alike."""
-        h = hashlib.blake2b(str(self.size).encode(), digest_size=16)
-        for name, table in self.tensors().items():
-            h.update(f"{name}{tuple(table.shape)}".encode())
-            h.update(table.cpu().contiguous().numpy().tobytes())
-        return h.digest()
 
 
 def _bits(seed: int, key: str, n: int) -> np.ndarray:
@@ -126,8 +42,25 @@ def _whole_number(name: str, value: object) -> int:
     return value
 
 
+Dim = int | tuple[int, int]
+T = TypeVar("T")
+
+
+def _by_layer(name: str, value: T | Mapping[str, T], layer: str) -> T:
+    """The value of the first pattern that matches a layer's name."""
+    if not isinstance(value, Mapping):
+        return value
+    for pattern, found in value.items():
+        if fnmatch.fnmatchcase(layer, pattern):
+            return cast("T", found)
+    raise ValueError(
+        f'{name} has no entry for layer {layer}; its patterns are {", ".join(value)}: add "*" for the rest'
+    )
+
+
 class Sketch(ABC):
-    """Compresses one axis. ``dim`` is what is stored per axis: an int, or (out, in).
+    """Compresses one axis. ``dim`` is what is stored per axis: an int, (out, in), or either of them by layer: a mapping
+    from name patterns (fnmatch), of which the first that matches counts.
 
     Class attributes say what a sketch needs: ``statistics`` (``"energy"``: E[x_j^2]; ``"covariance"``: E[x x^T];
     ``"survivors"``: the covariance of what :meth:`survivors` keeps; None: no calibration pass) and ``dense`` (a matrix
@@ -138,18 +71,23 @@ class Sketch(ABC):
     dense: ClassVar[bool] = False
     mode: str = "factorized"
 
-    def __init__(self, dim: int | tuple[int, int], *, seed: int = 0) -> None:
-        out_in = dim if isinstance(dim, tuple) else (dim, dim)
-        if len(out_in) != 2:
-            raise ValueError(f"dim must be an int or a pair (out, in), got {dim!r}")
-        self.dim_out = _whole_number("dim", out_in[0])
-        self.dim_in = _whole_number("dim", out_in[1])
+    def __init__(self, dim: Dim | Mapping[str, Dim], *, seed: int = 0) -> None:
+        for value in dim.values() if isinstance(dim, Mapping) else (dim,):
+            if isinstance(value, tuple) and len(value) != 2:
+                raise ValueError(f"dim must be an int or a pair (out, in), got {value!r}")
+            for axis in value if isinstance(value, tuple) else (value,):
+                _whole_number("dim", axis)
+        self.dim = dim
         self.seed = seed
 
-    @property
-    def dim_flat(self) -> int:
+    def dims(self, layer: str) -> tuple[int, int]:
+        """What is stored of a layer's (out, in) axes."""
+        dim = _by_layer("dim", self.dim, layer)
+        return dim if isinstance(dim, tuple) else (dim, dim)
+
+    def dim_flat(self, layer: str) -> int:
         """What is stored of a flattened matrix: as much as of a factorized one."""
-        return self.dim_out * self.dim_in
+        return math.prod(self.dims(layer))
 
     @abstractmethod
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
@@ -168,8 +106,7 @@ class Sketch(ABC):
         return Axis.identity(size) if dim >= size else self.axis(size, dim, key, statistics)
 
     def __repr__(self) -> str:
-        dim = self.dim_out if self.dim_out == self.dim_in else (self.dim_out, self.dim_in)
-        return f"{type(self).__name__}(dim={dim}, seed={self.seed})"
+        return f"{type(self).__name__}(dim={self.dim}, seed={self.seed})"
 
 
 def _fold_table(order: np.ndarray, runs: int, group: int, signs: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -219,12 +156,12 @@ class Dropout(Sketch):
 
     def __init__(
         self,
-        dim: int | tuple[int, int] = 64,
+        dim: Dim | Mapping[str, Dim] = 64,
         *,
         keep: float | None = None,
         group: int = 1,
         sampling: Literal["uniform", "energy"] = "uniform",
-        rank: int | None = None,
+        rank: int | Mapping[str, int] | None = None,
         mode: Literal["factorized", "flat"] = "factorized",
         scale: bool = False,
         seed: int = 0,
@@ -240,11 +177,8 @@ class Dropout(Sketch):
             raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
         if mode == "flat" and sampling == "energy":
             raise ValueError("mode='flat' samples uniformly; use mode='factorized' with sampling='energy'")
-        if rank is not None and _whole_number("rank", rank) <= max(self.dim_out, self.dim_in):
-            raise ValueError(
-                f"rank must be more than dim, got rank={rank} and dim={max(self.dim_out, self.dim_in)}: rank values of "
-                "an axis are kept and rotated onto dim; four times dim is a good choice"
-            )
+        for value in rank.values() if isinstance(rank, Mapping) else (() if rank is None else (rank,)):
+            _whole_number("rank", value)
         if rank is not None and (mode == "flat" or scale):
             raise ValueError("rank= rotates the axes of factorized gradients: leave mode='factorized' and scale=False")
         self.keep, self.group, self.scale, self.rank = keep, _whole_number("group", group), scale, rank
@@ -253,14 +187,25 @@ class Dropout(Sketch):
             self.statistics = "survivors" if sampling == "uniform" else "covariance"
         self.mode = mode
 
-    @property
-    def dim_flat(self) -> int:
-        return self.dim_out if self.mode == "flat" else super().dim_flat
+    def dim_flat(self, layer: str) -> int:
+        return self.dims(layer)[0] if self.mode == "flat" else super().dim_flat(layer)
+
+    def _kept(self, key: str) -> int:
+        """How many values of an axis are kept, to be rotated."""
+        layer = key.rsplit("/", 1)[0]
+        assert self.rank is not None
+        rank, dim = _by_layer("rank", self.rank, layer), max(self.dims(layer))
+        if rank <= dim:
+            raise ValueError(
+                f"rank must be more than dim, got rank={rank} and dim={dim} for layer {layer}: rank values of an axis "
+                "are kept and rotated onto dim; four times dim is a good choice"
+            )
+        return rank
 
     def survivors(self, size: int, key: str) -> Axis | None:
-        if self.rank is None or self.rank >= size:
+        if self.rank is None or self._kept(key) >= size:
             return None
-        return self._table(size, self.rank, key, None)
+        return self._table(size, self._kept(key), key, None)
 
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
         if self.rank is None:
@@ -268,12 +213,13 @@ class Dropout(Sketch):
         assert statistics is not None, "the compressor calibrates first"
         if statistics.ndim == 1:
             return _leading(size, dim, statistics)
-        if self.rank >= size:
+        rank = self._kept(key)
+        if rank >= size:
             return Axis(size, matrix=_principal(statistics, dim))
         if self.statistics == "survivors":
-            table = self._table(size, self.rank, key, None)
+            table = self._table(size, rank, key, None)
         else:
-            table = self._table(size, self.rank, key, statistics.diagonal())
+            table = self._table(size, rank, key, statistics.diagonal())
             statistics = table.apply(table.apply(statistics).T)  # the table is linear: S E[x x^T] S^T
         return Axis(size, table.index, table.weight, _principal(statistics, dim), table.group)
 
@@ -302,7 +248,7 @@ class SJLT(Sketch):
     """Sparse Johnson-Lindenstrauss transform, one nonzero per column: every coordinate survives, folded with
     random signs into ``dim`` sums of equal size. Source: Kane & Nelson, arXiv 1012.1577."""
 
-    def __init__(self, dim: int | tuple[int, int] = 64, *, seed: int = 0) -> None:
+    def __init__(self, dim: Dim | Mapping[str, Dim] = 64, *, seed: int = 0) -> None:
         super().__init__(dim, seed=seed)
         self._fold = Dropout(dim, keep=1.0, seed=seed)
 
@@ -354,8 +300,7 @@ class Identity(Sketch):
     def __init__(self) -> None:
         super().__init__(1)
 
-    @property
-    def dim_flat(self) -> int:
+    def dim_flat(self, layer: str) -> int:  # noqa: ARG002
         return 1
 
     def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:  # noqa: ARG002

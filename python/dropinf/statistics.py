@@ -9,8 +9,8 @@ from torch import Tensor
 
 import dropinf_kernels as ops
 
+from .axis import Axis
 from .layers import Layer, Need
-from .sketch import Axis
 from .uses import ConvUse, EmbeddingUse, NormUse, Samples, Use
 
 Needs = Mapping[str, Mapping[str, Need]]

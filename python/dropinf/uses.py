@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import dropinf_kernels as ops
 
+from .axis import Axis
 from .layers import Layer, rms_epsilon
-from .sketch import Axis
 
 # Flat masks of convolutions form the gradients of this many bytes of samples at a time.
 CHUNK_BYTES = 1 << 24

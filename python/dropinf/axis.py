@@ -1,0 +1,96 @@
+"""The sketch of one axis, as tables: what the ops take, and what is saved."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dropinf_kernels import sketch as _gather
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The sketch of one axis, R^size -> R^dim: a table (``index``, ``weight``), a dense ``matrix``, or both.
+
+    Table: ``(S x)[j] = sum_f weight[f, j] * x[index[f, j]]``, ``index`` int32 [fan_in, dim], ``weight``
+    float32 [fan_in, dim] or None (all ones). Dense: ``S x = matrix @ x``, ``matrix`` float32 [dim, size].
+    Both: the matrix, [dim, kept], rotates the ``kept`` values of the table.
+    ``group`` promises that ``index`` consists of aligned runs of that length.
+    """
+
+    size: int
+    index: Tensor | None = None
+    weight: Tensor | None = None
+    matrix: Tensor | None = None
+    group: int = 1
+
+    @classmethod
+    def identity(cls, size: int) -> Axis:
+        """The axis kept whole."""
+        return cls(size, torch.arange(size, dtype=torch.int32)[None], group=size)
+
+    @property
+    def dim(self) -> int:
+        """What is stored, k."""
+        if self.matrix is not None:
+            return len(self.matrix)
+        assert self.index is not None
+        return int(self.index.shape[1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing is dropped: the sketch is the identity."""
+        return self.matrix is None and self.weight is None and self.dim == self.size
+
+    @property
+    def is_gather(self) -> bool:
+        """Plain dropout: each output is one input, so the sketch commutes with elementwise products."""
+        return self.matrix is None and self.weight is None
+
+    @property
+    def table(self) -> tuple[Tensor | None, Tensor | None]:
+        """(index, weight) as the ops take them: (None, None) where the axis is whole."""
+        return (None, None) if self.is_whole else (self.index, self.weight)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
+        if self.is_whole:
+            return x
+        if self.index is not None:
+            x = _gather(x, self.index, self.weight, self.group)
+        return self.rotate(x)
+
+    def rotate(self, gathered: Tensor) -> Tensor:
+        """[..., kept] -> [..., dim]: what the matrix does to the values of the table."""
+        if self.matrix is None:
+            return gathered
+        dtype = torch.promote_types(gathered.dtype, torch.float32)
+        return gathered.to(dtype) @ self.matrix.to(dtype).T
+
+    def fold(self, gathered: Tensor) -> Tensor:
+        """[..., fan_in * dim] -> [..., dim]: finish a table sketch whose ``index.flatten()`` is gathered already."""
+        if self.weight is None:
+            return gathered
+        parts = gathered.view(*gathered.shape[:-1], len(self.weight), self.dim)
+        return (parts * self.weight.to(gathered.dtype)).sum(-2)
+
+    def to(self, device: torch.device) -> Axis:
+        """The same sketch with its tables on ``device``."""
+        tables = {name: table.to(device) for name, table in self.tensors().items()}
+        return Axis(self.size, tables.get("index"), tables.get("weight"), tables.get("matrix"), self.group)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tables by field name, for saving and for :meth:`digest`."""
+        parts = {"index": self.index, "weight": self.weight, "matrix": self.matrix}
+        return {name: table for name, table in parts.items() if table is not None}
+
+    def digest(self) -> bytes:
+        """A fingerprint of the map: two axes with equal digests compress alike."""
+        h = hashlib.blake2b(str(self.size).encode(), digest_size=16)
+        for name, table in self.tensors().items():
+            h.update(f"{name}{tuple(table.shape)}".encode())
+            h.update(table.cpu().contiguous().numpy().tobytes())
+        return h.digest()
