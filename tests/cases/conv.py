@@ -32,7 +32,16 @@ def _calls(x: torch.Tensor, g: torch.Tensor, ks: tuple[int, ...]) -> Iterator[Ca
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
-    yield from _calls(torch.empty(256, 128, 32, 32, dtype=dtype), torch.empty(256, 256, 32, 32, dtype=dtype), (64, 256))
+    x, g = torch.empty(256, 128, 32, 32, dtype=dtype), torch.empty(256, 256, 32, 32, dtype=dtype)
+    yield from _calls(x, g, (64, 256))
+    # The tiles of few columns, and of few samples.
+    for n, k in ((256, 16), (2, 64), (1, 16)):
+        right, left = make_table(128 * 9, k), make_table(256, k)
+        yield Case(
+            f"{n}-samples-{k}",
+            lambda n=n, r=right, m=left: conv.compress_conv(x[:n], g[:n], *WINDOW, 1, *r, *m),
+            "compress_conv_kernel",
+        )
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:

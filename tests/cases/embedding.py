@@ -24,9 +24,16 @@ def _calls(ids: torch.Tensor, g: torch.Tensor, rows: int, ks: tuple[int, ...]) -
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
-    yield from _calls(
-        torch.zeros(512, 512, dtype=torch.int64), torch.empty(512, 512, 1024, dtype=dtype), 50304, (64, 256)
-    )
+    ids, g = torch.zeros(512, 512, dtype=torch.int64), torch.empty(512, 512, 1024, dtype=dtype)
+    yield from _calls(ids, g, 50304, (64, 256))
+    # The tiles of few columns, and of few samples.
+    for n, k in ((512, 16), (8, 64), (4, 16)):
+        args = (50304, *make_table(50304, k, 1, False, 8), *make_table(1024, k, 1, False, 8))
+        yield Case(
+            f"{n}-samples-{k}",
+            lambda n=n, a=args: embedding.compress_embedding(ids[:n], g[:n], *a, -1, 8),
+            "compress_embedding_kernel",
+        )
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:

@@ -32,6 +32,11 @@ def _calls(dtype: torch.dtype, n: int, t: int, d: int, ks: tuple[int, ...]) -> I
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
     yield from _calls(dtype, 512, 512, 1024, (64, 1024))
+    # The tiles of few columns, and of few samples, whose positions are cut fine.
+    a, g = torch.empty(512, 4096, 1024, dtype=dtype), torch.empty(512, 4096, 1024, dtype=dtype)
+    for n, k in ((512, 16), (512, 128), (1, 16), (1, 64), (2, 128), (4, 256)):
+        rows = make_table(1024, k)[0][0]
+        yield Case(f"{n}-samples-{k}", lambda n=n, r=rows: entries.compress_flat(a[:n], g[:n], r, r))
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:

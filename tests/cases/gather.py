@@ -15,11 +15,13 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
     x = torch.empty(32, 512, 4096, dtype=dtype)
     for kind, k, fan_in, group in (
         ("scattered", 64, 1, 1), ("scattered-streamed", 2048, 1, 1), ("fold", 64, 4, 1), ("fold-streamed", 1024, 4, 1),
-        ("runs", 64, 1, 8), ("runs-wide", 256, 1, 8),
+        ("runs", 64, 1, 8), ("runs-wide", 256, 1, 8), ("scattered-few", 16, 1, 1), ("scattered-128", 128, 1, 1),
     ):  # fmt: skip
         table = make_table(4096, k, fan_in, fan_in > 1, group)
         vector = "sketch_gather_kernel" if group >= 8 else ""
         yield Case(kind, lambda t=table, n=group: gather.sketch(x, *t, n), vector=vector, asynchronous=False)
+    wide, table = torch.empty(32, 512, 16384, dtype=dtype), make_table(16384, 8192)
+    yield Case("wide-streamed", lambda: gather.sketch(wide, *table))
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:
