@@ -1,0 +1,1 @@
+"""How faithful each sketch is: scores against retraining, and against uncompressed influence."""

