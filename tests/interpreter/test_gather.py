@@ -30,7 +30,8 @@ def test_equals_the_reference(dtype, group, fan_in):
 
 
 @pytest.mark.parametrize(
-    ("k", "fan_in", "group", "stream"), [(300, 1, 1, True), (8, 1, 1, False), (40, 8, 1, True), (320, 1, 16, False)]
+    ("k", "fan_in", "group", "stream"),
+    [(300, 1, 1, True), (8, 1, 1, False), (40, 8, 1, True), (320, 1, 16, False), (1100, 1, 1, True)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_ways_of_reading_a_row(k, fan_in, group, stream, dtype):
