@@ -6,6 +6,7 @@ python -m bench.fidelity.evaluate gpt-brown --dims 8 16 32
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import time
 from collections.abc import Callable
@@ -84,19 +85,19 @@ def compressed(found: Task, model: nn.Module, method: Method, dim: int) -> Compr
     )
 
 
-def scores(parts: list[Compressed], kind: str, damping: Damping) -> Tensor | None:
-    """Scores [Q, N], averaged over models; None where the Fisher matrix is singular with this damping."""
-    try:
-        found = [_scores(part, kind, damping) for part in parts]
-    except ValueError:
-        return None
-    return torch.stack(found).mean(0)
-
-
-def _scores(part: Compressed, kind: str, damping: Damping) -> Tensor:
+def swept(parts: list[Compressed], kind: str) -> dict[Damping, Tensor]:
+    """Damping -> scores [Q, N], averaged over models; none where a Fisher matrix is singular with it."""
     if kind == "dot":
-        return dropinf.score(part.query, part.train, kind="dot")
-    return dropinf.score(part.query, part.train, dropinf.build_fisher(part.train, kind, damping))
+        return {0.0: torch.stack([dropinf.score(p.query, p.train, kind="dot") for p in parts]).mean(0)}
+    fishers = [dropinf.build_fisher(p.train, kind) for p in parts]
+    found = {}
+    for damping in DAMPINGS:
+        with contextlib.suppress(ValueError):
+            pairs = zip(parts, fishers, strict=True)
+            found[damping] = torch.stack(
+                [dropinf.score(p.query, p.train, f.with_damping(damping)) for p, f in pairs]
+            ).mean(0)
+    return found
 
 
 def evaluate(found: Task, models: list[nn.Module], name: str, dim: int, reference: Tensor | None) -> list[dict]:
@@ -105,11 +106,11 @@ def evaluate(found: Task, models: list[nn.Module], name: str, dim: int, referenc
     parts = [compressed(found, model, METHODS[name], dim) for model in models]
     rows = []
     for kind in ("dot", *KINDS):
-        swept = {d: s for d in (DAMPINGS if kind != "dot" else (0.0,)) if (s := scores(parts, kind, d)) is not None}
-        values = {d: _lds(s, subsets, losses) for d, s in swept.items()}
+        all_scores = swept(parts, kind)
+        values = {d: _lds(s, subsets, losses) for d, s in all_scores.items()}
         # An interval takes a thousand resamples: for what is reported alone.
         reported = {"auto", max((d for d in values if d != "auto"), key=lambda d: values[d], default="auto")}
-        for damping, found_scores in swept.items():
+        for damping, found_scores in all_scores.items():
             interval = metrics.lds(found_scores, subsets, losses.mean(1)) if damping in reported else None
             low, high = ("", "") if interval is None else (f"{interval.low:.4f}", f"{interval.high:.4f}")
             near = "" if reference is None else f"{metrics.spearman(found_scores, reference).mean():.4f}"
@@ -142,7 +143,7 @@ def main() -> None:
     done = {(r["method"], int(r["dim"])) for r in rows}
     models = [found.fit(torch.ones(len(found.train[0]), dtype=torch.bool), seed) for seed in range(MODELS)]
     whole = [compressed(found, model, METHODS["uncompressed"], 0) for model in models]
-    reference = scores(whole, "kronecker", 0.1)
+    reference = swept(whole, "kronecker")[0.1]
     for name in arguments.methods:
         for dim in arguments.dims if name != "uncompressed" else [0]:
             if (name, dim) in done:

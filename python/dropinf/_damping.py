@@ -20,10 +20,6 @@ class Damping:
     def __str__(self) -> str:
         return self.value if isinstance(self.value, str) else f"{self.value:g}"
 
-    @property
-    def is_auto(self) -> bool:
-        return self.value == "auto"
-
     def of(self, mean_diagonal: float, chosen: Callable[[], float]) -> float:
         """Return lambda; `chosen` is asked for the value under "auto"."""
         if self.absolute and not isinstance(self.value, str):

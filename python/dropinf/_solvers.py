@@ -5,6 +5,7 @@ Each holds sums and a count: updates come in any order, merges add. Factorizatio
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -30,7 +31,7 @@ class Block(ABC):
         self.width = width
         self.damping = damping
         self.count = 0
-        self.fourths = 0.0  # what ledoit_wolf asks for, summed under damping="auto" alone
+        self.fourths = 0.0  # what ledoit_wolf asks for
 
     @abstractmethod
     def update(self, c: Tensor) -> None:
@@ -48,11 +49,21 @@ class Block(ABC):
     def quadratic(self, v: Tensor) -> Tensor:
         """Return `v^T (F + lambda I)^{-1} v` for each row of v `[n, K]`, as `[n]` in at least fp32."""
 
+    def with_damping(self, damping: Damping) -> Block:
+        """Return a block of the same sums, its own copies."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(other, name, value.clone())
+            elif isinstance(value, list):
+                setattr(other, name, list(value))
+        other.damping = damping
+        return other
+
     def _count(self, c: Tensor) -> None:
         self.count += len(c)
-        if self.damping.is_auto:
-            for part in spans(len(c), self.width):
-                self.fourths += self._fourths(c[part].to(solver_dtype(c.dtype)))
+        for part in spans(len(c), self.width):
+            self.fourths += self._fourths(c[part].to(solver_dtype(c.dtype)))
 
     def _count_of(self, other: Block) -> None:
         self.count += other.count
@@ -122,6 +133,12 @@ class DenseBlock(Block):
             for part in spans(len(v), self.width):
                 out[part] = factor.quadratic(v[part].to(factor.lower.dtype))
         return out
+
+    def with_damping(self, damping: Damping) -> Block:
+        other = super().with_damping(damping)
+        assert isinstance(other, DenseBlock)
+        other._factor = None
+        return other
 
     def _fold_rows(self) -> None:
         """Turn the rows into their Gram sum."""

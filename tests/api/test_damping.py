@@ -92,6 +92,21 @@ def shrunk(fisher: torch.Tensor, mean: float, value: float, truth: torch.Tensor)
     return float((estimate - truth).square().sum())
 
 
+@pytest.mark.parametrize("n", [7, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_damping_of_the_same_sums(kind, n):
+    train = gradients(sample(n))
+    fisher = build_fisher(train, kind, 0.5)
+    before = fisher.solve(train).flat
+    for damping in ("auto", 0.1):
+        again = fisher.with_damping(damping)
+        torch.testing.assert_close(again.solve(train).flat, build_fisher(train, kind, damping).solve(train).flat)
+        again.update(train)
+    torch.testing.assert_close(fisher.solve(train).flat, before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"damping is -1; it must be a finite number"):
+        fisher.with_damping(-1)
+
+
 def test_one_sample_is_damped_to_dot_products():
     train = gradients(sample(1))
     dot = TRAIN[12].flat @ train.flat.T
