@@ -100,9 +100,10 @@ class DenseBlock(Block):
         self.rows: list[Tensor] = []
         self.gram: Tensor | None = None
         self._factor: Cholesky | None = None
+        self._inner: dict[torch.dtype, Tensor] = {}  # C C^T, which another damping needs too
 
     def update(self, c: Tensor) -> None:
-        self._factor = None
+        self._factor, self._inner = None, {}
         self._count(c)
         self.rows.append(c)
         if self.gram is not None or self.form == "primal" or (self.form is None and self.count >= self.width):
@@ -110,7 +111,7 @@ class DenseBlock(Block):
 
     def merge(self, other: Block) -> None:
         assert isinstance(other, DenseBlock)
-        self._factor = None
+        self._factor, self._inner = None, {}
         self._count_of(other)
         self.rows += other.rows
         if other.gram is not None or self.gram is not None or (self.form is None and self.count >= self.width):
@@ -202,11 +203,14 @@ class DenseBlock(Block):
             matrix = self.gram.to(dtype) / self.count
             matrix.diagonal().add_(lam)
             return matrix
-        rows = self.rows[0]
-        matrix = torch.zeros(len(rows), len(rows), dtype=dtype, device=rows.device)
-        for cols in spans(self.width, len(rows)):
-            part = rows[:, cols].to(dtype)
-            matrix.addmm_(part, part.T)
+        if dtype not in self._inner:
+            rows = self.rows[0]
+            inner = torch.zeros(len(rows), len(rows), dtype=dtype, device=rows.device)
+            for cols in spans(self.width, len(rows)):
+                part = rows[:, cols].to(dtype)
+                inner.addmm_(part, part.T)
+            self._inner[dtype] = inner
+        matrix = self._inner[dtype].clone()
         matrix.diagonal().add_(self.count * lam)
         return matrix
 

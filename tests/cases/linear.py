@@ -31,8 +31,7 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
 
             kernel = "compress_linear_kernel"
             vector = kernel if group >= 8 else ""
-            if kind == "runs" or block in ("64x64", "128x128"):
-                yield Case(f"{block}-{kind}", both, kernel, vector)
+            yield Case(f"{block}-{kind}", both, kernel, vector)
             yield Case(f"{block}-{kind}-kept-input", kept_input, kernel, vector)
     left, right = make_table(d, 64, 1, False, 8), make_table(d, 64, 1, False, 8)
     cu_seqlens = torch.tensor([0, 4096], dtype=torch.int32)
