@@ -58,11 +58,21 @@ def plot(path: Path) -> None:
         lines[method].append(
             [float(row[k]) for k in ("bytes_per_sample", "compress_ms_per_sample", "lds", "lds_low", "lds_high")]
         )
-    for method, points in lines.items():
+    for color, (method, points) in enumerate(lines.items()):
         bytes_, ms, lds, low, high = zip(*sorted(points), strict=True)
         errors = [[a - b for a, b in zip(lds, low, strict=True)], [b - a for a, b in zip(lds, high, strict=True)]]
         for axis, x in zip(axes, (bytes_, ms), strict=True):
-            axis.errorbar(x, lds, errors, label=method, marker="o", capsize=2, linewidth=1, elinewidth=0.5)
+            axis.errorbar(
+                x,
+                lds,
+                errors,
+                label=method,
+                color=mpl.colormaps["tab20"](color),
+                marker="o",
+                capsize=2,
+                linewidth=1,
+                elinewidth=0.5,
+            )
     axes[0].set(xscale="log", xlabel="bytes per sample", ylabel="LDS (damping swept), 95 % interval", title=path.stem)
     axes[1].set(xscale="log", xlabel="milliseconds to compress a sample, one thread")
     axes[1].legend(fontsize=7)
