@@ -62,6 +62,9 @@ class Block(ABC):
 
     def _count(self, c: Tensor) -> None:
         self.count += len(c)
+        self._add_fourths(c)
+
+    def _add_fourths(self, c: Tensor) -> None:
         for part in spans(len(c), self.width):
             self.fourths += self._fourths(c[part].to(solver_dtype(c.dtype)))
 
@@ -73,8 +76,8 @@ class Block(ABC):
         """Return `sum_n |c_n|^4`, and each coordinate's own where coordinates are known apart."""
         return float(c.square().sum(1).double().square().sum())
 
-    def _chosen(self, mean_diagonal: float, squares: float) -> float:
-        return ledoit_wolf(self.count, self.width, mean_diagonal, squares, self.fourths)
+    def _chosen(self, mean_diagonal: float, squares: float, fourths: float) -> float:
+        return ledoit_wolf(self.count, self.width, mean_diagonal, squares, fourths)
 
     def singular(self, mean_diagonal: float) -> ValueError:
         """Return the error for a matrix that cannot be solved with this damping."""
@@ -104,7 +107,7 @@ class DenseBlock(Block):
 
     def update(self, c: Tensor) -> None:
         self._factor, self._inner = None, {}
-        self._count(c)
+        self.count += len(c)
         self.rows.append(c)
         if self.gram is not None or self.form == "primal" or (self.form is None and self.count >= self.width):
             self._fold_rows()
@@ -151,6 +154,7 @@ class DenseBlock(Block):
             elif torch.promote_types(self.gram.dtype, dtype) != self.gram.dtype:
                 self.gram = self.gram.to(dtype)
             gram_update(self.gram, piece.to(self.gram.device))
+            self._add_fourths(piece)
 
     def _factorized(self) -> Cholesky | None:
         """Return the cached factorization, or None if every gradient of this block is zero."""
@@ -170,14 +174,15 @@ class DenseBlock(Block):
             return float(self.gram.diagonal().sum(dtype=torch.float64))
         return float(torch.linalg.vector_norm(self.rows[0], dtype=torch.float64).square())
 
-    def _squares(self) -> float:
-        """Return |F|^2."""
-        matrix = self._matrix(solver_dtype(self.rows[0].dtype), 0.0) / self.count if self.gram is None else self.gram
-        total = float(matrix.double().square().sum())
-        return total if self.gram is None else total / self.count**2
+    def _spread(self) -> tuple[float, float]:
+        """Return |F|^2 and sum_n |c_n|^4; rows that are held give both from C C^T."""
+        if self.gram is not None:
+            return float(self.gram.double().square().sum()) / self.count**2, self.fourths
+        inner = self._matrix(solver_dtype(self.rows[0].dtype), 0.0).double()
+        return float(inner.square().sum()) / self.count**2, float(inner.diagonal().square().sum())
 
     def _factorize(self, mean_diagonal: float) -> Cholesky:
-        lam = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, self._squares()))
+        lam = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, *self._spread()))
         if lam == 0 and self.count < self.width:
             raise self.singular(mean_diagonal)
         held = self.rows[0] if self.gram is None else self.gram
@@ -256,7 +261,7 @@ class DiagonalBlock(Block):
         if mean == 0:
             return diagonal
         squares = float(diagonal.double().square().sum())
-        diagonal = diagonal + self.damping.of(mean, lambda: self._chosen(mean, squares))
+        diagonal = diagonal + self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
         if float(diagonal.min()) == 0:
             raise self.singular(mean)
         return diagonal.reciprocal_()
@@ -358,7 +363,7 @@ class KroneckerBlock(Block):
         if mean == 0:
             return values
         squares = float(values.double().square().sum())
-        lam = self.damping.of(mean, lambda: self._chosen(mean, squares))
+        lam = self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
         # What eigh cannot tell from zero is zero, unless a damping stands in for it.
         least = torch.finfo(values.dtype).eps * largest * (max(self.shape) if lam == 0 else 1)
         damped = values + lam
