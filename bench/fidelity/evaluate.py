@@ -102,31 +102,29 @@ def swept(parts: list[Compressed], kind: str) -> dict[Damping, Tensor]:
 
 def evaluate(found: Task, models: list[nn.Module], name: str, dim: int, reference: Tensor | None) -> list[dict]:
     """Rows of the table for one method and size, over all kinds of Fisher matrix and dampings."""
-    subsets, losses = losses_of(found.name)
+    subsets, by_seed = losses_of(found.name)
+    losses = by_seed.mean(1)
     parts = [compressed(found, model, METHODS[name], dim) for model in models]
     rows = []
     for kind in ("dot", *KINDS):
         all_scores = swept(parts, kind)
-        values = {d: _lds(s, subsets, losses) for d, s in all_scores.items()}
+        values = {
+            d: metrics.spearman(*metrics.datamodel(s, subsets, losses)).mean().item() for d, s in all_scores.items()
+        }
         # An interval takes a thousand resamples: for what is reported alone.
         reported = {"auto", max((d for d in values if d != "auto"), key=lambda d: values[d], default="auto")}
         for damping, found_scores in all_scores.items():
-            interval = metrics.lds(found_scores, subsets, losses.mean(1)) if damping in reported else None
+            interval = metrics.lds(found_scores, subsets, losses) if damping in reported else None
             low, high = ("", "") if interval is None else (f"{interval.low:.4f}", f"{interval.high:.4f}")
             near = "" if reference is None else f"{metrics.spearman(found_scores, reference).mean():.4f}"
             row = (
                 found.name, name, dim, parts[0].train.flat.shape[1] * 4, kind, damping, f"{values[damping]:.4f}",
                 low, high, near,
                 f"{1e3 * parts[0].compress:.3f}", f"{1e3 * parts[0].calibrate:.3f}",
-                len(subsets), losses.shape[1], len(models),
+                len(subsets), by_seed.shape[1], len(models),
             )  # fmt: skip
             rows.append(dict(zip(FIELDS, row, strict=True)))
     return rows
-
-
-def _lds(found: Tensor, subsets: Tensor, losses: Tensor) -> float:
-    predicted = found.double() @ subsets.double().T
-    return metrics.spearman(predicted, -losses.mean(1).double().T).mean().item()
 
 
 def main() -> None:

@@ -65,16 +65,7 @@ def lds(scores: Tensor, subsets: Tensor, losses: Tensor, *, seed: int = 0) -> Es
     seeds, where there are several). The interval resamples subsets and queries.
     Source: Park et al., "TRAK", arXiv 2303.14186, section 2 (with the model's output -loss).
     """
-    _check("subsets", subsets, scores.shape[1], "the scores' N")
-    if losses.shape != (len(subsets), len(scores)):
-        raise ValueError(
-            f"losses has shape {list(losses.shape)}; it must be [M, Q] = [{len(subsets)}, {len(scores)}]: one row per "
-            "subset, one column per query"
-        )
-    predicted = scores.double() @ subsets.to(scores.device).double().T  # [Q, M]
-    actual = -losses.double().T.to(predicted.device)
-    if not bool(predicted.isfinite().all() and actual.isfinite().all()):
-        raise ValueError("scores or losses are not finite; a retrained model may have diverged")
+    predicted, actual = datamodel(scores, subsets, losses)
     per_query = spearman(predicted, actual)
     generator = torch.Generator().manual_seed(seed)
     models = torch.randint(len(subsets), (_RESAMPLES, 1, len(subsets)), generator=generator)
@@ -85,6 +76,21 @@ def lds(scores: Tensor, subsets: Tensor, losses: Tensor, *, seed: int = 0) -> Es
         for q, m in zip(queries.split(step), models.split(step), strict=True)
     ]
     return _estimate(per_query, torch.cat(parts))
+
+
+def datamodel(scores: Tensor, subsets: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`lds` correlates: summed scores and negative losses, float64 [Q, M] both; arguments as there."""
+    _check("subsets", subsets, scores.shape[1], "the scores' N")
+    if losses.shape != (len(subsets), len(scores)):
+        raise ValueError(
+            f"losses has shape {list(losses.shape)}; it must be [M, Q] = [{len(subsets)}, {len(scores)}]: one row per "
+            "subset, one column per query"
+        )
+    predicted = scores.double() @ subsets.to(scores.device).double().T  # [Q, M]
+    actual = -losses.double().T.to(predicted.device)
+    if not bool(predicted.isfinite().all() and actual.isfinite().all()):
+        raise ValueError("scores or losses are not finite; a retrained model may have diverged")
+    return predicted, actual
 
 
 def agreement(scores: Tensor, reference: Tensor, *, seed: int = 0) -> Estimate:
