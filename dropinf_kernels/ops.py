@@ -157,13 +157,12 @@ _register(
     bodies.compress_linear,
     _fake_compress_linear,
 )
+_register(
+    f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+    bodies.compress_linear_int8,
+    _quantizing(_fake_compress_linear),
+)
 for _schema, _body, _body_int8, _fake in (
-    (
-        f"(Tensor a, Tensor g, {_TABLES}, int group=1, Tensor? cu_seqlens=None)",
-        None,
-        bodies.compress_linear_int8,
-        _fake_compress_linear,
-    ),
     (
         f"(Tensor x, Tensor g, {_WINDOW}, int groups, {_TABLES}, int group=1)",
         bodies.compress_conv,
@@ -190,8 +189,7 @@ for _schema, _body, _body_int8, _fake in (
         _fake_compress_flat,
     ),
 ):
-    if _body is not None:
-        _register(f"{_schema} -> Tensor", _body, _fake)
+    _register(f"{_schema} -> Tensor", _body, _fake)
     _register(f"{_schema} -> (Tensor, Tensor)", _body_int8, _quantizing(_fake))
 _register("(Tensor(a!) F, Tensor C, Tensor? c_scale=None) -> ()", bodies.gram_update, _fake_gram_update, mutates=("F",))
 _register(
