@@ -121,6 +121,38 @@ def _fold_table(order: np.ndarray, runs: int, group: int, signs: np.ndarray) -> 
     return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight.astype(np.float32))
 
 
+def _chances(energies: np.ndarray, count: int) -> np.ndarray:
+    """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
+    chances, left = np.zeros(len(energies)), float(count)
+    open_ = np.ones(len(energies), dtype=bool)
+    while left > 0:
+        total = energies[open_].sum()
+        share = energies / total if total > 0 else np.full(len(energies), 1 / open_.sum())
+        full = open_ & (left * share >= 1)
+        if not full.any():
+            chances[open_] = left * share[open_]
+            break
+        chances[full] = 1.0
+        open_ &= ~full
+        left -= full.sum()
+    return chances
+
+
+def _systematic(chances: np.ndarray, order: np.ndarray, start: float) -> np.ndarray:
+    """A sample without replacement in which each item has exactly its chance, over a ``start`` uniform in (0, 1).
+
+    The chances lie end to end, in the given order, and a point falls at every whole step. Source: Madow (1949).
+    """
+    ordered = chances[order]
+    sure, rest = order[ordered == 1], order[(ordered > 0) & (ordered < 1)]
+    points = round(chances[rest].sum())
+    if points == 0:
+        return sure
+    ends = np.cumsum(chances[rest])
+    picks = np.searchsorted(ends * (points / ends[-1]), start + np.arange(points), side="right")
+    return np.concatenate([sure, rest[np.minimum(picks, len(rest) - 1)]])  # rounding may step over the end
+
+
 def _leading(size: int, dim: int, energies: Tensor) -> Axis:
     """Keep the coordinates of most energy: the principal directions of a diagonal second moment."""
     top = torch.sort(energies, descending=True, stable=True).indices[:dim]
@@ -143,14 +175,15 @@ class Dropout(Sketch):
     ``dim`` are folded: each stored value is a sum with random signs of several survivors.
     ``group``: coordinates survive in aligned runs of this length (the greatest common divisor of
     ``group``, d and ``dim`` where they do not divide).
-    ``sampling``: ``"uniform"``, or ``"energy"``: without replacement, with probability proportional to E[x_j^2],
-    which needs :meth:`Compressor.calibrate`.
+    ``sampling``: ``"uniform"``, or ``"energy"``: without replacement, with probability proportional to E[x_j^2] (1 for
+    those that would exceed it), which needs :meth:`Compressor.calibrate`.
     ``mode``: ``"factorized"`` masks the inputs and output gradients of a layer, ``"flat"`` the flattened
     gradient of a parameter (``dim`` values of it).
     ``rank``: keep this many values of an axis instead of ``dim``, and rotate them onto their ``dim`` leading principal
     directions, which needs :meth:`Compressor.calibrate`: a dense sketch's quality for ``rank`` / d of its price. Of
     one-hot inputs (an embedding's vocabulary) the most frequent rows are kept.
-    ``scale``: multiply by sqrt(d / survivors), so that inner products are unbiased (uniform sampling only).
+    ``scale``: divide each survivor by the square root of its chance to survive, so that inner products are unbiased
+    over masks (Horvitz & Thompson 1952).
     Source: Zhang & Amiri, arXiv 2509.15651, reconstructed from the abstract and headline results.
     """
 
@@ -173,8 +206,6 @@ class Dropout(Sketch):
             raise ValueError(f"sampling must be 'uniform' or 'energy', got {sampling!r}")
         if mode not in ("factorized", "flat"):
             raise ValueError(f"mode must be 'factorized' or 'flat', got {mode!r}")
-        if scale and sampling == "energy":
-            raise ValueError("scale=True is unbiased for sampling='uniform' only; leave it False with 'energy'")
         if mode == "flat" and sampling == "energy":
             raise ValueError("mode='flat' samples uniformly; use mode='factorized' with sampling='energy'")
         for value in rank.values() if isinstance(rank, Mapping) else (() if rank is None else (rank,)):
@@ -226,22 +257,28 @@ class Dropout(Sketch):
     def _table(self, size: int, dim: int, key: str, energies: Tensor | None) -> Axis:
         group = math.gcd(self.group, size, dim)
         survivors = dim if self.keep is None else min(size, max(dim, round(self.keep * size)))
-        ranks: np.ndarray = _bits(self.seed, key, size // group)
-        if energies is not None:
-            # Efraimidis & Spirakis (2006): the smallest -log(u) / w are a weighted sample without replacement.
-            energy = energies.double().cpu().numpy().reshape(-1, group).mean(1)
-            with np.errstate(divide="ignore"):
-                ranks = -np.log(_uniform(self.seed, key, size // group)) / energy
-        order = np.argsort(ranks, kind="stable")[: math.ceil(survivors / group)]
-        factor = math.sqrt(size / survivors) if self.scale else 1.0
+        order, chances = self._runs(size // group, math.ceil(survivors / group), key, energies)
         if survivors == dim:
-            index = (np.sort(order)[:, None] * group + np.arange(group)).reshape(1, -1)
-            weight = torch.full((1, dim), factor) if self.scale else None
+            order = np.sort(order)
+        factors = np.repeat(1 / np.sqrt(chances[order]), group) if self.scale else None
+        if survivors == dim:
+            index = (order[:, None] * group + np.arange(group)).reshape(1, -1)
+            weight = None if factors is None else torch.from_numpy(factors.astype(np.float32))[None]
             return Axis(size, torch.from_numpy(index.astype(np.int32)), weight, group=group)
         slots = math.ceil(len(order) * group / dim) * dim
         signs = (_bits(self.seed, key + "/sign", slots) & np.uint64(1)).astype(np.float32) * 2 - 1
+        if factors is not None:
+            signs[: len(factors)] *= factors
         table, weight = _fold_table(order, dim // group, group, signs)
-        return Axis(size, table, weight * factor, group=group)
+        return Axis(size, table, weight, group=group)
+
+    def _runs(self, runs: int, count: int, key: str, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        """Which ``count`` of ``runs`` survive, in random order, and the chance of every run."""
+        order = np.argsort(_bits(self.seed, key, runs), kind="stable")
+        if energies is None:
+            return order[:count], np.full(runs, count / runs)
+        chances = _chances(energies.double().cpu().numpy().reshape(runs, -1).mean(1), count)
+        return _systematic(chances, order, float(_uniform(self.seed, key + "/energy", 1)[0])), chances
 
 
 class SJLT(Sketch):

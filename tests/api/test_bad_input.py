@@ -198,7 +198,6 @@ def test_dim(dim):
         ({"group": 0}, "group must be a whole number of at least 1, got 0"),
         ({"sampling": "best"}, "sampling must be 'uniform' or 'energy', got 'best'"),
         ({"mode": "round"}, "mode must be 'factorized' or 'flat', got 'round'"),
-        ({"scale": True, "sampling": "energy"}, "scale=True is unbiased for sampling='uniform' only"),
         ({"mode": "flat", "sampling": "energy"}, "use mode='factorized'"),
     ],
 )
