@@ -144,13 +144,16 @@ def _systematic(chances: np.ndarray, order: np.ndarray, start: float) -> np.ndar
     The chances lie end to end, in the given order, and a point falls at every whole step. Source: Madow (1949).
     """
     ordered = chances[order]
-    sure, rest = order[ordered == 1], order[(ordered > 0) & (ordered < 1)]
+    sure: np.ndarray = order[ordered == 1]
+    rest = order[(ordered > 0) & (ordered < 1)]
     points = round(chances[rest].sum())
     if points == 0:
         return sure
     ends = np.cumsum(chances[rest])
     picks = np.searchsorted(ends * (points / ends[-1]), start + np.arange(points), side="right")
-    return np.concatenate([sure, rest[np.minimum(picks, len(rest) - 1)]])  # rounding may step over the end
+    picks = np.minimum(picks, len(rest) - 1)  # rounding may step over the end
+    sample: np.ndarray = np.concatenate([sure, rest[picks]])
+    return sample
 
 
 def _leading(size: int, dim: int, energies: Tensor) -> Axis:
