@@ -27,9 +27,8 @@ def groups(path: Path) -> dict[tuple[str, int], list[Row]]:
 def best(rows: list[Row], *, auto: bool) -> Row | None:
     """The row of greatest LDS: of the damping that was chosen without retraining, or of the sweep."""
     wanted = [r for r in rows if (r["damping"] == "auto") == auto]
-    return max(
-        wanted, key=lambda r: (float(r["lds"]), r["lds_low"] != ""), default=None
-    )  # ties: the one with an interval
+    # Of equals the one with an interval, which the evaluation computes for one damping of each kind.
+    return max(wanted, key=lambda r: (float(r["lds"]), r["lds_low"] != ""), default=None)
 
 
 def table(path: Path) -> str:
