@@ -26,9 +26,9 @@ def groups(path: Path) -> dict[tuple[str, int], list[Row]]:
 
 def best(rows: list[Row], *, auto: bool) -> Row | None:
     """The row of greatest LDS: of the damping that was chosen without retraining, or of the sweep."""
-    wanted = [r for r in rows if (r["damping"] == "auto") == auto]
-    # Of equals the one with an interval, which the evaluation computes for one damping of each kind.
-    return max(wanted, key=lambda r: (float(r["lds"]), r["lds_low"] != ""), default=None)
+    # The evaluation computes an interval for these rows alone.
+    wanted = [r for r in rows if (r["damping"] == "auto") == auto and r["lds_low"]]
+    return max(wanted, key=lambda r: float(r["lds"]), default=None)
 
 
 def table(path: Path) -> str:

@@ -109,32 +109,27 @@ class Sketch(ABC):
         return f"{type(self).__name__}(dim={self.dim}, seed={self.seed})"
 
 
-def _fold_table(order: np.ndarray, runs: int, group: int, signs: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Lay the surviving runs ``order`` into [fan_in, runs] slots, zero weight where a slot stays empty."""
-    fan_in = math.ceil(len(order) / runs)
-    slots = np.zeros(fan_in * runs, dtype=np.int64)
-    slots[: len(order)] = order
-    used = np.zeros(fan_in * runs, dtype=np.float32)
-    used[: len(order)] = 1.0
-    index = (slots[:, None] * group + np.arange(group)).reshape(fan_in, runs * group)
-    weight = np.repeat(used, group).reshape(fan_in, -1) * signs[: fan_in * runs * group].reshape(fan_in, -1)
-    return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight.astype(np.float32))
+def _fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Lay the surviving runs ``order``, and their ``weights``, into [fan_in, runs] slots; zero where one stays empty."""
+    slots = np.zeros((math.ceil(len(order) / runs), runs), dtype=np.int64)
+    slots.flat[: len(order)] = order
+    index = (slots[:, :, None] * group + np.arange(group)).reshape(len(slots), -1)
+    weight = np.zeros(index.shape, dtype=np.float32)
+    weight.flat[: len(weights)] = weights
+    return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight)
 
 
 def _chances(energies: np.ndarray, count: int) -> np.ndarray:
     """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
-    chances, left = np.zeros(len(energies)), float(count)
-    open_ = np.ones(len(energies), dtype=bool)
-    while left > 0:
-        total = energies[open_].sum()
-        share = energies / total if total > 0 else np.full(len(energies), 1 / open_.sum())
-        full = open_ & (left * share >= 1)
-        if not full.any():
-            chances[open_] = left * share[open_]
-            break
-        chances[full] = 1.0
-        open_ &= ~full
-        left -= full.sum()
+    chances = np.zeros(len(energies))
+    while (left := count - chances.sum()) > 0:
+        weights = np.where(chances == 0, energies, 0.0)
+        if not weights.any():
+            weights = np.where(chances == 0, 1.0, 0.0)
+        share = left * (weights / weights.sum())
+        if share.max() < 1:
+            return chances + share
+        chances[share >= 1] = 1.0
     return chances
 
 
@@ -261,19 +256,14 @@ class Dropout(Sketch):
         group = math.gcd(self.group, size, dim)
         survivors = dim if self.keep is None else min(size, max(dim, round(self.keep * size)))
         order, chances = self._runs(size // group, math.ceil(survivors / group), key, energies)
-        if survivors == dim:
+        folded = survivors > dim
+        if not folded:
             order = np.sort(order)
-        factors = np.repeat(1 / np.sqrt(chances[order]), group) if self.scale else None
-        if survivors == dim:
-            index = (order[:, None] * group + np.arange(group)).reshape(1, -1)
-            weight = None if factors is None else torch.from_numpy(factors.astype(np.float32))[None]
-            return Axis(size, torch.from_numpy(index.astype(np.int32)), weight, group=group)
-        slots = math.ceil(len(order) * group / dim) * dim
-        signs = (_bits(self.seed, key + "/sign", slots) & np.uint64(1)).astype(np.float32) * 2 - 1
-        if factors is not None:
-            signs[: len(factors)] *= factors
-        table, weight = _fold_table(order, dim // group, group, signs)
-        return Axis(size, table, weight, group=group)
+        weights = np.repeat(1 / np.sqrt(chances[order]) if self.scale else np.ones(len(order)), group)
+        if folded:
+            weights *= (_bits(self.seed, key + "/sign", len(weights)) & np.uint64(1)).astype(np.float32) * 2 - 1
+        index, weight = _fold_table(order, dim // group, group, weights)
+        return Axis(size, index, weight if folded or self.scale else None, group=group)
 
     def _runs(self, runs: int, count: int, key: str, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         """Which ``count`` of ``runs`` survive, in random order, and the chance of every run."""

@@ -19,10 +19,10 @@ X, Y = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(0), dtype=to
 X[11] = 0  # energy 0 says that it is never anything else
 
 
-def _spans(sketch, dim, key, energies):
+def _spans(sketch, dim, key, energies, survivors):
     """(length, middle) of the intervals of the uniform start between which the mask is the same."""
     group = math.gcd(sketch.group, SIZE, dim)
-    chances = module._chances(energies.numpy().reshape(-1, group).mean(1), dim // group)
+    chances = module._chances(energies.numpy().reshape(-1, group).mean(1), survivors // group)
     order = np.argsort(module._bits(sketch.seed, key, SIZE // group), kind="stable")
     ends = np.cumsum(chances[order][chances[order] < 1]) % 1
     cuts = np.unique(np.concatenate([[0.0, 1.0], ends]))
@@ -35,7 +35,7 @@ def test_energy_masks_are_unbiased(monkeypatch, seed, dim, group):
     sketch = dropinf.Dropout(dim, sampling="energy", group=group, scale=True, seed=seed)
     energies = ENERGIES.clamp_min(0.1) if group > 1 else ENERGIES
     total, tables = 0.0, set()
-    for length, middle in _spans(sketch, dim, "layer/in", energies):
+    for length, middle in _spans(sketch, dim, "layer/in", energies, dim):
         monkeypatch.setattr(module, "_uniform", lambda *_, u=middle: np.array([u]))
         axis = sketch.make(SIZE, dim, "layer/in", energies)
         assert axis.dim == dim
@@ -44,6 +44,19 @@ def test_energy_masks_are_unbiased(monkeypatch, seed, dim, group):
         total += length * float(axis.apply(X) @ axis.apply(Y))
     assert len(tables) > 1
     assert total == pytest.approx(float(X @ Y), abs=2e-6)  # the factors are float32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folded_energy_masks_are_unbiased(monkeypatch, seed):
+    """Products of two survivors that share a sum have a random sign: what is left of the expectation are the squares."""
+    sketch = dropinf.Dropout(3, keep=0.5, sampling="energy", scale=True, seed=seed)
+    total = 0.0
+    for length, middle in _spans(sketch, 3, "layer/in", ENERGIES, 6):
+        monkeypatch.setattr(module, "_uniform", lambda *_, u=middle: np.array([u]))
+        axis = sketch.make(SIZE, 3, "layer/in", ENERGIES)
+        assert axis.index.shape == (2, 3)
+        total += length * float((axis.weight.double().square() * (X * Y)[axis.index.long()]).sum())
+    assert total == pytest.approx(float(X @ Y), abs=2e-6)
 
 
 def test_uniform_masks_are_unbiased_over_seeds():
