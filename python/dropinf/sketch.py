@@ -110,7 +110,7 @@ class Sketch(ABC):
 
 
 def _fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Lay the surviving runs ``order``, and their ``weights``, into [fan_in, runs] slots; zero where one stays empty."""
+    """Lay the surviving runs ``order`` and their ``weights`` into [fan_in, runs] slots, zero where one stays empty."""
     slots = np.zeros((math.ceil(len(order) / runs), runs), dtype=np.int64)
     slots.flat[: len(order)] = order
     index = (slots[:, :, None] * group + np.arange(group)).reshape(len(slots), -1)
@@ -121,14 +121,15 @@ def _fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) -
 
 def _chances(energies: np.ndarray, count: int) -> np.ndarray:
     """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
-    chances = np.zeros(len(energies))
+    chances: np.ndarray = np.zeros(len(energies))
     while (left := count - chances.sum()) > 0:
         weights = np.where(chances == 0, energies, 0.0)
         if not weights.any():
             weights = np.where(chances == 0, 1.0, 0.0)
         share = left * (weights / weights.sum())
         if share.max() < 1:
-            return chances + share
+            chances += share
+            break
         chances[share >= 1] = 1.0
     return chances
 
