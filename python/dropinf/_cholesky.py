@@ -25,30 +25,34 @@ def solver_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Cholesky:
-    """`lower lower^T` is `F + lambda I` in the primal; `N lambda I + C C^T` in the dual, with C in `rows`."""
+    """`lower lower^T` is `F + lambda I` in the primal; `N lambda I + C C^T` in the dual, with C in `rows`.
+
+    What is solved is multiplied by `scale`.
+    """
 
     lower: Tensor
     damping: float
+    scale: float
     rows: Tensor | None
 
     def solve(self, v: Tensor) -> Tensor:
         if self.rows is None:
             direct: Tensor = torch.cholesky_solve(v.T, self.lower).T
-            return direct
+            return direct.mul_(self.scale)
         x: Tensor = torch.cholesky_solve(project(self.rows, v), self.lower)  # [N, n]
         solved = v.clone()
         for cols in spans(v.shape[1], len(self.rows)):
             solved[:, cols] -= x.T @ self.rows[:, cols].to(v.dtype)
-        return solved.div_(self.damping)
+        return solved.mul_(self.scale / self.damping)
 
     def quadratic(self, v: Tensor) -> Tensor:
         inner = v.T if self.rows is None else project(self.rows, v)
         half: Tensor = torch.linalg.solve_triangular(self.lower, inner, upper=False)
         square = half.square().sum(0)
         if self.rows is None:
-            return square
+            return square.mul_(self.scale)
         # Non-negative in exact arithmetic; the difference can round below zero.
-        return (v.square().sum(1) - square).div_(self.damping).clamp_min_(0)
+        return (v.square().sum(1) - square).mul_(self.scale / self.damping).clamp_min_(0)
 
 
 def project(rows: Tensor, v: Tensor) -> Tensor:

@@ -20,11 +20,16 @@ class Damping:
     def __str__(self) -> str:
         return self.value if isinstance(self.value, str) else f"{self.value:g}"
 
-    def of(self, mean_diagonal: float, chosen: Callable[[], float]) -> float:
-        """Return lambda; `chosen` is asked for the value under "auto"."""
-        if self.absolute and not isinstance(self.value, str):
-            return self.value
-        return mean_diagonal * (chosen() if isinstance(self.value, str) else self.value)
+    def of(self, mean_diagonal: float, chosen: Callable[[], float]) -> tuple[float, float]:
+        """Return lambda, and what the inverse is multiplied by; `chosen` is asked for the value under "auto".
+
+        Shrinking mixes F and its mean, `(1 - rho) F + rho mean I`, where a set damping adds to F. So however far blocks
+        are shrunk, their scores stay comparable in size, and can be summed.
+        """
+        if not isinstance(self.value, str):
+            return (self.value if self.absolute else self.value * mean_diagonal), 1.0
+        value = chosen()
+        return value * mean_diagonal, 1 + value
 
 
 def ledoit_wolf(count: int, width: int, mean: float, squares: float, fourths: float) -> float:
@@ -32,7 +37,8 @@ def ledoit_wolf(count: int, width: int, mean: float, squares: float, fourths: fl
 
     `count` is N, `width` K, `mean` tr(F) / K, `squares` |F|^2 (Frobenius), `fourths` sum_n |c_n|^4. The expected
     squared distance is least for a share rho = b^2 / d^2 of `mean * I`, with d^2 = |F - mean I|^2 and b^2 the variance
-    of F, (mean_n |c_n|^4 - |F|^2) / (N - 1); that is F with `rho / (1 - rho)` of its mean diagonal added.
+    of F, (mean_n |c_n|^4 - |F|^2) / (N - 1); that is, but for its scale, F with `rho / (1 - rho)` of its mean diagonal
+    added.
     Source: Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), with a known
     mean of zero and an unbiased b^2.
     """

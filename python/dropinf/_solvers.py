@@ -182,7 +182,7 @@ class DenseBlock(Block):
         return float(inner.square().sum()) / self.count**2, float(inner.diagonal().square().sum())
 
     def _factorize(self, mean_diagonal: float) -> Cholesky:
-        lam = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, *self._spread()))
+        lam, scale = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, *self._spread()))
         if lam == 0 and self.count < self.width:
             raise self.singular(mean_diagonal)
         held = self.rows[0] if self.gram is None else self.gram
@@ -200,7 +200,7 @@ class DenseBlock(Block):
                 continue
             lower = cholesky(matrix, least)
             if lower is not None:
-                return Cholesky(lower, lam, held if dual else None)
+                return Cholesky(lower, lam, scale, held if dual else None)
         raise self.singular(mean_diagonal)
 
     def _matrix(self, dtype: torch.dtype, lam: float) -> Tensor:
@@ -261,10 +261,11 @@ class DiagonalBlock(Block):
         if mean == 0:
             return diagonal
         squares = float(diagonal.double().square().sum())
-        diagonal = diagonal + self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
+        lam, scale = self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
+        diagonal = diagonal + lam
         if float(diagonal.min()) == 0:
             raise self.singular(mean)
-        return diagonal.reciprocal_()
+        return diagonal.reciprocal_().mul_(scale)
 
 
 class KroneckerBlock(Block):
@@ -357,16 +358,16 @@ class KroneckerBlock(Block):
         return self._basis
 
     def _inverse(self) -> Tensor:
-        """Return `1 / (S + lambda)`, `[k_out, k_in]`."""
+        """Return `1 / (S + lambda)`, `[k_out, k_in]`, scaled as the damping says."""
         values = self._eigen()[2] if self.moments is None else self.moments / self.corrected
         largest, mean = float(values.max()), float(values.mean(dtype=torch.float64))
         if mean == 0:
             return values
         squares = float(values.double().square().sum())
-        lam = self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
+        lam, scale = self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
         # What eigh cannot tell from zero is zero, unless a damping stands in for it.
         least = torch.finfo(values.dtype).eps * largest * (max(self.shape) if lam == 0 else 1)
         damped = values + lam
         if float(damped.min()) < least:
             raise self.singular(mean)
-        return damped.reciprocal_()
+        return damped.reciprocal_().mul_(scale)

@@ -77,6 +77,20 @@ class Axis:
         parts = gathered.view(*gathered.shape[:-1], len(self.weight), self.dim)
         return (parts * self.weight.to(gathered.dtype)).sum(-2)
 
+    def scaled(self, factors: Tensor) -> Axis:
+        """This sketch with every coordinate multiplied by its factor first.
+
+        factors [size]; [kept] where a rotation follows a table, and they are those of its values.
+        """
+        factors = factors.float()
+        weight, matrix = self.weight, self.matrix
+        if matrix is not None and (self.index is None or len(factors) == matrix.shape[1] != self.size):
+            matrix = matrix * factors
+        else:
+            assert self.index is not None
+            weight = factors[self.index.long()] * (1.0 if weight is None else weight)
+        return Axis(self.size, self.index, weight, matrix, self.group)
+
     def to(self, device: torch.device) -> Axis:
         """The same sketch with its tables on ``device``."""
         tables = {name: table.to(device) for name, table in self.tensors().items()}

@@ -370,7 +370,7 @@ def compress(
     Masks without statistics agree between calls with the same seed.
     """
     compressor = Compressor(model, sketch, loss_fn, layers=layers)
-    if sketch.statistics is not None:
+    if compressor._moments.needed:
         if iter(batches) is batches:
             raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")
         compressor.calibrate(batches)

@@ -233,11 +233,12 @@ def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
     """What a calibration pass must gather for a target, by side."""
     needs = {}
     for name, side in _sides(target, sketch).items():
-        if sketch.statistics is None or side.dim >= side.size:
+        wanted = sketch.statistics_of(side.size, side.dim, side.key)
+        if wanted is None:
             continue
         finest = {"out": target.out_statistics, "in": target.in_statistics}.get(name, "energy")
-        kept = sketch.survivors(side.size, side.key) if sketch.statistics == "survivors" else None
-        if sketch.statistics == "energy" or finest == "energy":
+        kept = sketch.survivors(side.size, side.key) if wanted == "survivors" else None
+        if wanted == "energy" or finest == "energy":
             needs[name] = Need("energy", side.size)
         elif kept is not None:
             needs[name] = Need("covariance", kept.dim, kept)

@@ -8,7 +8,6 @@ device or number of ranks. Random bits come from Philox's raw stream, which is s
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,21 +18,10 @@ import torch
 from torch import Tensor
 
 from .axis import Axis
+from .sampling import bits, chances, fold_table, systematic, uniform
 
 Statistics = Literal["energy", "covariance", "survivors"]
-
-
-def _bits(seed: int, key: str, n: int) -> np.ndarray:
-    """n uint64 that depend on (seed, key) alone."""
-    word = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
-    bits: np.ndarray = np.asarray(np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n), dtype=np.uint64)
-    return bits
-
-
-def _uniform(seed: int, key: str, n: int) -> np.ndarray:
-    """n floats in the open interval (0, 1)."""
-    uniform: np.ndarray = ((_bits(seed, key, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return uniform
+Sampling = Literal["uniform", "energy"]
 
 
 def _whole_number(name: str, value: object) -> int:
@@ -41,6 +29,9 @@ def _whole_number(name: str, value: object) -> int:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     return value
 
+
+# Of an axis's mean square, added before the root is taken: what is hardly ever seen is not blown up.
+_FLOOR = 0.1
 
 Dim = int | tuple[int, int]
 T = TypeVar("T")
@@ -65,19 +56,24 @@ class Sketch(ABC):
     Class attributes say what a sketch needs: ``statistics`` (``"energy"``: E[x_j^2]; ``"covariance"``: E[x x^T];
     ``"survivors"``: the covariance of what :meth:`survivors` keeps; None: no calibration pass) and ``dense`` (a matrix
     rather than a table, so that a flattened parameter is never sketched as one long axis).
+
+    ``whiten``: divide every coordinate by its root mean square over a calibration pass before anything is dropped,
+    which is a diagonal curvature of rank one per layer, as Adafactor's second moments are (arXiv 1804.04235), for the
+    price of a multiplication. A dot product of such gradients is already preconditioned.
     """
 
     statistics: Statistics | None = None
     dense: ClassVar[bool] = False
     mode: str = "factorized"
 
-    def __init__(self, dim: Dim | Mapping[str, Dim], *, seed: int = 0) -> None:
+    def __init__(self, dim: Dim | Mapping[str, Dim], *, whiten: bool = False, seed: int = 0) -> None:
         for value in dim.values() if isinstance(dim, Mapping) else (dim,):
             if isinstance(value, tuple) and len(value) != 2:
                 raise ValueError(f"dim must be an int or a pair (out, in), got {value!r}")
             for axis in value if isinstance(value, tuple) else (value,):
                 _whole_number("dim", axis)
         self.dim = dim
+        self.whiten = whiten
         self.seed = seed
 
     def dims(self, layer: str) -> tuple[int, int]:
@@ -97,59 +93,40 @@ class Sketch(ABC):
         [kept, kept], or None.
         """
 
+    def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:  # noqa: ARG002
+        """What :meth:`make` asks for the axis ``key``."""
+        wanted = self.statistics if dim < size else None
+        return wanted or ("energy" if self.whiten else None)
+
     def survivors(self, size: int, key: str) -> Axis | None:  # noqa: ARG002
         """What is kept of an axis before any statistics are known: None where the covariance of all of it is wanted."""
         return None
 
     def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:
-        """:meth:`axis`, or the axis kept whole where ``dim`` >= ``size``."""
-        return Axis.identity(size) if dim >= size else self.axis(size, dim, key, statistics)
+        """:meth:`axis`, or the axis kept whole where ``dim`` >= ``size``; of whitened coordinates on request."""
+        axis = Axis.identity(size) if dim >= size else self.axis(size, dim, key, statistics)
+        if not self.whiten:
+            return axis
+        assert statistics is not None, "the compressor calibrates first"
+        return axis.scaled(_whitening(statistics))
+
+    def _directions(self, covariance: Tensor, dim: int) -> Tensor:
+        """The leading principal directions of the coordinates as they are sketched, whitened or not: [dim, size]."""
+        if self.whiten:
+            factors = _whitening(covariance)
+            covariance = factors[:, None] * covariance * factors
+        return _principal(covariance, dim)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(dim={self.dim}, seed={self.seed})"
+        whiten = ", whiten=True" if self.whiten else ""
+        return f"{type(self).__name__}(dim={self.dim}{whiten}, seed={self.seed})"
 
 
-def _fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Lay the surviving runs ``order`` and their ``weights`` into [fan_in, runs] slots, zero where one stays empty."""
-    slots = np.zeros((math.ceil(len(order) / runs), runs), dtype=np.int64)
-    slots.flat[: len(order)] = order
-    index = (slots[:, :, None] * group + np.arange(group)).reshape(len(slots), -1)
-    weight = np.zeros(index.shape, dtype=np.float32)
-    weight.flat[: len(weights)] = weights
-    return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight)
-
-
-def _chances(energies: np.ndarray, count: int) -> np.ndarray:
-    """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
-    chances: np.ndarray = np.zeros(len(energies))
-    while (left := count - chances.sum()) > 0:
-        weights = np.where(chances == 0, energies, 0.0)
-        if not weights.any():
-            weights = np.where(chances == 0, 1.0, 0.0)
-        share = left * (weights / weights.sum())
-        if share.max() < 1:
-            chances += share
-            break
-        chances[share >= 1] = 1.0
-    return chances
-
-
-def _systematic(chances: np.ndarray, order: np.ndarray, start: float) -> np.ndarray:
-    """A sample without replacement in which each item has exactly its chance, over a ``start`` uniform in (0, 1).
-
-    The chances lie end to end, in the given order, and a point falls at every whole step. Source: Madow (1949).
-    """
-    ordered = chances[order]
-    sure: np.ndarray = order[ordered == 1]
-    rest = order[(ordered > 0) & (ordered < 1)]
-    points = round(chances[rest].sum())
-    if points == 0:
-        return sure
-    ends = np.cumsum(chances[rest])
-    picks = np.searchsorted(ends * (points / ends[-1]), start + np.arange(points), side="right")
-    picks = np.minimum(picks, len(rest) - 1)  # rounding may step over the end
-    sample: np.ndarray = np.concatenate([sure, rest[picks]])
-    return sample
+def _whitening(statistics: Tensor) -> Tensor:
+    """What E[x_j^2], or E[x x^T], says to multiply each coordinate by; 1 where the axis is zero."""
+    energies = (statistics if statistics.ndim == 1 else statistics.diagonal()).double()
+    mean = energies.mean()
+    return (energies + _FLOOR * mean).rsqrt() if mean > 0 else torch.ones_like(energies)
 
 
 def _leading(size: int, dim: int, energies: Tensor) -> Axis:
@@ -180,7 +157,8 @@ class Dropout(Sketch):
     gradient of a parameter (``dim`` values of it).
     ``rank``: keep this many values of an axis instead of ``dim``, and rotate them onto their ``dim`` leading principal
     directions, which needs :meth:`Compressor.calibrate`: a dense sketch's quality for ``rank`` / d of its price. Of
-    one-hot inputs (an embedding's vocabulary) the most frequent rows are kept.
+    one-hot inputs (an embedding's vocabulary) the most frequent rows are kept. Of a pair (out, in), an entry of at most
+    ``dim`` leaves that axis without a rotation.
     ``scale``: divide each survivor by the square root of its chance to survive, so that inner products are unbiased
     over masks (Horvitz & Thompson 1952).
     Source: Zhang & Amiri, arXiv 2509.15651, reconstructed from the abstract and headline results.
@@ -192,95 +170,111 @@ class Dropout(Sketch):
         *,
         keep: float | None = None,
         group: int = 1,
-        sampling: Literal["uniform", "energy"] = "uniform",
-        rank: int | Mapping[str, int] | None = None,
+        sampling: Sampling | Mapping[str, Sampling] = "uniform",
+        rank: Dim | Mapping[str, Dim] | None = None,
         mode: Literal["factorized", "flat"] = "factorized",
         scale: bool = False,
+        whiten: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(dim, seed=seed)
+        super().__init__(dim, whiten=whiten, seed=seed)
         if keep is not None and not (isinstance(keep, float | int) and 0 < keep <= 1):
             raise ValueError(f"keep must be a fraction in (0, 1] or None, got {keep!r}")
-        if sampling not in ("uniform", "energy"):
-            raise ValueError(f"sampling must be 'uniform' or 'energy', got {sampling!r}")
+        samplings = list(sampling.values()) if isinstance(sampling, Mapping) else [sampling]
+        for value in samplings:
+            if value not in ("uniform", "energy"):
+                raise ValueError(f"sampling must be 'uniform' or 'energy', got {value!r}")
         if mode not in ("factorized", "flat"):
             raise ValueError(f"mode must be 'factorized' or 'flat', got {mode!r}")
-        if mode == "flat" and sampling == "energy":
-            raise ValueError("mode='flat' samples uniformly; use mode='factorized' with sampling='energy'")
-        for value in rank.values() if isinstance(rank, Mapping) else (() if rank is None else (rank,)):
-            _whole_number("rank", value)
+        if mode == "flat" and ("energy" in samplings or whiten):
+            raise ValueError(
+                "mode='flat' samples uniformly and is not whitened; use mode='factorized' with sampling='energy' or "
+                "whiten=True"
+            )
+        for entry in rank.values() if isinstance(rank, Mapping) else (() if rank is None else (rank,)):
+            for axis in entry if isinstance(entry, tuple) else (entry,):
+                _whole_number("rank", axis)
         if rank is not None and (mode == "flat" or scale):
             raise ValueError("rank= rotates the axes of factorized gradients: leave mode='factorized' and scale=False")
         self.keep, self.group, self.scale, self.rank = keep, _whole_number("group", group), scale, rank
-        self.statistics = "energy" if sampling == "energy" else None
-        if rank is not None:
-            self.statistics = "survivors" if sampling == "uniform" else "covariance"
-        self.mode = mode
+        self.sampling, self.mode = sampling, mode
 
     def dim_flat(self, layer: str) -> int:
         return self.dims(layer)[0] if self.mode == "flat" else super().dim_flat(layer)
 
+    def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:
+        energy = dim < size and self._by_energy(key)
+        if dim < size and self._kept(key):
+            return "covariance" if energy else "survivors"
+        return "energy" if energy or self.whiten else None
+
+    def _by_energy(self, key: str) -> bool:
+        return _by_layer("sampling", self.sampling, key.rsplit("/", 1)[0]) == "energy"
+
     def _kept(self, key: str) -> int:
-        """How many values of an axis are kept, to be rotated."""
-        layer = key.rsplit("/", 1)[0]
-        assert self.rank is not None
-        rank, dim = _by_layer("rank", self.rank, layer), max(self.dims(layer))
-        if rank <= dim:
+        """How many values of an axis are kept, to be rotated; 0 without a rotation."""
+        if self.rank is None:
+            return 0
+        layer, side = key.rsplit("/", 1)
+        rank, dims = cast("Dim", _by_layer("rank", self.rank, layer)), self.dims(layer)
+        if isinstance(rank, tuple):
+            return rank[side == "in"] if rank[side == "in"] > dims[side == "in"] else 0
+        if rank <= max(dims):
             raise ValueError(
-                f"rank must be more than dim, got rank={rank} and dim={dim} for layer {layer}: rank values of an axis "
-                "are kept and rotated onto dim; four times dim is a good choice"
+                f"rank must be more than dim, got rank={rank} and dim={max(dims)} for layer {layer}: rank values of an "
+                "axis are kept and rotated onto dim; four times dim is a good choice"
             )
         return rank
 
     def survivors(self, size: int, key: str) -> Axis | None:
-        if self.rank is None or self._kept(key) >= size:
-            return None
-        return self._table(size, self._kept(key), key, None)
+        rank = self._kept(key)
+        return self._table(size, rank, key, None) if 0 < rank < size else None
 
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
-        if self.rank is None:
-            return self._table(size, dim, key, statistics)
+        rank, energy = self._kept(key), self._by_energy(key)
+        if not rank:
+            return self._table(size, dim, key, statistics if energy else None)
         assert statistics is not None, "the compressor calibrates first"
         if statistics.ndim == 1:
             return _leading(size, dim, statistics)
-        rank = self._kept(key)
         if rank >= size:
-            return Axis(size, matrix=_principal(statistics, dim))
-        if self.statistics == "survivors":
+            return Axis(size, matrix=self._directions(statistics, dim))
+        if not energy:
             table = self._table(size, rank, key, None)
-        else:
-            table = self._table(size, rank, key, statistics.diagonal())
-            statistics = table.apply(table.apply(statistics).T)  # the table is linear: S E[x x^T] S^T
+            return Axis(size, table.index, table.weight, self._directions(statistics, dim), table.group)
+        table = self._table(size, rank, key, statistics.diagonal())
+        kept = table.scaled(_whitening(statistics)) if self.whiten else table
+        statistics = kept.apply(kept.apply(statistics).T)  # the table is linear: S E[x x^T] S^T
         return Axis(size, table.index, table.weight, _principal(statistics, dim), table.group)
 
     def _table(self, size: int, dim: int, key: str, energies: Tensor | None) -> Axis:
         group = math.gcd(self.group, size, dim)
         survivors = dim if self.keep is None else min(size, max(dim, round(self.keep * size)))
-        order, chances = self._runs(size // group, math.ceil(survivors / group), key, energies)
+        order, chance = self._runs(size // group, math.ceil(survivors / group), key, energies)
         folded = survivors > dim
         if not folded:
             order = np.sort(order)
-        weights = np.repeat(1 / np.sqrt(chances[order]) if self.scale else np.ones(len(order)), group)
+        weights = np.repeat(1 / np.sqrt(chance[order]) if self.scale else np.ones(len(order)), group)
         if folded:
-            weights *= (_bits(self.seed, key + "/sign", len(weights)) & np.uint64(1)).astype(np.float32) * 2 - 1
-        index, weight = _fold_table(order, dim // group, group, weights)
+            weights *= (bits(self.seed, key + "/sign", len(weights)) & np.uint64(1)).astype(np.float32) * 2 - 1
+        index, weight = fold_table(order, dim // group, group, weights)
         return Axis(size, index, weight if folded or self.scale else None, group=group)
 
     def _runs(self, runs: int, count: int, key: str, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         """Which ``count`` of ``runs`` survive, in random order, and the chance of every run."""
-        order = np.argsort(_bits(self.seed, key, runs), kind="stable")
+        order = np.argsort(bits(self.seed, key, runs), kind="stable")
         if energies is None:
             return order[:count], np.full(runs, count / runs)
-        chances = _chances(energies.double().cpu().numpy().reshape(runs, -1).mean(1), count)
-        return _systematic(chances, order, float(_uniform(self.seed, key + "/energy", 1)[0])), chances
+        found = chances(energies.double().cpu().numpy().reshape(runs, -1).mean(1), count)
+        return systematic(found, order, float(uniform(self.seed, key + "/energy", 1)[0])), found
 
 
 class SJLT(Sketch):
     """Sparse Johnson-Lindenstrauss transform, one nonzero per column: every coordinate survives, folded with
     random signs into ``dim`` sums of equal size. Source: Kane & Nelson, arXiv 1012.1577."""
 
-    def __init__(self, dim: Dim | Mapping[str, Dim] = 64, *, seed: int = 0) -> None:
-        super().__init__(dim, seed=seed)
+    def __init__(self, dim: Dim | Mapping[str, Dim] = 64, *, whiten: bool = False, seed: int = 0) -> None:
+        super().__init__(dim, whiten=whiten, seed=seed)
         self._fold = Dropout(dim, keep=1.0, seed=seed)
 
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
@@ -293,7 +287,7 @@ class Gaussian(Sketch):
     dense = True
 
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
-        normal = torch.special.ndtri(torch.from_numpy(_uniform(self.seed, key, dim * size)))
+        normal = torch.special.ndtri(torch.from_numpy(uniform(self.seed, key, dim * size)))
         return Axis(size, matrix=(normal / math.sqrt(dim)).float().view(dim, size))
 
 
@@ -303,7 +297,7 @@ class Rademacher(Sketch):
     dense = True
 
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
-        signs = (_bits(self.seed, key, dim * size) & np.uint64(1)).astype(np.float32) * 2 - 1
+        signs = (bits(self.seed, key, dim * size) & np.uint64(1)).astype(np.float32) * 2 - 1
         return Axis(size, matrix=torch.from_numpy(signs / np.float32(math.sqrt(dim))).view(dim, size))
 
 
@@ -322,7 +316,7 @@ class PCA(Sketch):
         assert statistics is not None, "the compressor calibrates first"
         if statistics.ndim == 1:
             return _leading(size, dim, statistics)
-        return Axis(size, matrix=_principal(statistics, dim))
+        return Axis(size, matrix=self._directions(statistics, dim))
 
 
 class Identity(Sketch):

@@ -22,17 +22,9 @@ def sample(n: int, k: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, k, generator=generator, dtype=torch.float64) * torch.logspace(-0.5, 0.5, k)
 
 
-def added(fisher: Fisher, k: int) -> float:
-    """The lambda that a Fisher solves with, relative to its mean diagonal: from the trace of F (F + lambda I)^-1 F."""
-    eye = gradients(torch.eye(k, dtype=torch.float64))
-    inverse = fisher.solve(eye).flat
-    undamped = Fisher(fisher.kind, 0.0)
-    undamped.update(TRAIN[k])
-    if fisher.kind == "kronecker":
-        undamped.correct(TRAIN[k])
-    plain = undamped.solve(eye).flat
-    lam = torch.linalg.inv(inverse) - torch.linalg.inv(plain)
-    return float(lam.diagonal().mean() / torch.linalg.inv(plain).diagonal().mean())
+def solved(fisher: Fisher, k: int) -> torch.Tensor:
+    """The matrix that a Fisher solves with."""
+    return torch.linalg.inv(fisher.solve(gradients(torch.eye(k, dtype=torch.float64))).flat)
 
 
 TRAIN = {12: gradients(sample(40))}
@@ -42,7 +34,19 @@ TRAIN = {12: gradients(sample(40))}
 def test_is_scikit_learns_shrinkage_with_an_unbiased_variance(kind):
     share = ledoit_wolf_shrinkage(TRAIN[12].flat.numpy(), assume_centered=True) * 40 / 39
     assert 0.05 < share < 0.95
-    assert added(build_fisher(TRAIN[12], kind, "auto"), 12) == pytest.approx(share / (1 - share), rel=1e-9)
+    found = solved(build_fisher(TRAIN[12], kind, "auto"), 12)
+    fisher = TRAIN[12].flat.T @ TRAIN[12].flat / 40
+    mean = fisher.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(found, (1 - share) * fisher + share * mean, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [2, 7, 40])
+def test_keeps_the_mean_of_the_spectrum(kind, n):
+    """However far a block is shrunk, its scores stay of the size of the others'."""
+    train = gradients(sample(n))
+    found = solved(build_fisher(train, kind, "auto"), 12)
+    torch.testing.assert_close(found.trace(), train.flat.square().sum() / n, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [2, 7, 40])
@@ -59,13 +63,12 @@ def test_does_not_depend_on_how_samples_come(kind, n):
 
 @pytest.mark.parametrize("kind", ["block", "diagonal", "kronecker"])
 def test_more_samples_need_less(kind):
-    values = [
-        float(build_fisher(gradients(sample(n)), kind, "auto").quadratic(TRAIN[12]).mean()) for n in (5, 50, 5000)
-    ]
-    exact = build_fisher(gradients(sample(5000)), kind, 1e-6).quadratic(TRAIN[12]).mean()
+    fishers = [build_fisher(gradients(sample(n)), kind, "auto") for n in (5, 50, 5000)]
+    spread = [float(torch.linalg.cond(solved(fisher, 12))) for fisher in fishers]
     if kind != "diagonal":  # whose few variances are known well from few samples
-        assert values[0] < values[1] < values[2]
-    assert values[2] == pytest.approx(float(exact), rel=0.02)
+        assert spread[0] < spread[1] < spread[2]
+    exact = build_fisher(gradients(sample(5000)), kind, 1e-6).quadratic(TRAIN[12]).mean()
+    assert float(fishers[2].quadratic(TRAIN[12]).mean()) == pytest.approx(float(exact), rel=0.02)
 
 
 def test_is_nearly_the_best_of_a_sweep():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dropinf
+from dropinf import sampling
 from dropinf import sketch as module
 
 SIZE = 12
@@ -22,8 +23,8 @@ X[11] = 0  # energy 0 says that it is never anything else
 def _spans(sketch, dim, key, energies, survivors):
     """(length, middle) of the intervals of the uniform start between which the mask is the same."""
     group = math.gcd(sketch.group, SIZE, dim)
-    chances = module._chances(energies.numpy().reshape(-1, group).mean(1), survivors // group)
-    order = np.argsort(module._bits(sketch.seed, key, SIZE // group), kind="stable")
+    chances = sampling.chances(energies.numpy().reshape(-1, group).mean(1), survivors // group)
+    order = np.argsort(sampling.bits(sketch.seed, key, SIZE // group), kind="stable")
     ends = np.cumsum(chances[order][chances[order] < 1]) % 1
     cuts = np.unique(np.concatenate([[0.0, 1.0], ends]))
     return [(b - a, (a + b) / 2) for a, b in itertools.pairwise(cuts)]
@@ -36,7 +37,7 @@ def test_energy_masks_are_unbiased(monkeypatch, seed, dim, group):
     energies = ENERGIES.clamp_min(0.1) if group > 1 else ENERGIES
     total, tables = 0.0, set()
     for length, middle in _spans(sketch, dim, "layer/in", energies, dim):
-        monkeypatch.setattr(module, "_uniform", lambda *_, u=middle: np.array([u]))
+        monkeypatch.setattr(module, "uniform", lambda *_, u=middle: np.array([u]))
         axis = sketch.make(SIZE, dim, "layer/in", energies)
         assert axis.dim == dim
         assert len(axis.index.unique()) == dim
@@ -52,7 +53,7 @@ def test_folded_energy_masks_are_unbiased(monkeypatch, seed):
     sketch = dropinf.Dropout(3, keep=0.5, sampling="energy", scale=True, seed=seed)
     total = 0.0
     for length, middle in _spans(sketch, 3, "layer/in", ENERGIES, 6):
-        monkeypatch.setattr(module, "_uniform", lambda *_, u=middle: np.array([u]))
+        monkeypatch.setattr(module, "uniform", lambda *_, u=middle: np.array([u]))
         axis = sketch.make(SIZE, 3, "layer/in", ENERGIES)
         assert axis.index.shape == (2, 3)
         total += length * float((axis.weight.double().square() * (X * Y)[axis.index.long()]).sum())
@@ -71,16 +72,17 @@ def test_uniform_masks_are_unbiased_over_seeds():
 @pytest.mark.parametrize("count", [1, 3, 7, 11])
 def test_chances_are_proportional_up_to_one(count):
     energies = ENERGIES.numpy()
-    chances = module._chances(energies, count)
+    chances = sampling.chances(energies, count)
     assert chances.sum() == pytest.approx(count)
     assert chances.max() <= 1
     below = (chances < 1) & (energies > 0)
-    np.testing.assert_allclose(chances[below] / energies[below], (chances[below] / energies[below]).mean())
+    rates = chances[below] / energies[below]
+    np.testing.assert_allclose(rates, rates[:1].repeat(len(rates)))
     assert (chances[~below & (energies > 0)] == 1).all()
 
 
 def test_more_survivors_than_energies_fill_up_evenly():
-    chances = module._chances(np.array([2.0, 0.0, 0.0, 1.0]), 3)
+    chances = sampling.chances(np.array([2.0, 0.0, 0.0, 1.0]), 3)
     np.testing.assert_allclose(chances, [1, 0.5, 0.5, 1])
     axis = dropinf.Dropout(3, sampling="energy").make(4, 3, "layer/in", torch.tensor([2.0, 0.0, 0.0, 1.0]))
     assert len(axis.index.unique()) == 3

@@ -1,0 +1,66 @@
+"""Random draws that depend on (seed, key) alone, and the tables that they are laid into."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def bits(seed: int, key: str, n: int) -> np.ndarray:
+    """n uint64 that depend on (seed, key) alone."""
+    word = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
+    bits: np.ndarray = np.asarray(np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n), dtype=np.uint64)
+    return bits
+
+
+def uniform(seed: int, key: str, n: int) -> np.ndarray:
+    """n floats in the open interval (0, 1)."""
+    uniform: np.ndarray = ((bits(seed, key, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
+
+
+def fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Lay the surviving runs ``order`` and their ``weights`` into [fan_in, runs] slots, zero where one stays empty."""
+    slots = np.zeros((math.ceil(len(order) / runs), runs), dtype=np.int64)
+    slots.flat[: len(order)] = order
+    index = (slots[:, :, None] * group + np.arange(group)).reshape(len(slots), -1)
+    weight = np.zeros(index.shape, dtype=np.float32)
+    weight.flat[: len(weights)] = weights
+    return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight)
+
+
+def chances(energies: np.ndarray, count: int) -> np.ndarray:
+    """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
+    found: np.ndarray = np.zeros(len(energies))
+    while (left := count - found.sum()) > 0:
+        weights = np.where(found == 0, energies, 0.0)
+        if not weights.any():
+            weights = np.where(found == 0, 1.0, 0.0)
+        share = left * (weights / weights.sum())
+        if share.max() < 1:
+            found += share
+            break
+        found[share >= 1] = 1.0
+    return found
+
+
+def systematic(chances: np.ndarray, order: np.ndarray, start: float) -> np.ndarray:
+    """A sample without replacement in which each item has exactly its chance, over a ``start`` uniform in (0, 1).
+
+    The chances lie end to end, in the given order, and a point falls at every whole step. Source: Madow (1949).
+    """
+    ordered = chances[order]
+    sure: np.ndarray = order[ordered == 1]
+    rest = order[(ordered > 0) & (ordered < 1)]
+    points = round(chances[rest].sum())
+    if points == 0:
+        return sure
+    ends = np.cumsum(chances[rest])
+    picks = np.searchsorted(ends * (points / ends[-1]), start + np.arange(points), side="right")
+    picks = np.minimum(picks, len(rest) - 1)  # rounding may step over the end
+    sample: np.ndarray = np.concatenate([sure, rest[picks]])
+    return sample
