@@ -7,22 +7,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .axis import Axis
 from .compressor import Compressor
 from .exact import LossFn
-from .layers import LayerFilter
-from .sketch import Dropout
+from .layers import Layer, LayerFilter
+from .sampling import chances
+from .sketch import Dropout, Sampling, Statistics, whitening
 
-Allocation = Literal["norm", "energy", "equal"]
+Allocation = Literal["spectrum", "equal"]
 _PILOT = 16  # stored per axis to learn how large each layer's gradients are
+_SPAN = 512  # coordinates of an axis whose covariance stands for all of it
+_LEAST = 128  # survivors that a rotation has at least: so few cost nothing
+_STEP = 1.1  # ratio of the sizes that are tried
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer's part: ``dims`` stored of ``shape``, the layer's ``share`` of the squared gradient norm, and how much
-    of its own it keeps, ``captured`` (both estimated on the batches)."""
+    """One layer's part: ``dims`` stored of ``shape``; ``share``, its weight in the budget; and ``captured``, how much
+    of its energy is expected to be kept (of whitened values, where the choice is whitened)."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +47,7 @@ class Choice:
 
     @property
     def captured(self) -> float:
-        """The share of the squared gradient norm of all layers that is kept."""
+        """The share of the energy of all layers, by their weights, that is expected to be kept."""
         return sum(layer.share * layer.captured for layer in self.layers)
 
     def __str__(self) -> str:
@@ -52,9 +58,7 @@ class Choice:
             lines.append(
                 f"{layer.name:<{width}}  {full:>15}  {stored:>11}  {layer.share:>6.1%}  {layer.captured:>6.1%}"
             )
-        lines.append(
-            f"{self.bytes_per_sample:,} bytes per sample; {self.captured:.1%} of the squared gradient norm kept"
-        )
+        lines.append(f"{self.bytes_per_sample:,} bytes per sample; {self.captured:.1%} of the energy kept")
         return "\n".join(lines)
 
 
@@ -64,127 +68,216 @@ def choose(
     loss_fn: LossFn,
     *,
     budget_bytes: int,
-    allocate: Allocation = "norm",
+    allocate: Allocation = "spectrum",
     oversample: int = 4,
+    whiten: bool = True,
     group: int = 1,
     layers: LayerFilter = None,
     seed: int = 0,
 ) -> Choice:
     """Choose what to store of each layer so that a sample takes at most ``budget_bytes`` as float32.
 
-    ``batches``: a few hundred samples, read three times. ``allocate``: values per layer in proportion to the root mean
-    square norm of its gradients ("norm"), to its square ("energy"), or as equal dims for all ("equal").
-    ``oversample``: how many times ``dim`` values are kept before the rotation onto ``dim``; 1 is plain dropout.
+    ``batches``: a few hundred samples in random order, read twice.
+    ``allocate``: the sizes that keep the most energy, layers weighted by sqrt(E |G|^2 * entries), their gradient's size
+    in the geometry of Adam ("spectrum"); or the same dims for all ("equal").
+    ``oversample``: how many times ``dim`` values are kept before the rotation onto ``dim``; 1 is plain dropout. An axis
+    whose rotation would cost more than a quarter of its layer's forward pass, such as that of a large vocabulary, is
+    sampled by energy instead.
+    ``whiten``: see :class:`Sketch`.
+    Score what the choice stores with ``build_fisher(train, "kronecker", "auto")``.
     The same arguments give the same choice on every machine, up to rounding.
     Raises ValueError for a budget too small for one value per layer and axis.
     """
     if allocate not in get_args(Allocation):
         raise ValueError(f"allocate is {allocate!r}; it must be one of {', '.join(map(repr, get_args(Allocation)))}")
     if iter(batches) is batches:
-        raise ValueError("batches: they are read three times; pass a list or a DataLoader, not an iterator")
-    squares, shapes = _norms(model, batches, loss_fn, layers, seed)
+        raise ValueError("batches: they are read twice; pass a list or a DataLoader, not an iterator")
+    pilot = Compressor(model, _Pilot(seed), loss_fn, layers=layers)
+    pilot.calibrate(batches)
+    gradients = pilot.compress(batches)
+    plans = {
+        name: _plan(layer, pilot.moments(name), _mean_square(gradients[name]), oversample, whiten, group)
+        for name, layer in pilot.layers.items()
+    }
     values = budget_bytes // 4
-    if values < len(shapes):
+    if values < len(plans):
         raise ValueError(
-            f"budget_bytes is {budget_bytes}; {len(shapes)} layers need at least {4 * len(shapes)}, one value each: "
+            f"budget_bytes is {budget_bytes}; {len(plans)} layers need at least {4 * len(plans)}, one value each: "
             "raise it, or track fewer layers with layers="
         )
-    if allocate == "equal":
-        dims = _equal(shapes, values, group)
-    else:
-        weights = {n: math.sqrt(v) if allocate == "norm" else v for n, v in squares.items()}
-        dims = {n: _dims(shapes[n], v, group) for n, v in _shared(weights, shapes, values).items()}
-    sketch = Dropout(
-        {_literal(n): (d[0], d[-1]) for n, d in dims.items()},
-        rank={_literal(n): oversample * max(d) for n, d in dims.items()} if oversample > 1 else None,
-        group=group,
-        seed=seed,
-    )
-    kept = _kept(model, batches, loss_fn, sketch, layers)
-    # Of a layer that is kept whole the norm is known, not estimated.
-    squares |= {n: kept[n] for n in shapes if dims[n] == shapes[n]}
-    total = sum(squares.values()) or 1.0
+    picks = _equal(plans, values) if allocate == "equal" else _largest(plans, values)
+    total = sum(plan.weight for plan in plans.values()) or 1.0
+    options = {name: [axis.options[i] for axis, i in zip(plans[name].axes, picks[name], strict=True)] for name in plans}
     chosen = tuple(
-        LayerChoice(n, shapes[n], dims[n], squares[n] / total, min(1.0, kept[n] / squares[n]) if squares[n] else 1.0)
-        for n in shapes
+        LayerChoice(
+            name,
+            tuple(axis.size for axis in plan.axes),
+            tuple(option.dim for option in options[name]),
+            plan.weight / total,
+            math.prod(option.captured for option in options[name]),
+        )
+        for name, plan in plans.items()
     )
-    return Choice(sketch, chosen, 4 * sum(math.prod(d) for d in dims.values()))
+    stored = sum(math.prod(layer.dims) for layer in chosen)
+    return Choice(_sketch(options, whiten, group, seed), chosen, 4 * stored)
 
 
-def _norms(
-    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, layers: LayerFilter, seed: int
-) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
-    """Each layer's mean squared gradient norm, by an unbiased mask, and its gradient's shape."""
-    compressor = Compressor(model, Dropout(_PILOT, scale=True, seed=seed), loss_fn, layers=layers)
-    gradients = compressor.compress(batches)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in compressor.layers.items():
-        rows, columns = layer.matrix_shape
-        shapes[name] = (rows * columns,) if layer.in_axis is None else (rows, columns)
-    return {name: _mean_square(gradients[name]) for name in gradients.layers}, shapes
+class _Pilot(Dropout):
+    """Unbiased masks, that tell a gradient's size; calibration finds the covariance of a part of every axis."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(_PILOT, scale=True, seed=seed)
+        self._part = Dropout(_SPAN, seed=seed)
+
+    def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:  # noqa: ARG002
+        return "survivors"
+
+    def survivors(self, size: int, dim: int, key: str) -> Axis | None:  # noqa: ARG002
+        return self._part.make(size, _SPAN, key)
 
 
-def _kept(
-    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, sketch: Dropout, layers: LayerFilter
-) -> dict[str, float]:
-    compressor = Compressor(model, sketch, loss_fn, layers=layers)
-    compressor.calibrate(batches)
-    gradients = compressor.compress(batches)
-    return {name: _mean_square(gradients[name]) for name in gradients.layers}
+@dataclass(frozen=True)
+class _Option:
+    """One size of one axis: ``dim`` values of ``rank`` survivors (1: no rotation), by energy or not."""
+
+    dim: int
+    rank: int
+    sampling: Sampling
+    captured: float
 
 
-def _mean_square(gradient: torch.Tensor) -> float:
+@dataclass(frozen=True)
+class _AxisPlan:
+    size: int
+    options: tuple[_Option, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A layer's axes, and its weight."""
+
+    axes: tuple[_AxisPlan, ...]
+    weight: float
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """(values stored, energy kept by weight) of every combination of its axes' options."""
+        values, kept = np.ones(()), np.full((), self.weight)
+        for axis in self.axes:
+            values = np.multiply.outer(values, np.array([option.dim for option in axis.options]))
+            kept = np.multiply.outer(kept, np.array([option.captured for option in axis.options]))
+        return values, kept
+
+
+def _plan(
+    layer: Layer, moments: Mapping[str, Tensor], square: float, oversample: int, whiten: bool, group: int
+) -> _Plan:
+    rows, columns = layer.matrix_shape
+    entries = rows * columns
+    vector = layer.in_axis is None
+    sides = {"flat" if "flat" in moments else "out": entries} if vector else {"out": rows, "in": columns}
+    affordable = math.inf if vector else entries / 4  # a vector is rotated once per sample, not once per position
+    axes = tuple(
+        _AxisPlan(size, _options(size, moments[side], oversample, affordable, whiten, group))
+        for side, size in sides.items()
+    )
+    return _Plan(axes, math.sqrt(square * entries))
+
+
+def _options(
+    size: int, statistics: Tensor, oversample: int, affordable: float, whiten: bool, group: int
+) -> tuple[_Option, ...]:
+    """Every size of one axis that is tried, with what it keeps. ``statistics``: of the whole axis, or of a part."""
+    factors = whitening(statistics) if whiten else torch.ones(len(statistics), dtype=torch.float64)
+    energies = statistics if statistics.ndim == 1 else statistics.diagonal()
+    white = (energies * factors.square()).numpy()
+    spectrum = None
+    if statistics.ndim == 2 and oversample > 1:
+        values = torch.linalg.eigvalsh(factors[:, None] * statistics * factors).flip(0).clamp_min(0)
+        spectrum = (values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).numpy()
+    part = len(energies)
+    found = []
+    for dim in _sizes(size, group):
+        rank = min(size, max(oversample * dim, _LEAST))
+        if dim == size:
+            found.append(_Option(dim, 1, "uniform", 1.0))
+        elif spectrum is not None and dim * rank <= affordable:
+            seen = max(1, min(dim, dim * part // rank))  # of the part, which stands for the survivors
+            found.append(_Option(dim, rank, "uniform", float(spectrum[seen - 1])))
+        else:
+            chance = chances(energies.numpy(), dim * part / size)
+            found.append(_Option(dim, 1, "energy", float(chance @ white / (white.sum() or 1.0))))
+    return tuple(found)
+
+
+def _sizes(size: int, group: int) -> list[int]:
+    """Sizes from 1 to the whole axis, in whole runs, each about a tenth more than the one before."""
+    found, dim = [], 1.0
+    while dim < size:
+        whole = math.ceil(dim)
+        found.append(whole if whole < group else whole - whole % group)
+        dim *= _STEP
+    return [*dict.fromkeys([*found, size])]
+
+
+def _largest(plans: Mapping[str, _Plan], values: int) -> dict[str, tuple[int, ...]]:
+    """The options that keep the most energy: by one price per value for all layers; the rest to the heaviest."""
+    tables = {name: plan.tables() for name, plan in plans.items()}
+
+    def at(price: float) -> dict[str, tuple[int, ...]]:
+        return {name: _argmax(kept - price * stored) for name, (stored, kept) in tables.items()}
+
+    def used(picks: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(int(tables[name][0][pick]) for name, pick in picks.items())
+
+    most = max(plan.weight for plan in plans.values()) or 1.0
+    low, high = most * 1e-15, most * 10
+    for _ in range(64):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if used(at(middle)) > values else (low, middle)
+    picks = at(high)
+    for name in sorted(plans, key=lambda n: -plans[n].weight):
+        stored, kept = tables[name]
+        left = values - used(picks) + int(stored[picks[name]])
+        picks[name] = _argmax(np.where(stored <= left, kept, -np.inf))
+    return picks
+
+
+def _argmax(table: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(int(table.argmax()), table.shape))
+
+
+def _equal(plans: Mapping[str, _Plan], values: int) -> dict[str, tuple[int, ...]]:
+    """The largest size that all axes can have."""
+
+    def at(dim: int) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(max(i for i, o in enumerate(axis.options) if i == 0 or o.dim <= dim) for axis in plan.axes)
+            for name, plan in plans.items()
+        }
+
+    sizes = sorted({option.dim for plan in plans.values() for axis in plan.axes for option in axis.options})
+
+    def fits(dim: int) -> bool:
+        return sum(int(plans[name].tables()[0][pick]) for name, pick in at(dim).items()) <= values
+
+    return at(max((dim for dim in sizes if fits(dim)), default=1))
+
+
+def _sketch(options: Mapping[str, list[_Option]], whiten: bool, group: int, seed: int) -> Dropout:
+    dims, ranks, samplings = {}, {}, {}
+    for name, chosen in options.items():
+        out, in_ = (*chosen, _Option(1, 1, "uniform", 1.0))[:2]  # the second of a vector counts nothing
+        key = _literal(name)
+        dims[key] = (out.dim, in_.dim)
+        ranks[key] = (out.rank, in_.rank)
+        samplings[key] = (out.sampling, in_.sampling)
+    return Dropout(dims, rank=ranks, sampling=samplings, whiten=whiten, group=group, seed=seed)
+
+
+def _mean_square(gradient: Tensor) -> float:
     return float(gradient.double().flatten(1).square().sum(1).mean())
 
 
 def _literal(name: str) -> str:
     """A name as a pattern that matches nothing else."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _shared(weights: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]], values: int) -> dict[str, int]:
-    """Split ``values`` in proportion to the weights: at least 1 each, at most the whole gradient."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    given: dict[str, int] = {}
-    left = values - len(sizes)
-    open_ = dict(weights)
-    while open_:
-        total = sum(open_.values()) or 1.0
-        full = {n for n, w in open_.items() if 1 + left * w / total >= sizes[n]}
-        if not full:
-            return given | {n: 1 + int(left * w / total) for n, w in open_.items()}
-        for name in full:
-            given[name] = sizes[name]
-            left -= sizes[name] - 1
-            del open_[name]
-    return given
-
-
-def _dims(shape: tuple[int, ...], values: int, group: int) -> tuple[int, ...]:
-    """Dims of a layer within its share: a square, or what a short axis leaves to the other."""
-    if len(shape) == 1:
-        return (_runs(min(values, shape[0]), shape[0], group),)
-    side = math.isqrt(values)
-    rows = _runs(min(shape[0], max(side, values // shape[1])), shape[0], group)
-    return rows, _runs(
-        min(shape[1], max(1, values // rows)) if rows == shape[0] else min(shape[1], side), shape[1], group
-    )
-
-
-def _runs(dim: int, size: int, group: int) -> int:
-    """A dim of whole runs, where it is not the whole axis or less than one run."""
-    return dim if dim == size or dim < group else dim - dim % group
-
-
-def _equal(shapes: Mapping[str, tuple[int, ...]], values: int, group: int) -> dict[str, tuple[int, ...]]:
-    """The largest dim that all axes can have."""
-
-    def at(dim: int) -> dict[str, tuple[int, ...]]:
-        return {n: tuple(_runs(min(dim, size), size, group) for size in shape) for n, shape in shapes.items()}
-
-    low, high = 1, max(max(shape) for shape in shapes.values())
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = sum(math.prod(d) for d in at(middle).values()) <= values
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return at(low)

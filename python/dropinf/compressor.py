@@ -124,6 +124,10 @@ class Compressor:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         self._layers = {n: make_layer(t, self.sketch, self._moments.of(n)) for n, t in self._targets.items()}
 
+    def moments(self, name: str) -> Mapping[str, Tensor]:
+        """What calibration found of a layer: "out", "in" or "flat" -> E[x_j^2] [d] or E[x x^T] [d, d], float64."""
+        return self._moments.of(name)
+
     def digest(self) -> dict[str, str]:
         """Layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
         return {name: _layer_digest(layer) for name, layer in self.layers.items()}

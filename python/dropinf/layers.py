@@ -237,7 +237,7 @@ def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
         if wanted is None:
             continue
         finest = {"out": target.out_statistics, "in": target.in_statistics}.get(name, "energy")
-        kept = sketch.survivors(side.size, side.key) if wanted == "survivors" else None
+        kept = sketch.survivors(side.size, side.dim, side.key) if wanted == "survivors" else None
         if wanted == "energy" or finest == "energy":
             needs[name] = Need("energy", side.size)
         elif kept is not None:
@@ -248,18 +248,17 @@ def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
 
 
 def _sides(target: Target, sketch: Sketch) -> dict[str, Side]:
-    """The axes of a target. A bias shares its layer's output mask."""
+    """The axes of a target."""
     rows, columns = matrix_shape(target.shape, target.transposed)
-    owner = target.name.removesuffix(".bias") if target.kind == "bias" else target.name
     if target.kind in ("bias", "norm") or len(target.shape) < 2:
-        return {"out": Side(rows * columns, sketch.dims(target.name)[0], f"{owner}/out")}
+        return {"out": Side(rows * columns, sketch.dims(target.name)[0], f"{target.name}/out")}
     if sketch.mode == "flat" or (target.kind == "flat" and not sketch.dense):
         if rows * columns > 2**31 - 1:
             raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
-        return {"flat": Side(rows * columns, sketch.dim_flat(target.name), f"{owner}/flat")}
+        return {"flat": Side(rows * columns, sketch.dim_flat(target.name), f"{target.name}/flat")}
     return {
-        "out": Side(rows, sketch.dims(target.name)[0], f"{owner}/out"),
-        "in": Side(columns, sketch.dims(target.name)[1], f"{owner}/in"),
+        "out": Side(rows, sketch.dims(target.name)[0], f"{target.name}/out"),
+        "in": Side(columns, sketch.dims(target.name)[1], f"{target.name}/in"),
     }
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 def bits(seed: int, key: str, n: int) -> np.ndarray:
-    """n uint64 that depend on (seed, key) alone."""
-    word = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
+    """n uint64 that depend on (seed, key) alone. A bias shares its layer's output mask: it has the same key here."""
+    shared = key.replace(".bias/", "/")
+    word = hashlib.blake2b(f"{seed}/{shared}".encode(), digest_size=16).digest()
     bits: np.ndarray = np.asarray(np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n), dtype=np.uint64)
     return bits
 

@@ -22,6 +22,7 @@ from .sampling import bits, chances, fold_table, systematic, uniform
 
 Statistics = Literal["energy", "covariance", "survivors"]
 Sampling = Literal["uniform", "energy"]
+Sides = Sampling | tuple[Sampling, Sampling]
 
 
 def _whole_number(name: str, value: object) -> int:
@@ -98,7 +99,7 @@ class Sketch(ABC):
         wanted = self.statistics if dim < size else None
         return wanted or ("energy" if self.whiten else None)
 
-    def survivors(self, size: int, key: str) -> Axis | None:  # noqa: ARG002
+    def survivors(self, size: int, dim: int, key: str) -> Axis | None:  # noqa: ARG002
         """What is kept of an axis before any statistics are known: None where the covariance of all of it is wanted."""
         return None
 
@@ -108,12 +109,12 @@ class Sketch(ABC):
         if not self.whiten:
             return axis
         assert statistics is not None, "the compressor calibrates first"
-        return axis.scaled(_whitening(statistics))
+        return axis.scaled(whitening(statistics))
 
     def _directions(self, covariance: Tensor, dim: int) -> Tensor:
         """The leading principal directions of the coordinates as they are sketched, whitened or not: [dim, size]."""
         if self.whiten:
-            factors = _whitening(covariance)
+            factors = whitening(covariance)
             covariance = factors[:, None] * covariance * factors
         return _principal(covariance, dim)
 
@@ -122,7 +123,7 @@ class Sketch(ABC):
         return f"{type(self).__name__}(dim={self.dim}{whiten}, seed={self.seed})"
 
 
-def _whitening(statistics: Tensor) -> Tensor:
+def whitening(statistics: Tensor) -> Tensor:
     """What E[x_j^2], or E[x x^T], says to multiply each coordinate by; 1 where the axis is zero."""
     energies = (statistics if statistics.ndim == 1 else statistics.diagonal()).double()
     mean = energies.mean()
@@ -146,13 +147,14 @@ def _principal(covariance: Tensor, dim: int) -> Tensor:
 class Dropout(Sketch):
     """Keep few coordinates and drop the rest: one fixed random mask per axis, shared by all samples.
 
+    ``dim``, ``rank`` and ``sampling`` may be mappings from layer name patterns too; see :class:`Sketch`.
     ``dim``: what is stored per axis, an int or (out, in); ``dim`` >= d keeps the axis whole.
     ``keep``: the surviving fraction of an axis. None: exactly ``dim`` coordinates survive. More survivors than
     ``dim`` are folded: each stored value is a sum with random signs of several survivors.
     ``group``: coordinates survive in aligned runs of this length (the greatest common divisor of
     ``group``, d and ``dim`` where they do not divide).
     ``sampling``: ``"uniform"``, or ``"energy"``: without replacement, with probability proportional to E[x_j^2] (1 for
-    those that would exceed it), which needs :meth:`Compressor.calibrate`.
+    those that would exceed it), which needs :meth:`Compressor.calibrate`; or a pair of them, (out, in).
     ``mode``: ``"factorized"`` masks the inputs and output gradients of a layer, ``"flat"`` the flattened
     gradient of a parameter (``dim`` values of it).
     ``rank``: keep this many values of an axis instead of ``dim``, and rotate them onto their ``dim`` leading principal
@@ -170,7 +172,7 @@ class Dropout(Sketch):
         *,
         keep: float | None = None,
         group: int = 1,
-        sampling: Sampling | Mapping[str, Sampling] = "uniform",
+        sampling: Sides | Mapping[str, Sides] = "uniform",
         rank: Dim | Mapping[str, Dim] | None = None,
         mode: Literal["factorized", "flat"] = "factorized",
         scale: bool = False,
@@ -180,7 +182,8 @@ class Dropout(Sketch):
         super().__init__(dim, whiten=whiten, seed=seed)
         if keep is not None and not (isinstance(keep, float | int) and 0 < keep <= 1):
             raise ValueError(f"keep must be a fraction in (0, 1] or None, got {keep!r}")
-        samplings = list(sampling.values()) if isinstance(sampling, Mapping) else [sampling]
+        sides = sampling.values() if isinstance(sampling, Mapping) else (sampling,)
+        samplings = [side for value in sides for side in (value if isinstance(value, tuple) else (value,))]
         for value in samplings:
             if value not in ("uniform", "energy"):
                 raise ValueError(f"sampling must be 'uniform' or 'energy', got {value!r}")
@@ -204,34 +207,36 @@ class Dropout(Sketch):
 
     def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:
         energy = dim < size and self._by_energy(key)
-        if dim < size and self._kept(key):
+        if dim < size and self._kept(dim, key):
             return "covariance" if energy else "survivors"
         return "energy" if energy or self.whiten else None
 
     def _by_energy(self, key: str) -> bool:
-        return _by_layer("sampling", self.sampling, key.rsplit("/", 1)[0]) == "energy"
+        layer, side = key.rsplit("/", 1)
+        sampling = cast("Sides", _by_layer("sampling", self.sampling, layer))
+        return (sampling[side == "in"] if isinstance(sampling, tuple) else sampling) == "energy"
 
-    def _kept(self, key: str) -> int:
-        """How many values of an axis are kept, to be rotated; 0 without a rotation."""
+    def _kept(self, dim: int, key: str) -> int:
+        """How many values of an axis are kept, to be rotated onto ``dim``; 0 without a rotation."""
         if self.rank is None:
             return 0
         layer, side = key.rsplit("/", 1)
         rank, dims = cast("Dim", _by_layer("rank", self.rank, layer)), self.dims(layer)
         if isinstance(rank, tuple):
-            return rank[side == "in"] if rank[side == "in"] > dims[side == "in"] else 0
-        if rank <= max(dims):
+            rank = rank[side == "in"]
+        elif rank <= max(dims):
             raise ValueError(
                 f"rank must be more than dim, got rank={rank} and dim={max(dims)} for layer {layer}: rank values of an "
                 "axis are kept and rotated onto dim; four times dim is a good choice"
             )
-        return rank
+        return rank if rank > dim or side == "flat" else 0
 
-    def survivors(self, size: int, key: str) -> Axis | None:
-        rank = self._kept(key)
+    def survivors(self, size: int, dim: int, key: str) -> Axis | None:
+        rank = self._kept(dim, key)
         return self._table(size, rank, key, None) if 0 < rank < size else None
 
     def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
-        rank, energy = self._kept(key), self._by_energy(key)
+        rank, energy = self._kept(dim, key), self._by_energy(key)
         if not rank:
             return self._table(size, dim, key, statistics if energy else None)
         assert statistics is not None, "the compressor calibrates first"
@@ -243,7 +248,7 @@ class Dropout(Sketch):
             table = self._table(size, rank, key, None)
             return Axis(size, table.index, table.weight, self._directions(statistics, dim), table.group)
         table = self._table(size, rank, key, statistics.diagonal())
-        kept = table.scaled(_whitening(statistics)) if self.whiten else table
+        kept = table.scaled(whitening(statistics)) if self.whiten else table
         statistics = kept.apply(kept.apply(statistics).T)  # the table is linear: S E[x x^T] S^T
         return Axis(size, table.index, table.weight, _principal(statistics, dim), table.group)
 

@@ -59,7 +59,9 @@ def test_rotates_onto_principal_directions_of_whitened_values(rank, sampling):
         axis = dropinf.PCA(4, whiten=True).make(SIZE, 4, "layer/in", covariance)
     else:
         sketch = dropinf.Dropout(4, rank=rank, sampling=sampling, whiten=True)
-        kept = sketch.survivors(SIZE, "layer/in") if sketch.statistics_of(SIZE, 4, "layer/in") == "survivors" else None
+        kept = (
+            sketch.survivors(SIZE, 4, "layer/in") if sketch.statistics_of(SIZE, 4, "layer/in") == "survivors" else None
+        )
         statistics = covariance if kept is None else kept.apply(kept.apply(covariance).T)
         axis = sketch.make(SIZE, 4, "layer/in", statistics)
         if rank < SIZE:
@@ -98,7 +100,7 @@ def test_one_axis_rotated_and_the_other_not():
     assert sketch.statistics_of(SIZE, 2, "layer/in") == "survivors"
     _, covariance = moments()
     assert sketch.make(SIZE, 6, "layer/out", covariance.diagonal()).matrix is None
-    kept = sketch.survivors(SIZE, "layer/in")
+    kept = sketch.survivors(SIZE, 2, "layer/in")
     assert sketch.make(SIZE, 2, "layer/in", kept.apply(kept.apply(covariance).T)).matrix.shape == (2, 8)
     assert dropinf.Dropout((6, 2), rank=(1, 8)).statistics_of(SIZE, 6, "layer/out") is None
 
