@@ -34,7 +34,7 @@ def fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) ->
     return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight)
 
 
-def chances(energies: np.ndarray, count: int) -> np.ndarray:
+def chances(energies: np.ndarray, count: float) -> np.ndarray:
     """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
     found: np.ndarray = np.zeros(len(energies))
     while (left := count - found.sum()) > 0:
