@@ -1,5 +1,8 @@
 """What retraining does: the loss of every query under models trained on random halves. Resumes where it stopped.
 
+Finished models lie in out/fidelity, one file each; all of a task are gathered in bench/results/fidelity/losses, which
+the evaluation reads, and which saves whoever has it the hours.
+
 python -m bench.fidelity.retrain gpt-brown --subsets 100 --seeds 5
 """
 
@@ -20,6 +23,7 @@ from dropinf.metrics import sample_subsets
 from .tasks import NAMES, task
 
 OUT = Path("out/fidelity")
+GATHERED = Path("bench/results/fidelity/losses")
 
 
 def _path(name: str, subset: int, seed: int) -> Path:
@@ -38,18 +42,24 @@ def one(name: str, subset: int, seed: int) -> None:
     temporary.replace(path)
 
 
+def gather(name: str, subsets: int, seeds: int) -> None:
+    """Write the losses of subsets 0 to M - 1 and seeds 0 to S - 1 as one float32 array [M, S, Q]."""
+    losses = np.stack([[np.load(_path(name, m, seed)) for seed in range(seeds)] for m in range(subsets)])
+    GATHERED.mkdir(parents=True, exist_ok=True)
+    temporary = GATHERED / f"{name}.tmp"
+    with temporary.open("wb") as file:
+        np.save(file, losses.astype(np.float32))
+    temporary.replace(GATHERED / f"{name}.npy")
+
+
 def losses_of(name: str) -> tuple[Tensor, Tensor]:
-    """(subsets bool [M, N], losses [M, seeds, Q]) of the subsets that are finished for as many seeds as the first."""
-    by_subset: dict[int, list[Path]] = {}
-    for path in sorted((OUT / name).glob("*.npy")):
-        by_subset.setdefault(int(path.stem.split("-")[0]), []).append(path)
-    if not by_subset:
+    """(subsets bool [M, N], losses [M, seeds, Q]) of the retrained models of a task."""
+    path = GATHERED / f"{name}.npy"
+    if not path.exists():
         raise SystemExit(f"no retrained models of {name}; run python -m bench.fidelity.retrain {name}")
-    seeds = max(map(len, by_subset.values()))
-    whole = [(m, paths) for m, paths in by_subset.items() if len(paths) == seeds]
-    losses = np.stack([[np.load(path) for path in paths] for _, paths in whole])
-    masks = torch.stack([sample_subsets(len(task(name).train[0]), 1, seed=m)[0] for m, _ in whole])
-    return masks, torch.from_numpy(losses)
+    losses = torch.from_numpy(np.load(path))
+    masks = [sample_subsets(len(task(name).train[0]), 1, seed=m)[0] for m in range(len(losses))]
+    return torch.stack(masks), losses
 
 
 def main() -> None:
@@ -71,6 +81,7 @@ def main() -> None:
         jobs = [pool.submit(one, arguments.task, m, seed) for m, seed in wanted]
         for job in tqdm(jobs, desc=arguments.task, unit="model"):
             job.result()
+    gather(arguments.task, arguments.subsets, arguments.seeds)
 
 
 if __name__ == "__main__":
