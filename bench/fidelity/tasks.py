@@ -173,7 +173,7 @@ def _brown() -> Task:
 _TASKS: dict[str, Callable[[], Task]] = {
     "digits": _digits,
     "mlp-fashion": lambda: _fashion("mlp-fashion", _mlp, 1000, 20, 3e-3),
-    "resnet9-fashion": lambda: _fashion("resnet9-fashion", ResNet9, 1000, 10, 1e-2),
+    "resnet9-fashion": lambda: _fashion("resnet9-fashion", lambda: ResNet9(8), 1000, 10, 1e-2),
     "gpt-brown": _brown,
 }
 NAMES = tuple(_TASKS)

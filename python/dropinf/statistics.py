@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +13,8 @@ import dropinf_kernels as ops
 from .axis import Axis
 from .layers import Layer, Need
 from .uses import ConvUse, EmbeddingUse, NormUse, Samples, Use
+
+_SPAN = 1 << 20  # elements of the largest part of an unfold
 
 Needs = Mapping[str, Mapping[str, Need]]
 
@@ -107,13 +110,14 @@ class Moments:
             self._put(layer, "in", counts)
 
     def _patches(self, layer: Layer, x: Tensor, use: ConvUse) -> None:
-        """One sample and one group at a time, so that no full unfold exists."""
+        """A few samples and one group at a time, so that no full unfold exists."""
         if not self._needs(layer, "in"):
             return
         kept = (self.needs[layer.name]["in"].kept or Axis.identity(layer.matrix_shape[1])).to(x.device)
         assert kept.index is not None
-        for sample in x.split(1):
-            for part in sample.chunk(use.groups, 1):
+        step = max(1, _SPAN // (kept.dim * math.prod(x.shape[2:])))
+        for samples in x.split(step):
+            for part in samples.chunk(use.groups, 1):
                 window = (use.kernel, use.stride, use.padding, use.dilation)
                 self._moment(layer, "in", ops.sketch_patches(part, *window, kept.index, kept.weight))
 

@@ -12,7 +12,7 @@ import pytest
 
 from dropinf import report
 
-METHODS = {"dropout", "gaussian", "pca", "uncompressed"}
+METHODS = {"dropout, recommended", "dropout", "gaussian", "pca", "uncompressed"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,13 @@ def test_result(run):
     assert result["seconds"]["total"] < 60
     assert all(0.9 < auc <= 1 for auc in result["mislabel_auc"].values())
     sizes = result["bytes_per_sample"]
-    assert sizes["dropout"] == sizes["gaussian"] == sizes["pca"] < sizes["uncompressed"] / 10
+    assert (
+        sizes["dropout"]
+        == sizes["dropout, recommended"]
+        == sizes["gaussian"]
+        == sizes["pca"]
+        < sizes["uncompressed"] / 10
+    )
 
 
 def test_terminal_shows_the_table(run):
