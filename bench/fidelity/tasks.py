@@ -170,11 +170,24 @@ def _brown() -> Task:
     return Task("gpt-brown", (chunks[~queries],), (chunks[queries],), build, next_word, 6, 16, 5e-3, 0.01)
 
 
+def _words() -> Task:
+    """Genres from bags of words: nearly every input is zero, and a few words say the most."""
+    chunks, genres = data.brown_genres(context=127, vocabulary=4096)
+    chosen = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(0))[:1100]
+    counts = torch.zeros(1100, 4096).scatter_add_(1, chunks[chosen], torch.ones(1100, 128))
+    x, y = counts[:, 1:].sqrt(), genres[chosen]
+    return Task(
+        "words-brown", (x[:1000], y[:1000]), (x[1000:], y[1000:]), lambda: nn.Linear(4095, 15), classification,
+        20, 64, 3e-3, 0.01,
+    )  # fmt: skip
+
+
 _TASKS: dict[str, Callable[[], Task]] = {
     "digits": _digits,
     "mlp-fashion": lambda: _fashion("mlp-fashion", _mlp, 1000, 20, 3e-3),
     "resnet9-fashion": lambda: _fashion("resnet9-fashion", lambda: ResNet9(8), 1000, 10, 1e-2),
     "gpt-brown": _brown,
+    "words-brown": _words,
 }
 NAMES = tuple(_TASKS)
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -122,6 +123,16 @@ class Compressor:
         self._sweep(batches, plain, self._moments, take, progress)
         if not counted:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+        self._draw()
+
+    def merge_calibration(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up what all ranks of ``torch.distributed`` calibrated on, each on its own samples; the masks are then the
+        same on all. Every rank of the group must call it."""
+        if self._moments.needed:
+            self._moments.all_reduce(group)
+            self._draw()
+
+    def _draw(self) -> None:
         self._layers = {n: make_layer(t, self.sketch, self._moments.of(n)) for n, t in self._targets.items()}
 
     def moments(self, name: str) -> Mapping[str, Tensor]:
@@ -133,12 +144,16 @@ class Compressor:
         return {name: _layer_digest(layer) for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the masks (with what calibration found) to a safetensors file."""
-        save_masks(self.layers, path)
+        """Write the masks, and the second moments that they were drawn from, to a safetensors file."""
+        save_masks(self.layers, path, self._moments.sums, self._moments.samples)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Take the masks that :meth:`save` wrote. Raises ValueError where they belong to another model."""
-        self._layers = load_masks({name: _whole(target) for name, target in self._targets.items()}, path)
+        """Take the masks that :meth:`save` wrote; a further :meth:`calibrate` adds to their moments.
+
+        Raises ValueError where they belong to another model.
+        """
+        plain = {name: _whole(target) for name, target in self._targets.items()}
+        self._layers, self._moments.sums, self._moments.samples = load_masks(plain, path)
 
     # The work of one sweep over the batches.
 

@@ -11,11 +11,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .axis import Axis
 from .layers import Layer
 
 FORMAT = "dropinf-masks-1"
+Sums = dict[tuple[str, str], Tensor]
+_SUM = "moments"
 
 
 def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
@@ -24,24 +27,28 @@ def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
         yield "in", layer.in_axis
 
 
-def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> None:
-    """Write every layer's tables, by a temporary name."""
+def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: Sums, samples: int) -> None:
+    """Write every layer's tables, and the sums of its calibration, by a temporary name."""
     tables, plan = {}, {}
     for name, layer in layers.items():
         plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in _axes(layer)}
         for side, axis in _axes(layer):
             for field, table in axis.tensors().items():
                 tables[f"{name}/{side}/{field}"] = table.cpu().contiguous()
+    tables |= {f"{name}/{side}/{_SUM}": total.contiguous() for (name, side), total in sums.items()}
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
     try:
-        save_file(tables, temporary, {"format": FORMAT, "plan": json.dumps(plan)})
+        save_file(tables, temporary, {"format": FORMAT, "plan": json.dumps(plan), "samples": str(samples)})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> dict[str, Layer]:
-    """``layers`` with the axes of the file. Raises ValueError where they belong to another model."""
+def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tuple[dict[str, Layer], Sums, int]:
+    """``layers`` with the axes of the file; the sums of its calibration, and of how many samples.
+
+    Raises ValueError where they belong to another model.
+    """
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -65,7 +72,12 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> dic
         out_axis = axis(name, "out")
         assert out_axis is not None
         loaded[name] = replace(layer, out_axis=out_axis, in_axis=axis(name, "in"))
-    return loaded
+    sums = {}
+    for key, table in tables.items():
+        name, side, field = key.rsplit("/", 2)
+        if field == _SUM:
+            sums[name, side] = table
+    return loaded, sums, int(metadata.get("samples", 0))
 
 
 def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

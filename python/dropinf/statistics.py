@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import dropinf_kernels as ops
@@ -35,10 +36,20 @@ class Moments:
         """Side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached."""
         found = {}
         for side, need in self.needs.get(name, {}).items():
-            shape = (need.size,) if need.kind == "energy" else (need.size, need.size)
-            total = self.sums.get((name, side), torch.zeros(shape, dtype=torch.float64))
-            found[side] = total / max(1, self.samples)
+            found[side] = self.sums.get((name, side), _zeros(need)) / max(1, self.samples)
         return found
+
+    def all_reduce(self, group: dist.ProcessGroup | None) -> None:
+        """Add up the sums of all ranks; a layer that a rank never reached counts as zero there."""
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        samples = torch.tensor(self.samples, device=device)
+        dist.all_reduce(samples, group=group)
+        for name, sides in sorted(self.needs.items()):
+            for side, need in sorted(sides.items()):
+                total = self.sums.get((name, side), _zeros(need)).to(device)
+                dist.all_reduce(total, group=group)
+                self.sums[name, side] = total.cpu()
+        self.samples = int(samples)
 
     def count(self, losses: Tensor) -> None:
         """End a batch. Raises ValueError where its values, and so the sums, are not finite; the sums start anew."""
@@ -130,3 +141,7 @@ class Moments:
             self._rows(layer, "flat", matrix.reshape(len(matrix), -1))
         else:
             self._rows(layer, "out", matrix.reshape(len(matrix), -1))
+
+
+def _zeros(need: Need) -> Tensor:
+    return torch.zeros((need.size,) if need.kind == "energy" else (need.size, need.size), dtype=torch.float64)

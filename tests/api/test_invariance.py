@@ -169,6 +169,20 @@ def test_saved_masks_are_the_same_masks(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["masks.safetensors"]
 
 
+def test_a_saved_calibration_goes_on(tmp_path):
+    """Saved after the first half of the samples and resumed with the second: as if all came in one pass."""
+    model, batch, loss_fn = build("sequence_mlp")
+    halves = [batch, batch.flip(0) * 2]
+    sketch = dropinf.Dropout(2, rank=4, whiten=True)
+    whole, first, second = (dropinf.Compressor(model, sketch, loss_fn) for _ in range(3))
+    whole.calibrate(halves)
+    first.calibrate(halves[:1])
+    first.save(tmp_path / "masks.safetensors")
+    second.load(tmp_path / "masks.safetensors")
+    second.calibrate(halves[1:])
+    assert first.digest() != second.digest() == whole.digest()
+
+
 def test_a_new_sketch_is_one_class():
     class Leading(dropinf.Sketch):
         """Keeps the first coordinates."""

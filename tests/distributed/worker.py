@@ -89,6 +89,28 @@ def assert_same_step(model: nn.Module, other: nn.Module, batch) -> None:
         assert torch.equal(a, b)
 
 
+def calibrated_in_parts(wrapped: nn.Module, plain: nn.Module) -> None:
+    """Each rank calibrates on its own batch: together, as one process does on both."""
+    generator = torch.Generator().manual_seed(7)
+    data = [
+        (torch.randint(0, 11, (n, 5), generator=generator), torch.randint(0, 3, (n,), generator=generator))
+        for n in (6, 6)
+    ]
+    sketch = dropinf.Dropout(2, rank=4, whiten=True)
+    alone, shared = dropinf.Compressor(plain, sketch, loss_fn), dropinf.Compressor(wrapped, sketch, loss_fn)
+    alone.calibrate(data)
+    shared.calibrate([data[dist.get_rank()]])
+    before = shared.digest()
+    shared.merge_calibration()
+    assert before != shared.digest()
+    for name in alone.layers:
+        for side, moment in alone.moments(name).items():
+            torch.testing.assert_close(shared.moments(name)[side], moment, rtol=1e-5, atol=1e-9)
+    everywhere: list[dict[str, str] | None] = [None, None]
+    dist.all_gather_object(everywhere, shared.digest())
+    assert everywhere[0] == everywhere[1]
+
+
 def after_a_failure(kind: str, plain: nn.Module, data) -> None:
     """An error in or after a forward, or a NaN, in the second batch: the model trains on, and compresses again."""
 
@@ -193,6 +215,7 @@ def main(kind: str) -> None:
         assert p.grad is None
         assert grad is None
         assert torch.equal(whole(p.detach()), value)
+    calibrated_in_parts(wrapped, plain)
     for a, b in zip(step(wrapped, data[1]), step(never_compressed, data[1]), strict=True):
         assert torch.equal(a, b)
     after_a_failure(kind, plain, data)
