@@ -21,7 +21,7 @@ from .sketch import Dropout, Sampling, Statistics, whitening
 Allocation = Literal["spectrum", "equal"]
 _PILOT = 16  # stored per axis to learn how large each layer's gradients are
 _SPAN = 512  # coordinates of an axis whose covariance stands for all of it
-_LEAST = 128  # survivors that a rotation has at least: so few cost nothing
+_LEAST = 128  # survivors that a rotation has at least, and onto as many: so few cost nothing
 _STEP = 1.1  # ratio of the sizes that are tried
 
 
@@ -175,7 +175,8 @@ def _plan(
     entries = rows * columns
     vector = layer.in_axis is None
     sides = {"flat" if "flat" in moments else "out": entries} if vector else {"out": rows, "in": columns}
-    affordable = math.inf if vector else entries / 4  # a vector is rotated once per sample, not once per position
+    # A vector is rotated once per sample, not once per position.
+    affordable = math.inf if vector else max(entries / 4, _LEAST * _LEAST)
     axes = tuple(
         _AxisPlan(size, _options(size, moments[side], oversample, affordable, whiten, group))
         for side, size in sides.items()

@@ -90,16 +90,26 @@ def test_keeps_the_most_of_all_sizes_that_fit():
 
 def test_a_large_vocabulary_is_sampled_and_a_narrow_axis_rotated():
     torch.manual_seed(0)
-    model = torch.nn.Linear(8, 1000, bias=False)
-    batches = [(torch.randn(64, 8) * torch.arange(8), torch.randint(1000, (64,))) for _ in range(40)]
+    model = torch.nn.Linear(8, 3000, bias=False)
+    batches = [(torch.randn(64, 8) * torch.arange(8), torch.randint(3000, (64,))) for _ in range(100)]
     loss_fn = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1], reduction="none")  # noqa: E731
-    choice = dropinf.choose(model, batches, loss_fn, budget_bytes=16000)
+    choice = dropinf.choose(model, batches, loss_fn, budget_bytes=48000)
     compressor = dropinf.Compressor(model, choice.sketch, loss_fn)
     compressor.calibrate(batches)
     (layer,) = compressor.layers.values()
     assert layer.out_axis.matrix is None
     assert layer.in_axis.matrix is not None
     assert layer.out_axis.dim > 10 * layer.in_axis.dim
+
+
+@pytest.mark.parametrize("budget_bytes", [80, 288, 680, 1500])
+def test_a_budget_is_used(budget_bytes):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 10)
+    batches = [(torch.randn(200, 64) * torch.logspace(-1, 1, 64), torch.randint(10, (200,)))]
+    loss_fn = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1], reduction="none")  # noqa: E731
+    choice = dropinf.choose(model, batches, loss_fn, budget_bytes=budget_bytes)
+    assert 0.85 * budget_bytes <= choice.bytes_per_sample <= budget_bytes
 
 
 def test_more_is_stored_where_gradients_are_larger():
