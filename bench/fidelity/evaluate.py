@@ -98,7 +98,7 @@ def tracked(model: nn.Module, method: Method) -> list[str] | None:
 
 
 def size(model: nn.Module, method: Method, budget: int, loss_fn: Callable) -> int:
-    """The largest dim whose gradients take at most ``budget`` bytes."""
+    """The largest dim whose gradients take at most ``budget`` bytes, of whole runs where a mask is made of runs."""
 
     def stored(dim: int) -> int:
         flat = method.sketch(dim).mode == "flat"
@@ -109,7 +109,8 @@ def size(model: nn.Module, method: Method, budget: int, loss_fn: Callable) -> in
     dim = 1
     while stored(dim + 1) <= budget:
         dim += 1
-    return dim
+    group = getattr(method.sketch(dim), "group", 1)
+    return dim if dim < group else dim - dim % group
 
 
 def compressed(found: Task, model: nn.Module, name: str, dim: int, budget: int, count: int = 1) -> Compressed:

@@ -84,7 +84,8 @@ def choose(
     whose rotation would cost more than a quarter of its layer's forward pass, such as that of a large vocabulary, is
     sampled by energy instead.
     ``whiten``: see :class:`Sketch`.
-    Score what the choice stores with ``build_fisher(train, "kronecker", "auto")``.
+    Score what the choice stores with ``build_fisher(train, "block", "auto")``, or ``"joint"`` and a damping of 1 for a
+    model whose output layer has most of the gradient, as language models have.
     The same arguments give the same choice on every machine, up to rounding.
     Raises ValueError for a budget too small for one value per layer and axis.
     """
