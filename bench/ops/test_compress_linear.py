@@ -6,7 +6,7 @@ group names the problem, the test the method. ``calibrate`` is what one pass add
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,6 +32,15 @@ METHODS: dict[str, Callable[[int], dropinf.Sketch]] = {
     "dropout, flat": lambda k: dropinf.Dropout(k * k, mode="flat"),
     "sjlt": lambda k: dropinf.SJLT(k),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads wait for each other whenever anything else runs, which is 20 times the shortest of these calls."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows(size: int, side: str) -> Tensor:
