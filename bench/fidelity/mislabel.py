@@ -1,14 +1,20 @@
 """Finding flipped labels: the last two layers of MiniLM, fine-tuned on SpamAssassin with a tenth of the labels wrong.
 
-python -m bench.fidelity.mislabel
+python -m bench.fidelity.mislabel    # resumes: models and the AUCs of each seed are kept in out/fidelity/mislabel
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
+import json
+import os
 import time
-from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +25,36 @@ import dropinf
 from dropinf import metrics
 
 from . import data
-from .evaluate import DAMPINGS, RESULTS
+from .evaluate import RESULTS
 from .tasks import Batch, classification
 
+OUT = Path("out/fidelity/mislabel")
+TABLE = RESULTS / "mislabel.csv"
+FIELDS = (
+    "task", "method", "dim", "bytes_per_sample", "kind", "damping", "auc", "auc_low", "auc_high",
+    "compress_ms_per_sample", "calibrate_ms_per_sample", "seeds",
+)  # fmt: skip
+TASK = "minilm-spam"
 N, TOKENS, TUNED, SEEDS = 400, 64, 2, 3
 FRACTION = 0.1
 EPOCHS, BATCH, RATE = 4, 20, 3e-4
-SIZES = (8, 16)
+CALIBRATION = 200
+KINDS = ("block", "kronecker")
+DAMPINGS: tuple[float | str, ...] = (*(10.0**e for e in range(-5, 2)), "auto")
+# Neither has a size: the loss alone, and the norms of the whole gradients.
+LOSS, NORM = "loss, no gradient", "uncompressed"
+METHODS: dict[str, Callable[[int], dropinf.Sketch]] = {
+    "dropout": lambda k: dropinf.Dropout(k),
+    "dropout, runs of 8": lambda k: dropinf.Dropout(k, group=8),
+    "dropout, energy": lambda k: dropinf.Dropout(k, sampling="energy"),
+    "dropout, flat": lambda k: dropinf.Dropout(k * k, mode="flat"),
+    "dropout, rotated": lambda k: dropinf.Dropout(k, rank=4 * k),
+    "dropout, rotated, whitened": lambda k: dropinf.Dropout(k, rank=4 * k, whiten=True),
+    "gaussian": lambda k: dropinf.Gaussian(k),
+    "pca": lambda k: dropinf.PCA(k),
+    "sjlt": lambda k: dropinf.SJLT(k),
+}
+CHOSEN = "chosen"  # by dropinf.choose, at the bytes of dropout
 
 
 class Tail(nn.Module):
@@ -44,17 +73,29 @@ class Tail(nn.Module):
 
 def bert() -> BertModel:
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return BertModel.from_pretrained(data.minilm()).eval()
 
 
-def hidden_states() -> tuple[Tensor, Tensor]:
-    """What the layers below give for N mails of each half, [N, TOKENS, 384], and the labels."""
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What ``make`` returned when the file was written."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        torch.save(make(), temporary)
+        temporary.replace(path)
+    return torch.load(path)
+
+
+def hidden_states(count: int = N, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """What the layers below give for mails, [count, TOKENS, 384], half of them spam, and the labels."""
     texts, labels = data.spam_assassin()
     tokens = AutoTokenizer.from_pretrained(data.minilm())(texts, truncation=True, max_length=TOKENS)["input_ids"]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     chosen: list[int] = []
     for label in (0, 1):
-        chosen += [i for i in order if labels[i] == label and len(tokens[i]) == TOKENS][: N // 2]
+        full = [i for i in order if labels[i] == label and len(tokens[i]) == TOKENS]
+        chosen += full[skip // 2 : (skip + count) // 2]
     ids = torch.tensor([tokens[i] for i in chosen])
     model = bert()
     with torch.no_grad():
@@ -82,100 +123,160 @@ def tuned(x: Tensor, y: Tensor, seed: int) -> Tail:
     return model.eval()
 
 
-def sketches(k: int) -> dict[str, dropinf.Sketch]:
-    return {
-        "dropout": dropinf.Dropout(k),
-        "dropout, runs of 8": dropinf.Dropout(k, group=8),
-        "dropout, rotated": dropinf.Dropout(k, rank=4 * k),
-        "dropout, rotated, whitened": dropinf.Dropout(k, rank=4 * k, whiten=True),
-        "gaussian": dropinf.Gaussian(k),
-        "pca": dropinf.PCA(k),
-        "sjlt": dropinf.SJLT(k),
-    }
+@cache
+def run(seed: int) -> tuple[Tail, list[Batch], Tensor]:
+    """(the model, its training mails in random order, which of them are flipped)."""
+    x, y = kept(OUT / "hidden.pt", hidden_states)
+    wrong = flipped(seed)
+    given = torch.where(wrong, 1 - y, y)
+    model = Tail(bert())
+    model.load_state_dict(kept(OUT / f"model-{seed}.pt", lambda: tuned(x, given, seed).state_dict()))
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    return model.eval(), list(zip(x[order].split(25), given[order].split(25), strict=True)), wrong[order]
 
 
-def compressed(
-    model: nn.Module, sketch: dropinf.Sketch, batches: list[Batch]
-) -> tuple[dropinf.Gradients, float, float]:
-    """(gradients, milliseconds a sample to compress, to calibrate)."""
-    compressor = dropinf.Compressor(model, sketch, classification)
+def quality(seed: int) -> str:
+    """How well the model does on mails that it has not seen, and how many of its given labels it reproduces."""
+    model, batches, wrong = run(seed)
+    x, y = kept(OUT / "unseen.pt", lambda: hidden_states(200, N))
+    with torch.no_grad():
+        unseen = float((model(x).argmax(1) == y).double().mean())
+        fits = torch.cat([model(a).argmax(1) == b for a, b in batches]).double()
+    clean, noisy = float(fits[~wrong].mean()), float(fits[wrong].mean())
+    return f"seed {seed}: unseen mails {unseen:.3f}; given label reproduced: clean {clean:.3f}, flipped {noisy:.3f}"
+
+
+def losses(seed: int) -> dict[str, Any]:
+    model, batches, wrong = run(seed)
+    with torch.no_grad():
+        found = torch.cat([classification(model, b) for b in batches])
+    return {"auc": {"|": metrics.mislabel_auc(found, wrong)}}
+
+
+def norms(seed: int) -> dict[str, Any]:
+    """By the norm of the whole gradient, a batch at a time."""
+    model, batches, wrong = run(seed)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), classification)
     start = time.perf_counter()
-    compressor.calibrate(batches[:4])
+    squares, size = [], 0
+    for batch in batches:
+        gradients = compressor.compress([batch])
+        squares.append(gradients.flat.square().sum(1))
+        size = gradients.bytes_per_sample
+    seconds = time.perf_counter() - start
+    auc = {"dot|": metrics.mislabel_auc(torch.cat(squares), wrong)}
+    return {"auc": auc, "bytes": size, "compress": 1e3 * seconds / N}
+
+
+def sketched(name: str, dim: int, seed: int) -> dict[str, Any]:
+    model, batches, wrong = run(seed)
+    few = batches[: CALIBRATION // len(batches[0][0])]
+    start = time.perf_counter()
+    if name == CHOSEN:
+        plans = dropinf.Compressor(model, dropinf.Dropout(dim), classification).layers.values()
+        size = 4 * sum(torch.Size(plan.stored_shape).numel() for plan in plans)
+        sketch: dropinf.Sketch = dropinf.choose(model, few, classification, budget_bytes=size).sketch
+    else:
+        sketch = METHODS[name](dim)
+    compressor = dropinf.Compressor(model, sketch, classification)
+    compressor.calibrate(few)
     middle = time.perf_counter()
     train = compressor.compress(batches)
     done = time.perf_counter()
-    return train, 1e3 * (done - middle) / N, 1e3 * (middle - start) / (4 * len(batches[0][0]))
+    return {
+        "auc": aucs(train, wrong),
+        "bytes": train.bytes_per_sample,
+        "compress": 1e3 * (done - middle) / N,
+        "calibrate": 1e3 * (middle - start) / CALIBRATION,
+    }
 
 
-def aucs(train: dropinf.Gradients, wrong: Tensor) -> dict[tuple[str, str], float]:
-    found = {("dot", ""): metrics.mislabel_auc(train.flat.square().sum(1), wrong)}
-    for kind in ("block", "kronecker"):
+def aucs(train: dropinf.Gradients, wrong: Tensor) -> dict[str, float]:
+    """ "kind|damping" -> AUC."""
+    found = {"dot|": metrics.mislabel_auc(train.flat.square().sum(1), wrong)}
+    for kind in KINDS:
         fisher = dropinf.build_fisher(train, kind)
         for damping in DAMPINGS:
             with contextlib.suppress(ValueError):
                 noisy = dropinf.self_influence(train, fisher.with_damping(damping))
-                found[kind, str(damping)] = metrics.mislabel_auc(noisy, wrong)
+                found[f"{kind}|{damping}"] = metrics.mislabel_auc(noisy, wrong)
     return found
 
 
-def measured() -> list[list[object]]:
-    x, y = hidden_states()
-    values: dict[tuple[str, object, object, str, str], list[float]] = defaultdict(list)
-    cost: dict[tuple[str, object], tuple[float, float]] = {}
-    for seed in range(SEEDS):
-        wrong = flipped(seed)
-        model = tuned(x, torch.where(wrong, 1 - y, y), seed)
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-        given = torch.where(wrong, 1 - y, y)[order]
-        batches = list(zip(x[order].split(25), given.split(25), strict=True))
-        with torch.no_grad():
-            losses = torch.cat([classification(model, b) for b in batches])
-        values["loss, no gradient", "", "", "", ""].append(metrics.mislabel_auc(losses, wrong[order]))
-        for k in SIZES:
-            for name, sketch in sketches(k).items():
-                train, *times = compressed(model, sketch, batches)
-                cost[name, k] = tuple(times)
-                for (kind, damping), value in aucs(train, wrong[order]).items():
-                    values[name, k, train.bytes_per_sample, kind, damping].append(value)
-            size = train.bytes_per_sample
-            sketch = dropinf.choose(model, batches[:8], classification, budget_bytes=size).sketch
-            train, *times = compressed(model, sketch, batches)
-            cost["chosen", size] = tuple(times)
-            for (kind, damping), value in aucs(train, wrong[order]).items():
-                values["chosen", size, size, kind, damping].append(value)
-        print(f"seed {seed} of {SEEDS} done", flush=True)
-    return [
-        [
-            *key,
-            f"{sum(v) / len(v):.4f}",
-            f"{min(v):.4f}",
-            f"{max(v):.4f}",
-            *map(ms, cost.get(key[:2], ("", ""))),
-            len(v),
-        ]
-        for key, v in values.items()
-    ]
+def measured(name: str, dim: int, seed: int) -> dict[str, Any]:
+    """One method, size and seed, from the file where it is known."""
+    path = OUT / f"{name.replace(', ', '-').replace(' ', '-')}-{dim}-{seed}.json"
+    if not path.exists():
+        found = losses(seed) if name == LOSS else norms(seed) if name == NORM else sketched(name, dim, seed)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found))
+        temporary.replace(path)
+    return json.loads(path.read_text())
 
 
-def ms(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.2f}"
+def rows_of(name: str, dim: int) -> list[dict[str, object]]:
+    """All settings of one method and size, over seeds; times are the least of the seeds."""
+    parts = [measured(name, dim, seed) for seed in range(SEEDS)]
+    times = (f"{min(p[c] for p in parts):.2f}" if c in parts[0] else "" for c in ("compress", "calibrate"))
+    cost = dict(zip(FIELDS[-3:-1], times, strict=True))
+    rows = []
+    for setting in parts[0]["auc"]:
+        values = [p["auc"][setting] for p in parts if setting in p["auc"]]
+        kind, damping = setting.split("|")
+        about = dict(zip(FIELDS, (TASK, name, dim or "", parts[0].get("bytes", ""), kind, damping), strict=False))
+        spread = {"auc": sum(values) / len(values), "auc_low": min(values), "auc_high": max(values)}
+        rows.append(about | {k: f"{v:.4f}" for k, v in spread.items()} | cost | {"seeds": len(values)})
+    return rows
+
+
+def read() -> list[dict[str, object]]:
+    return list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
+
+
+def write(rows: list[dict[str, object]]) -> None:
+    temporary = TABLE.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(TABLE)
+
+
+def shown(rows: list[dict[str, object]]) -> str:
+    """A line of the table: per kind of Fisher matrix the best of the sweep, and "auto"."""
+    first = rows[0]
+    cells = [str(first[field]) for field in ("method", "dim", "bytes_per_sample")]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        # A setting that is singular for some seeds would be judged by the others alone.
+        whole = [r for r in own if r["damping"] != "auto" and int(str(r["seeds"])) == SEEDS]
+        best = max(whole, key=lambda r: float(str(r["auc"])))
+        auto = [f", auto {float(str(r['auc'])):.3f}" for r in own if r["damping"] == "auto"]
+        at = f" at {float(str(best['damping'])):g}" if best["damping"] else ""
+        spread = f"[{float(str(best['auc_low'])):.3f}, {float(str(best['auc_high'])):.3f}]"
+        cells.append(f"{kind} {float(str(best['auc'])):.3f} {spread}{at}{''.join(auto)}")
+    cells += [str(first[field]) for field in FIELDS[-3:-1]]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
+    everything = [LOSS, NORM, *METHODS, CHOSEN]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--dims", type=int, nargs="+", default=[8, 16])
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measured()
-    header = "method, dim, bytes_per_sample, kind, damping, auc, auc_low, auc_high, compress_ms, calibrate_ms, seeds"
-    path = RESULTS / "minilm-spam.csv"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header.split(", "), *rows])
-    temporary.replace(path)
-    methods = dict.fromkeys((row[0], row[1]) for row in rows)
-    for method in methods:
-        own = [row for row in rows if tuple(row[:2]) == method]
-        best = max(own, key=lambda row: float(str(row[5])))
-        auto = max((row for row in own if row[4] == "auto"), key=lambda row: float(str(row[5])), default=best)
-        print("|", " | ".join(map(str, [*best[:8], auto[5], *best[8:10]])), "|")
+    rows = read()
+    done = {(row["method"], str(row["dim"])) for row in rows}
+    plain = [(name, 0) for name in (LOSS, NORM) if name in arguments.methods]
+    sized = [(name, dim) for dim in arguments.dims for name in arguments.methods if name not in (LOSS, NORM)]
+    if any((name, str(dim or "")) not in done for name, dim in plain + sized):
+        print("\n".join(quality(seed) for seed in range(SEEDS)), flush=True)
+    for name, dim in plain + sized:
+        if (name, str(dim or "")) not in done:
+            rows += rows_of(name, dim)
+            write(rows)
+        print(shown([r for r in rows if (r["method"], str(r["dim"])) == (name, str(dim or ""))]), flush=True)
 
 
 if __name__ == "__main__":

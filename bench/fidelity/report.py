@@ -89,7 +89,8 @@ def plot(path: Path) -> None:
     for number, (method, points) in enumerate(lines.items()):
         bytes_, ms, lds, low, high = zip(*sorted(points), strict=True)
         errors = [[a - b for a, b in zip(lds, low, strict=True)], [b - a for a, b in zip(lds, high, strict=True)]]
-        style = {"color": mpl.colormaps["tab20"](number % 20), "marker": "os^Dv"[number // 20 % 5 + number % 2]}
+        color = "black" if method == "chosen" else mpl.colormaps["tab20"](number % 20)
+        style = {"color": color, "marker": "os^Dv"[number // 20 % 5 + number % 2]}
         for axis, x in zip(axes, (bytes_, ms), strict=True):
             axis.errorbar(x, lds, errors, label=method, capsize=2, linewidth=1, elinewidth=0.5, **style)
     axes[0].set(xscale="log", xlabel="bytes per sample", ylabel="LDS, 95 % interval", title=path.stem)
