@@ -306,7 +306,8 @@ def comparison(result: DemoResult) -> str:
         f"{config.flip_fraction:.0%} are wrong. One size ({config.dim} per axis) and one damping ({config.damping}) "
         f"serve every method; neither was tuned. Seconds are medians of {config.repeats} passes on one thread, "
         "calibration included; the recommended dropout rotates and whitens what it keeps. Score agreement is "
-        "Spearman's correlation with the uncompressed scores of the images, averaged over the test images: it tells methods apart where the AUC no longer does."
+        "Spearman's correlation with the uncompressed scores of the images, averaged over the test images: it tells "
+        "methods apart where the AUC no longer does."
     )
     return report.section("Five compressions of the same gradients", report.table(header, rows, RECOMMENDED), lead)
 

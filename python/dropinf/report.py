@@ -131,7 +131,8 @@ def roc_plot(curves: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], max_rate: 
         curves: legend label -> (false positive rate, true positive rate), each `[P]`.
         max_rate: where the false positive axis ends; below 1 it magnifies the part that a reviewer would see.
     """
-    ink, styles = "#010203", (("#3b82f6", "-"), ("#e8811a", "-"), ("#17a37b", "-"), ("#d2438c", "-"), ("#9a6cf0", "--"))
+    ink = "#010203"
+    styles = (("#3b82f6", "-"), ("#e8811a", "-"), ("#17a37b", "-"), ("#d2438c", "-"), ("#9a6cf0", "--"))
     options: dict[str, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "dropinf",
