@@ -1,5 +1,5 @@
 """What acting on the scores does: brittleness (remove a query's top samples and retrain) and tail patch (one more step
-on them). Resumes where it stopped.
+on them). Retrained models lie in out/fidelity/brittleness, rows in the table; both are kept on a re-run.
 
 python -m bench.fidelity.behaviour
 """
@@ -9,7 +9,11 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
+import os
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,104 +29,189 @@ from .tasks import Task, task
 
 OUT = Path("out/fidelity")
 QUERIES, COUNTS = 30, (20, 80)  # of brittleness
-PATCH, RATE = 10, 0.1  # of tail patch: samples, and the step of plain gradient descent
-FIELDS = ("task", "measure", "method", "bytes_per_sample", "count", "value", "low", "high")
-DIM = {"mlp-fashion": 32, "gpt-brown": 32}
+PATCH = 10  # samples of a step of tail patch
+# Plain gradient descent, and Adam's step without momentum: its second moments are those of the training batches at the
+# finished model, so that it is neither the sign of the gradient nor the history of one run.
+RATES = {"tail patch, sgd": 0.1, "tail patch, adam": 1e-3}
+EPSILON = 1e-8
+CHOSEN = {"mlp-fashion": (2856, "block"), "gpt-brown": (65536, "kronecker")}  # bytes and Fisher matrix
+FIELDS = ("task", "measure", "method", "dim", "count", "value", "low", "high")
+DIMS = {"mlp-fashion": (16,), "gpt-brown": (16, 32)}
+Row = dict[str, str]
 
 
-def methods(found: Task, model: nn.Module, query: list[tuple[Tensor, ...]]) -> Iterator[tuple[str, int | str, Tensor]]:
-    """(name, bytes per sample, scores [Q, N]), with dampings that no retraining was asked for."""
-    k = DIM[found.name]
-    part, batches = calibration(found, 300), found.batches("train")
+@dataclass(frozen=True)
+class Method:
+    """Scores by a Fisher matrix that no retraining was asked for; plain dot products where ``kind`` is empty."""
 
-    def scored(sketch: dropinf.Sketch, kind: str, damping: float | str) -> tuple[int, Tensor]:
-        compressor = dropinf.Compressor(model, sketch, found.loss_fn)
-        compressor.calibrate(part)
-        train = compressor.compress(batches)
-        fisher = dropinf.build_fisher(train, kind, damping)
-        return train.bytes_per_sample, dropinf.score(compressor.compress(query), train, fisher)
-
-    n = len(found.train[0])
-    yield "random", "", torch.rand(len(found.query[0]), n, generator=torch.Generator().manual_seed(0))
-    yield "similarity, no model", "", similarity(found)
-    yield "uncompressed EK-FAC", *scored(dropinf.Identity(), "kronecker", 0.1)
-    size, scores = scored(dropinf.Dropout(k), "block", "auto")
-    yield "dropout", size, scores
-    yield "dropout, rotated, whitened", *scored(dropinf.Dropout(k, rank=4 * k, whiten=True), "block", "auto")
-    chosen = dropinf.choose(model, part, found.loss_fn, budget_bytes=size)
-    yield "chosen", *scored(chosen.sketch, "joint", 1.0)
-    yield "gaussian", *scored(dropinf.Gaussian(k), "block", "auto")
-    yield "pca", *scored(dropinf.PCA(k), "block", "auto")
+    sketch: Callable[[int], dropinf.Sketch]
+    kind: str = "block"
+    sized: bool = True  # whether dim means anything
 
 
-def brittle(found: Task, scores: Tensor, right: Tensor) -> dict[int, metrics.Estimate]:
-    """Queries that the full model classifies rightly, of which a model without their top samples is wrong."""
-    inputs, labels = (x[right] for x in found.query)
-
-    def retrain(kept: Tensor) -> Tensor:
-        key = hashlib.blake2b(np.packbits(kept.numpy()).tobytes(), digest_size=12).hexdigest()
-        path = OUT / "brittleness" / f"{key}.npy"
-        if not path.exists():
-            correct = found.fit(kept, 0)(inputs).argmax(1) == labels
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("wb") as file:
-                np.save(file, correct.numpy())
-            temporary.replace(path)
-        return torch.from_numpy(np.load(path))
-
-    return metrics.brittleness(scores[right], retrain, COUNTS)
+COMPRESSED = {
+    "uncompressed dot": Method(lambda _: dropinf.Identity(), "", sized=False),
+    "uncompressed EK-FAC": Method(lambda _: dropinf.Identity(), "kronecker", sized=False),
+    "dropout": Method(lambda k: dropinf.Dropout(k)),
+    "dropout, rotated": Method(lambda k: dropinf.Dropout(k, rank=4 * k)),
+    "dropout, rotated, whitened": Method(lambda k: dropinf.Dropout(k, rank=4 * k, whiten=True)),
+    "gaussian": Method(lambda k: dropinf.Gaussian(k)),
+    "pca": Method(lambda k: dropinf.PCA(k)),
+}
 
 
-def patched(found: Task, model: nn.Module, scores: Tensor) -> metrics.Estimate:
-    """The mean fall of a query's loss after one step of gradient descent on its top samples."""
-    before = found.losses(model)
-
-    def step(rows: Tensor) -> Tensor:
-        moved = copy.deepcopy(model)
-        loss = found.loss_fn(moved, tuple(x[rows] for x in found.train)).mean()
-        with torch.no_grad():
-            for parameter, gradient in zip(
-                moved.parameters(), torch.autograd.grad(loss, list(moved.parameters())), strict=True
-            ):
-                parameter -= RATE * gradient
-        return found.losses(moved)
-
-    return metrics.tail_patch(scores, before, step, PATCH)
+def bm25(train: list[np.ndarray], query: list[np.ndarray], k1: float = 1.5, b: float = 0.75) -> Tensor:
+    """Scores [Q, N] of passages of token ids. Source: Robertson & Zaragoza (2009), with a positive idf."""
+    size = 1 + max(int(row.max()) for row in (*train, *query))
+    counts = np.stack([np.bincount(row, minlength=size) for row in train]).astype(np.float64)
+    asked = np.stack([np.bincount(row, minlength=size) for row in query]).astype(np.float64)
+    seen = (counts > 0).sum(0)
+    idf = np.log1p((len(train) - seen + 0.5) / (seen + 0.5))
+    lengths = counts.sum(1, keepdims=True)
+    weights = counts * (k1 + 1) / (counts + k1 * (1 - b + b * lengths / lengths.mean()))
+    return torch.from_numpy(asked @ (idf * weights).T)
 
 
-def rows_of(name: str) -> Iterator[list[object]]:
-    found = task(name)
-    model = found.fit(torch.ones(len(found.train[0]), dtype=torch.bool), 0)
-    measure: Callable[[Tensor], dict[int, metrics.Estimate]]
-    if name == "mlp-fashion":
-        with torch.no_grad():
-            right = (model(found.query[0]).argmax(1) == found.query[1]).nonzero().flatten()[:QUERIES]
-        what, measure = "brittleness", lambda scores: brittle(found, scores, right)
+def scores_of(found: Task, model: nn.Module, name: str, dim: int) -> Tensor:
+    """Scores [Q, N] of one method."""
+    train, query = found.train[0], found.query[0]
+    if name == "random":
+        return torch.rand(len(query), len(train), generator=torch.Generator().manual_seed(0))
+    if name == "pixel cosine":
+        return similarity(found)
+    if name == "BM25":
+        return bm25(*(list(x.numpy()) for x in (train, query)))
+    part = calibration(found, 300)
+    if name == "chosen":
+        budget, kind = CHOSEN[found.name]
+        sketch: dropinf.Sketch = dropinf.choose(model, part, found.loss_fn, budget_bytes=budget).sketch
     else:
-        what, measure = "tail patch", lambda scores: {PATCH: patched(found, model, scores)}
-    for method, size, scores in methods(found, model, found.batches("query")):
-        for count, estimate in measure(scores).items():
-            row = [
-                name,
-                what,
-                method,
-                size,
-                count,
-                *(f"{v:.4f}" for v in (estimate.value, estimate.low, estimate.high)),
-            ]
-            print("|", " | ".join(map(str, row[2:])), "|", flush=True)
-            yield row
+        sketch, kind = COMPRESSED[name].sketch(dim), COMPRESSED[name].kind
+    compressor = dropinf.Compressor(model, sketch, found.loss_fn)
+    compressor.calibrate(part)
+    gradients = compressor.compress(found.batches("train"))
+    asked = compressor.compress(found.batches("query"))
+    if not kind:
+        return dropinf.score(asked, gradients, kind="dot")
+    return dropinf.score(asked, gradients, dropinf.build_fisher(gradients, kind, "auto"))
+
+
+def methods(name: str) -> Iterator[tuple[str, int]]:
+    """(method, dim) of a task; 0 where there is no dim."""
+    yield "random", 0
+    yield ("pixel cosine" if name == "mlp-fashion" else "BM25"), 0
+    for method, how in COMPRESSED.items():
+        for dim in DIMS[name] if how.sized else (0,):
+            yield method, dim
+    yield "chosen", 0
+
+
+def correct_without(found: Task, kept: Tensor) -> Tensor:
+    """Which queries a model trained on the mask bool [N] classifies rightly, bool [Q]; kept on disk."""
+    key = hashlib.blake2b(np.packbits(kept.numpy()).tobytes(), digest_size=12).hexdigest()
+    path = OUT / "brittleness" / f"{found.name}-all-{key}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model = found.fit(kept, 0)
+        with torch.no_grad():
+            right = model(found.query[0]).argmax(1) == found.query[1]
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, right.numpy())
+        temporary.replace(path)
+    return torch.from_numpy(np.load(path))
+
+
+def brittle(found: Task, scores: Tensor) -> dict[tuple[str, int], metrics.Estimate]:
+    """Queries that the full model classifies rightly, of which a model without their top samples is wrong."""
+    everything = torch.ones(len(found.train[0]), dtype=torch.bool)
+    right = correct_without(found, everything).nonzero().flatten()[:QUERIES]
+    by_count = metrics.brittleness(scores[right], lambda kept: correct_without(found, kept)[right], COUNTS)
+    return {("brittleness", count): estimate for count, estimate in by_count.items()}
+
+
+@cache
+def finished(name: str) -> nn.Module:
+    """The model trained on all samples, with seed 0."""
+    found = task(name)
+    return found.fit(torch.ones(len(found.train[0]), dtype=torch.bool), 0)
+
+
+@cache
+def second_moments(name: str) -> tuple[Tensor, ...]:
+    """The mean square of the training batches' gradients at the finished model, per parameter."""
+    found, model = task(name), finished(name)
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    order = torch.randperm(len(found.train[0]), generator=torch.Generator().manual_seed(0)).split(found.batch)
+    for rows in order:
+        loss = found.loss_fn(model, tuple(x[rows] for x in found.train)).mean()
+        for mean, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            mean += gradient.square() / len(order)
+    return tuple(total)
+
+
+def stepped(found: Task, measure: str, rows: Tensor) -> nn.Module:
+    """The finished model after one step on some training samples."""
+    moved = copy.deepcopy(finished(found.name))
+    parameters = list(moved.parameters())
+    loss = found.loss_fn(moved, tuple(x[rows] for x in found.train)).mean()
+    gradients = torch.autograd.grad(loss, parameters)
+    if measure == "tail patch, adam":
+        moments = second_moments(found.name)
+        gradients = tuple(g / (v.sqrt() + EPSILON) for g, v in zip(gradients, moments, strict=True))
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter -= RATES[measure] * gradient
+    return moved
+
+
+def patched(found: Task, scores: Tensor) -> dict[tuple[str, int], metrics.Estimate]:
+    """The mean fall of a query's loss after one step on its top samples."""
+    before = found.losses(finished(found.name))
+    return {
+        (measure, PATCH): metrics.tail_patch(
+            scores, before, lambda rows, m=measure: found.losses(stepped(found, m, rows)), PATCH
+        )
+        for measure in RATES
+    }
+
+
+def rows_of(name: str, method: str, dim: int) -> Iterator[Row]:
+    found = task(name)
+    scores = scores_of(found, finished(name), method, dim)
+    measured = brittle(found, scores) if name == "mlp-fashion" else patched(found, scores)
+    for (measure, count), estimate in measured.items():
+        numbers = (f"{v:.4f}" for v in (estimate.value, estimate.low, estimate.high))
+        values = (name, measure, method, str(dim or ""), str(count), *numbers)
+        yield dict(zip(FIELDS, values, strict=True))
+
+
+def write(path: Path, fields: tuple[str, ...], rows: list[Row]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [row for name in DIM for row in rows_of(name)]
     path = RESULTS / "behaviour.csv"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
-    temporary.replace(path)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = list(csv.DictReader(path.open())) if path.exists() else []
+    done = {(r["task"], r["method"], r["dim"]) for r in rows}
+    for name in ("gpt-brown", "mlp-fashion"):
+        for method, dim in methods(name):
+            if (name, method, str(dim or "")) in done:
+                continue
+            start = time.perf_counter()
+            new = list(rows_of(name, method, dim))
+            rows += new
+            write(path, FIELDS, rows)
+            for row in new:
+                print(" | ".join(row.values()), f"| {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
