@@ -229,7 +229,7 @@ class Dropout(Sketch):
                 f"rank must be more than dim, got rank={rank} and dim={max(dims)} for layer {layer}: rank values of an "
                 "axis are kept and rotated onto dim; four times dim is a good choice"
             )
-        return rank if rank > dim or side == "flat" else 0
+        return rank if rank > dim else 0
 
     def survivors(self, size: int, dim: int, key: str) -> Axis | None:
         rank = self._kept(dim, key)

@@ -110,6 +110,18 @@ def test_a_budget_is_used(budget_bytes):
     loss_fn = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1], reduction="none")  # noqa: E731
     choice = dropinf.choose(model, batches, loss_fn, budget_bytes=budget_bytes)
     assert 0.85 * budget_bytes <= choice.bytes_per_sample <= budget_bytes
+    compressor = dropinf.Compressor(model, choice.sketch, loss_fn)
+    compressor.calibrate(batches)
+    inner = compressor.layers["weight"].in_axis
+    assert inner.dim == 64 or inner.matrix is not None  # a rotation of so few is always affordable
+
+
+def test_a_rotation_keeps_what_its_survivors_tell():
+    """128 survivors of 1,024 coordinates: an eighth where coordinates are independent, all where they are one."""
+    independent = budget._Rotation.of(torch.eye(64, dtype=torch.float64))
+    assert independent.kept(32, 128, 1024) == pytest.approx(16 / 64 * 8 / 64, rel=1e-6)
+    one = budget._Rotation.of(torch.ones(64, 64, dtype=torch.float64))
+    assert one.kept(1, 128, 1024) == pytest.approx(1, abs=1e-2)
 
 
 def test_more_is_stored_where_gradients_are_larger():

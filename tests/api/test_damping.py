@@ -45,7 +45,9 @@ def test_is_scikit_learns_shrinkage_with_an_unbiased_variance(kind):
 def test_keeps_the_mean_of_the_spectrum(kind, n):
     """However far a block is shrunk, its scores stay of the size of the others'."""
     train = gradients(sample(n))
-    found = solved(build_fisher(train, kind, "auto"), 12)
+    fisher = build_fisher(train, kind, "auto")
+    torch.testing.assert_close(fisher.quadratic(train), (train.flat * fisher.solve(train).flat).sum(1))
+    found = solved(fisher, 12)
     torch.testing.assert_close(found.trace(), train.flat.square().sum() / n, rtol=1e-6, atol=0)
 
 
