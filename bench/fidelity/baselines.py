@@ -20,3 +20,15 @@ def similarity(found: Task) -> Tensor:
         train, query = (torch.from_numpy(weights.transform(c).toarray()) for c in counts)
     train, query = (torch.nn.functional.normalize(x.flatten(1).double()) for x in (train, query))
     return query @ train.T
+
+
+def bm25(train: list[np.ndarray], query: list[np.ndarray], k1: float = 1.5, b: float = 0.75) -> Tensor:
+    """Scores [Q, N] of passages of token ids. Source: Robertson & Zaragoza (2009), with a positive idf."""
+    size = 1 + max(int(row.max()) for row in (*train, *query))
+    counts = np.stack([np.bincount(row, minlength=size) for row in train]).astype(np.float64)
+    asked = np.stack([np.bincount(row, minlength=size) for row in query]).astype(np.float64)
+    seen = (counts > 0).sum(0)
+    idf = np.log1p((len(train) - seen + 0.5) / (seen + 0.5))
+    lengths = counts.sum(1, keepdims=True)
+    weights = counts * (k1 + 1) / (counts + k1 * (1 - b + b * lengths / lengths.mean()))
+    return torch.from_numpy(asked @ (idf * weights).T)

@@ -7,12 +7,9 @@ python -m bench.fidelity.behaviour
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -23,8 +20,9 @@ from torch import Tensor, nn
 import dropinf
 from dropinf import metrics
 
-from .baselines import similarity
-from .evaluate import RESULTS, calibration
+from .baselines import bm25, similarity
+from .evaluate import METHODS, RESULTS, calibration
+from .files import read_rows, save, write_rows
 from .tasks import Task, task
 
 OUT = Path("out/fidelity")
@@ -40,36 +38,9 @@ DIMS = {"mlp-fashion": (16,), "gpt-brown": (16, 32)}
 Row = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Method:
-    """Scores by a Fisher matrix that no retraining was asked for; plain dot products where ``kind`` is empty."""
-
-    sketch: Callable[[int], dropinf.Sketch]
-    kind: str = "block"
-    sized: bool = True  # whether dim means anything
-
-
-COMPRESSED = {
-    "uncompressed dot": Method(lambda _: dropinf.Identity(), "", sized=False),
-    "uncompressed EK-FAC": Method(lambda _: dropinf.Identity(), "kronecker", sized=False),
-    "dropout": Method(lambda k: dropinf.Dropout(k)),
-    "dropout, rotated": Method(lambda k: dropinf.Dropout(k, rank=4 * k)),
-    "dropout, rotated, whitened": Method(lambda k: dropinf.Dropout(k, rank=4 * k, whiten=True)),
-    "gaussian": Method(lambda k: dropinf.Gaussian(k)),
-    "pca": Method(lambda k: dropinf.PCA(k)),
-}
-
-
-def bm25(train: list[np.ndarray], query: list[np.ndarray], k1: float = 1.5, b: float = 0.75) -> Tensor:
-    """Scores [Q, N] of passages of token ids. Source: Robertson & Zaragoza (2009), with a positive idf."""
-    size = 1 + max(int(row.max()) for row in (*train, *query))
-    counts = np.stack([np.bincount(row, minlength=size) for row in train]).astype(np.float64)
-    asked = np.stack([np.bincount(row, minlength=size) for row in query]).astype(np.float64)
-    seen = (counts > 0).sum(0)
-    idf = np.log1p((len(train) - seen + 0.5) / (seen + 0.5))
-    lengths = counts.sum(1, keepdims=True)
-    weights = counts * (k1 + 1) / (counts + k1 * (1 - b + b * lengths / lengths.mean()))
-    return torch.from_numpy(asked @ (idf * weights).T)
+# The Fisher matrix of each, with a damping that no retraining was asked for; plain dot products where there is none.
+UNSIZED = {"uncompressed dot": "", "uncompressed EK-FAC": "kronecker"}
+SIZED = ("dropout", "dropout, rotated", "dropout, rotated, whitened", "gaussian", "pca")
 
 
 def scores_of(found: Task, model: nn.Module, name: str, dim: int) -> Tensor:
@@ -85,8 +56,10 @@ def scores_of(found: Task, model: nn.Module, name: str, dim: int) -> Tensor:
     if name == "chosen":
         budget, kind = CHOSEN[found.name]
         sketch: dropinf.Sketch = dropinf.choose(model, part, found.loss_fn, budget_bytes=budget).sketch
+    elif name in UNSIZED:
+        sketch, kind = dropinf.Identity(), UNSIZED[name]
     else:
-        sketch, kind = COMPRESSED[name].sketch(dim), COMPRESSED[name].kind
+        sketch, kind = METHODS[name].sketch(dim), "block"
     compressor = dropinf.Compressor(model, sketch, found.loss_fn)
     compressor.calibrate(part)
     gradients = compressor.compress(found.batches("train"))
@@ -100,8 +73,10 @@ def methods(name: str) -> Iterator[tuple[str, int]]:
     """(method, dim) of a task; 0 where there is no dim."""
     yield "random", 0
     yield ("pixel cosine" if name == "mlp-fashion" else "BM25"), 0
-    for method, how in COMPRESSED.items():
-        for dim in DIMS[name] if how.sized else (0,):
+    for method in UNSIZED:
+        yield method, 0
+    for method in SIZED:
+        for dim in DIMS[name]:
             yield method, dim
     yield "chosen", 0
 
@@ -111,14 +86,10 @@ def correct_without(found: Task, kept: Tensor) -> Tensor:
     key = hashlib.blake2b(np.packbits(kept.numpy()).tobytes(), digest_size=12).hexdigest()
     path = OUT / "brittleness" / f"{found.name}-all-{key}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         model = found.fit(kept, 0)
         with torch.no_grad():
             right = model(found.query[0]).argmax(1) == found.query[1]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, right.numpy())
-        temporary.replace(path)
+        save(path, right.numpy())
     return torch.from_numpy(np.load(path))
 
 
@@ -187,20 +158,10 @@ def rows_of(name: str, method: str, dim: int) -> Iterator[Row]:
         yield dict(zip(FIELDS, values, strict=True))
 
 
-def write(path: Path, fields: tuple[str, ...], rows: list[Row]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     path = RESULTS / "behaviour.csv"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = read_rows(path)
     done = {(r["task"], r["method"], r["dim"]) for r in rows}
     for name in ("gpt-brown", "mlp-fashion"):
         for method, dim in methods(name):
@@ -209,7 +170,7 @@ def main() -> None:
             start = time.perf_counter()
             new = list(rows_of(name, method, dim))
             rows += new
-            write(path, FIELDS, rows)
+            write_rows(path, FIELDS, rows)
             for row in new:
                 print(" | ".join(row.values()), f"| {time.perf_counter() - start:.0f} s", flush=True)
 

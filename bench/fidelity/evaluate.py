@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import dropinf
 from dropinf import metrics
 
 from .baselines import similarity
+from .files import read_rows, write_rows
 from .retrain import losses_of
 from .tasks import NAMES, Task, task
 
@@ -97,17 +97,23 @@ def tracked(model: nn.Module, method: Method) -> list[str] | None:
     return [n for n, m in model.named_modules() if isinstance(m, method.layers)][:-1]
 
 
+def stored(model: nn.Module, sketch: dropinf.Sketch, loss_fn: Callable, layers: list[str] | None = None) -> int:
+    """Bytes per sample of a sketch that needs no calibration."""
+    plans = dropinf.Compressor(model, sketch, loss_fn, layers=layers).layers.values()
+    return 4 * sum(math.prod(plan.stored_shape) for plan in plans)
+
+
 def size(model: nn.Module, method: Method, budget: int, loss_fn: Callable) -> int:
     """The largest dim whose gradients take at most ``budget`` bytes, of whole runs where a mask is made of runs."""
+    layers = tracked(model, method)
 
-    def stored(dim: int) -> int:
+    def needed(dim: int) -> int:
         flat = method.sketch(dim).mode == "flat"
         probe = dropinf.Dropout(dim * dim, mode="flat") if flat else dropinf.Dropout(dim)
-        plans = dropinf.Compressor(model, probe, loss_fn, layers=tracked(model, method)).layers.values()
-        return 4 * sum(math.prod(plan.stored_shape) for plan in plans)
+        return stored(model, probe, loss_fn, layers)
 
     dim = 1
-    while stored(dim + 1) <= budget:
+    while needed(dim + 1) <= budget:
         dim += 1
     group = getattr(method.sketch(dim), "group", 1)
     return dim if dim < group else dim - dim % group
@@ -210,15 +216,6 @@ def measured(
     return [about | row for row in evaluate(every, by_seed.mean(1), subsets, reference)]
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     every = [BASELINE, *METHODS, *CHOICES]
@@ -229,26 +226,30 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = task(arguments.task)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{found.name}.csv"
-    rows: list[dict] = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = read_rows(path)
     count = arguments.calibration
     done = {(r["method"], r["budget"]) for r in rows if int(r.get("calibration") or CALIBRATION) == count}
+    todo = [
+        (name, budget)
+        for name in arguments.methods
+        for budget in (arguments.bytes if name not in (BASELINE, "uncompressed") else [0])
+        if (name, str(budget or "")) not in done
+    ]
+    if not todo:
+        return
     models = [found.fit(torch.ones(len(found.train[0]), dtype=torch.bool), seed) for seed in range(MODELS)]
     whole = [compressed(found, model, "uncompressed", 0, 0) for model in models]
     fishers = [dropinf.build_fisher(p.train, "kronecker", 0.1) for p in whole]
     pairs = zip(whole, fishers, strict=True)
     reference = torch.stack([dropinf.score(p.query, p.train, f) for p, f in pairs]).mean(0)
     del whole, fishers
-    for name in arguments.methods:
-        for budget in arguments.bytes if name not in (BASELINE, "uncompressed") else [0]:
-            if (name, str(budget or "")) in done:
-                continue
-            new = measured(found, models, name, budget, count, reference)
-            rows += new
-            write(path, rows)
-            best = max(new, key=lambda r: r["lds"])
-            print({key: best.get(key, "") for key in FIELDS[1:13]}, flush=True)
+    for name, budget in todo:
+        new = measured(found, models, name, budget, count, reference)
+        rows += new
+        write_rows(path, FIELDS, rows)
+        best = max(new, key=lambda r: r["lds"])
+        print({key: best.get(key, "") for key in FIELDS[1:13]}, flush=True)
 
 
 if __name__ == "__main__":

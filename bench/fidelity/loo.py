@@ -6,7 +6,6 @@ python -m bench.fidelity.loo    # 500 models once, cached in out/fidelity; rows 
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import dropinf
 from dropinf import metrics
 
 from .evaluate import KINDS, RESULTS
+from .files import read_rows, save, write_rows
 from .tasks import classification, task
 
 CACHE = Path("out/fidelity/digits-loo.npy")
@@ -89,11 +89,7 @@ def left_out(full: Tensor) -> Tensor:
         changes[:, n] = nn.functional.cross_entropy(qx @ w.T, qy, reduction="none") - base
     print(f"largest difference of {COLD} models from a cold start: {cold:.1e}")
     assert cold < 1e-6, cold
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    temporary = CACHE.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, changes.numpy())
-    temporary.replace(CACHE)
+    save(CACHE, changes.numpy())
     return changes
 
 
@@ -173,19 +169,6 @@ def measured(
     return rows
 
 
-def read() -> list[dict[str, object]]:
-    return list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-
-
-def write(rows: list[dict[str, object]]) -> None:
-    temporary = TABLE.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(TABLE)
-
-
 def shown(rows: list[dict[str, object]]) -> str:
     """A line of the table: per kind of Fisher matrix the best of the sweep, and "auto"."""
     cells = [str(rows[0][field]) for field in ("method", "dim", "bytes_per_sample")]
@@ -208,14 +191,14 @@ def main() -> None:
     x, y, *_ = samples()
     full = newton(zeros(), x, y)
     changes, model = left_out(full), optimum(full)
-    rows = read()
+    rows = read_rows(TABLE)
     done = {(row["method"], str(row["dim"])) for row in rows}
 
     def add(name: str, dim: int | str, make: Callable[[], list[tuple[int | str, Scores]]]) -> None:
         if (name, str(dim)) not in done:
             found = make()
             rows.extend(measured(name, dim, found[0][0], [every for _, every in found], changes))
-            write(rows)
+            write_rows(TABLE, FIELDS, rows)
         print(shown([r for r in rows if (r["method"], str(r["dim"])) == (name, str(dim))]), flush=True)
 
     add("exact Hessian", "", lambda: [("", exact(full))])

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +23,9 @@ import dropinf
 from dropinf import metrics
 
 from . import data
-from .evaluate import RESULTS
+from .evaluate import METHODS as ALL
+from .evaluate import RESULTS, stored
+from .files import read_rows, replacing, slug, write_rows
 from .tasks import Batch, classification
 
 OUT = Path("out/fidelity/mislabel")
@@ -43,17 +43,10 @@ KINDS = ("block", "kronecker")
 DAMPINGS: tuple[float | str, ...] = (*(10.0**e for e in range(-5, 2)), "auto")
 # Neither has a size: the loss alone, and the norms of the whole gradients.
 LOSS, NORM = "loss, no gradient", "uncompressed"
-METHODS: dict[str, Callable[[int], dropinf.Sketch]] = {
-    "dropout": lambda k: dropinf.Dropout(k),
-    "dropout, runs of 8": lambda k: dropinf.Dropout(k, group=8),
-    "dropout, energy": lambda k: dropinf.Dropout(k, sampling="energy"),
-    "dropout, flat": lambda k: dropinf.Dropout(k * k, mode="flat"),
-    "dropout, rotated": lambda k: dropinf.Dropout(k, rank=4 * k),
-    "dropout, rotated, whitened": lambda k: dropinf.Dropout(k, rank=4 * k, whiten=True),
-    "gaussian": lambda k: dropinf.Gaussian(k),
-    "pca": lambda k: dropinf.PCA(k),
-    "sjlt": lambda k: dropinf.SJLT(k),
-}
+METHODS = (
+    "dropout", "dropout, runs of 8", "dropout, energy", "dropout, flat", "dropout, rotated",
+    "dropout, rotated, whitened", "gaussian", "pca", "sjlt",
+)  # fmt: skip
 CHOSEN = "chosen"  # by dropinf.choose, at the bytes of dropout
 
 
@@ -80,10 +73,8 @@ def bert() -> BertModel:
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """What ``make`` returned when the file was written."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        torch.save(make(), temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            torch.save(make(), temporary)
     return torch.load(path)
 
 
@@ -173,11 +164,10 @@ def sketched(name: str, dim: int, seed: int) -> dict[str, Any]:
     few = batches[: CALIBRATION // len(batches[0][0])]
     start = time.perf_counter()
     if name == CHOSEN:
-        plans = dropinf.Compressor(model, dropinf.Dropout(dim), classification).layers.values()
-        size = 4 * sum(torch.Size(plan.stored_shape).numel() for plan in plans)
+        size = stored(model, dropinf.Dropout(dim), classification)
         sketch: dropinf.Sketch = dropinf.choose(model, few, classification, budget_bytes=size).sketch
     else:
-        sketch = METHODS[name](dim)
+        sketch = ALL[name].sketch(dim)
     compressor = dropinf.Compressor(model, sketch, classification)
     compressor.calibrate(few)
     middle = time.perf_counter()
@@ -205,12 +195,11 @@ def aucs(train: dropinf.Gradients, wrong: Tensor) -> dict[str, float]:
 
 def measured(name: str, dim: int, seed: int) -> dict[str, Any]:
     """One method, size and seed, from the file where it is known."""
-    path = OUT / f"{name.replace(', ', '-').replace(' ', '-')}-{dim}-{seed}.json"
+    path = OUT / f"{slug(name)}-{dim}-{seed}.json"
     if not path.exists():
         found = losses(seed) if name == LOSS else norms(seed) if name == NORM else sketched(name, dim, seed)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(found))
     return json.loads(path.read_text())
 
 
@@ -227,19 +216,6 @@ def rows_of(name: str, dim: int) -> list[dict[str, object]]:
         spread = {"auc": sum(values) / len(values), "auc_low": min(values), "auc_high": max(values)}
         rows.append(about | {k: f"{v:.4f}" for k, v in spread.items()} | cost | {"seeds": len(values)})
     return rows
-
-
-def read() -> list[dict[str, object]]:
-    return list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-
-
-def write(rows: list[dict[str, object]]) -> None:
-    temporary = TABLE.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(TABLE)
 
 
 def shown(rows: list[dict[str, object]]) -> str:
@@ -266,7 +242,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[8, 16])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = read()
+    rows = read_rows(TABLE)
     done = {(row["method"], str(row["dim"])) for row in rows}
     plain = [(name, 0) for name in (LOSS, NORM) if name in arguments.methods]
     sized = [(name, dim) for dim in arguments.dims for name in arguments.methods if name not in (LOSS, NORM)]
@@ -275,7 +251,7 @@ def main() -> None:
     for name, dim in plain + sized:
         if (name, str(dim or "")) not in done:
             rows += rows_of(name, dim)
-            write(rows)
+            write_rows(TABLE, FIELDS, rows)
         print(shown([r for r in rows if (r["method"], str(r["dim"])) == (name, str(dim or ""))]), flush=True)
 
 

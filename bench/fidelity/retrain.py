@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dropinf.metrics import sample_subsets
 
+from .files import save
 from .tasks import NAMES, task
 
 OUT = Path("out/fidelity")
@@ -36,20 +37,13 @@ def one(name: str, subset: int, seed: int) -> None:
     found, path = task(name), _path(name, subset, seed)
     kept = sample_subsets(len(found.train[0]), 1, seed=subset)[0]
     losses = found.losses(found.fit(kept, seed)).numpy()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, losses)
-    temporary.replace(path)
+    save(path, losses)
 
 
 def gather(name: str, subsets: int, seeds: int) -> None:
     """Write the losses of subsets 0 to M - 1 and seeds 0 to S - 1 as one float32 array [M, S, Q]."""
     losses = np.stack([[np.load(_path(name, m, seed)) for seed in range(seeds)] for m in range(subsets)])
-    GATHERED.mkdir(parents=True, exist_ok=True)
-    temporary = GATHERED / f"{name}.tmp"
-    with temporary.open("wb") as file:
-        np.save(file, losses.astype(np.float32))
-    temporary.replace(GATHERED / f"{name}.npy")
+    save(GATHERED / f"{name}.npy", losses.astype(np.float32))
 
 
 def losses_of(name: str) -> tuple[Tensor, Tensor]:
@@ -69,7 +63,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    (OUT / arguments.task).mkdir(parents=True, exist_ok=True)
     # Whole rounds of subsets, so that what is there is balanced whenever it stops.
     wanted = [
         (m, seed)

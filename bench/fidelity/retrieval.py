@@ -6,9 +6,7 @@ python -m bench.fidelity.retrieval
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -24,8 +22,9 @@ import dropinf
 from dropinf import metrics
 
 from . import data
-from .behaviour import Row, bm25, write
-from .evaluate import RESULTS
+from .baselines import bm25
+from .evaluate import METHODS, RESULTS
+from .files import read_rows, replacing, slug, write_rows
 
 OUT = Path("out/fidelity/retrieval")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,19 +33,13 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GENRES, DOCUMENTS, EACH, WORDS, TOKENS = 8, 5, 6, 80, 64
 LAYERS = ["model.layers.*.mlp.*_proj", "model.layers.*.self_attn.*_proj"]
 DIM, STEP, CALIBRATION = 16, 8, 48
-SKETCHES: dict[str, dropinf.Sketch] = {
-    "dropout": dropinf.Dropout(DIM),
-    "dropout, runs of 8": dropinf.Dropout(DIM, group=8),
-    "dropout, rotated": dropinf.Dropout(DIM, rank=4 * DIM),
-    "dropout, rotated, whitened": dropinf.Dropout(DIM, rank=4 * DIM, whiten=True),
-    "gaussian": dropinf.Gaussian(DIM),
-    "pca": dropinf.PCA(DIM),
-}
+SKETCHES = ("dropout", "dropout, runs of 8", "dropout, rotated", "dropout, rotated, whitened", "gaussian", "pca")
 FIELDS = (
     "task", "method", "dim", "bytes_per_sample", "score", "same_document_top1", "same_document_p5", "same_genre_p5",
     "document_auc", "compress_ms", "baseline_ms", "calibrate_ms",
 )  # fmt: skip
 TASK = "smollm2-brown"
+Row = dict[str, str]
 
 
 @cache
@@ -130,15 +123,15 @@ def bare(model: nn.Module, parts: list[tuple[Tensor]]) -> None:
 
 def compressed(name: str) -> tuple[dropinf.Gradients, dropinf.Gradients, dict[str, float]]:
     """(training gradients, those of the queries, times) of a sketch; from disk where they are."""
-    paths = [OUT / f"{name.replace(', ', '-').replace(' ', '-')}-{what}" for what in ("train", "query", "times.json")]
+    paths = [OUT / f"{slug(name)}-{what}" for what in ("train", "query", "times.json")]
     if not paths[2].exists():
-        OUT.mkdir(parents=True, exist_ok=True)
+        OUT.mkdir(parents=True, exist_ok=True)  # for the gradients, which name their own temporary files
         model, _ = model_and_ids()
         asked = queries()
         train, query = batches(~asked), batches(asked)
         order = torch.randperm(int((~asked).sum()), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
         part = batches((~asked).nonzero().flatten()[order])
-        compressor = dropinf.Compressor(model, SKETCHES[name], loss_fn, layers=LAYERS)
+        compressor = dropinf.Compressor(model, METHODS[name].sketch(DIM), loss_fn, layers=LAYERS)
         _, calibrate = timed(lambda: compressor.calibrate(part), CALIBRATION)
         # The baseline beside every method, before and after, for the machine's speed changes.
         _, before = timed(lambda: bare(model, train[:2]), 2 * STEP)
@@ -146,9 +139,8 @@ def compressed(name: str) -> tuple[dropinf.Gradients, dropinf.Gradients, dict[st
         _, after = timed(lambda: bare(model, train[:2]), 2 * STEP)
         compressor.compress(query).save(paths[1])
         times = {"compress_ms": compress, "baseline_ms": (before + after) / 2, "calibrate_ms": calibrate}
-        temporary = paths[2].with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(times))
-        temporary.replace(paths[2])
+        with replacing(paths[2]) as temporary:
+            temporary.write_text(json.dumps(times))
     return dropinf.Gradients.load(paths[0]), dropinf.Gradients.load(paths[1]), json.loads(paths[2].read_text())
 
 
@@ -179,13 +171,12 @@ def rows_of(name: str) -> Iterator[Row]:
 def main() -> None:
     torch.set_num_threads(1)
     path = RESULTS / "retrieval.csv"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = read_rows(path)
     done = {row["method"] for row in rows}
 
     def add(new: list[Row]) -> None:
         rows.extend(new)
-        write(path, FIELDS, rows)
+        write_rows(path, FIELDS, rows)
         for row in new:
             print(" | ".join(row.get(field, "") for field in FIELDS), flush=True)
 

@@ -108,7 +108,7 @@ def choose(
         )
     picks = _equal(plans, values) if allocate == "equal" else _largest(plans, values)
     total = sum(plan.weight for plan in plans.values()) or 1.0
-    options = {name: [axis.options[i] for axis, i in zip(plans[name].axes, picks[name], strict=True)] for name in plans}
+    options = {name: plan.picked(picks[name]) for name, plan in plans.items()}
     chosen = tuple(
         LayerChoice(
             name,
@@ -159,6 +159,10 @@ class _Plan:
 
     axes: tuple[_AxisPlan, ...]
     weight: float
+
+    def picked(self, picks: tuple[int, ...]) -> list[_Option]:
+        """The options of a combination."""
+        return [axis.options[i] for axis, i in zip(self.axes, picks, strict=True)]
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         """(values stored, energy kept by weight) of every combination of its axes' options."""
@@ -285,7 +289,8 @@ def _equal(plans: Mapping[str, _Plan], values: int) -> dict[str, tuple[int, ...]
     sizes = sorted({option.dim for plan in plans.values() for axis in plan.axes for option in axis.options})
 
     def fits(dim: int) -> bool:
-        return sum(int(plans[name].tables()[0][pick]) for name, pick in at(dim).items()) <= values
+        picks = at(dim)
+        return sum(math.prod(o.dim for o in plan.picked(picks[name])) for name, plan in plans.items()) <= values
 
     return at(max((dim for dim in sizes if fits(dim)), default=1))
 
