@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test test-triton test-gpu lint bench bench-traffic bench-gpu clean
+.PHONY: demo test test-long test-triton test-gpu lint bench bench-traffic bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
@@ -16,6 +16,10 @@ test: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/interpreter
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/sanitizer
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m pytest -n 2 tests/compile
+
+# Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long tests
 
 # Every kernel with the oldest and the newest Triton that is supported; torch's own is in `test`.
 test-triton: $(READY)

@@ -15,6 +15,7 @@ from .reference import BUFFER_BYTES, accumulator, exact
 
 P = ParamSpec("P")
 _GRAM_BLOCK = 1024
+_INT8_COLUMNS = 131072  # products of int8 that 32 bits hold
 
 
 def check_rows(c: Tensor, c_scale: Tensor | None, name: str = "c") -> None:
@@ -83,7 +84,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
     indices = torch.empty(q.shape[0], 0, dtype=torch.int64, device=q.device)
     step = max(1, min(BUFFER_BYTES // (max(1, *q.shape) * dtype.itemsize), c.shape[0]))
     for n in range(0, c.shape[0], step):
-        scores = query @ c[n : n + step].to(dtype).t()
+        scores = dot_rows(query, c[n : n + step])
         if c_scale is not None:
             scores.mul_(c_scale[n : n + step].to(dtype))
         block_values, block_indices = _topk_lowest_index(scores, min(k, scores.shape[1]))
@@ -93,6 +94,43 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
         values = merged.gather(1, order)
         indices = torch.cat([indices, block_indices + (n + offset)], 1).gather(1, order)
     return values, indices
+
+
+def dot_rows(q: Tensor, c: Tensor) -> Tensor:
+    """Return `q @ c^T` in q's dtype; q [Q, K] float32 or float64, c [N, K] float or int8."""
+    if (
+        c.dtype == torch.int8
+        and q.dtype == torch.float32
+        and c.device.type == "cpu"
+        and q.isfinite().all()
+        and _has_int8()
+    ):
+        return _dot_int8(q, c)
+    return q @ c.to(q.dtype).t()
+
+
+def _has_int8() -> bool:
+    """Whether products of int8 are exact and fast here: without VNNI they saturate in 16 bits."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+
+
+def _dot_int8(q: Tensor, c: Tensor) -> Tensor:
+    """`q @ c^T` in integers, without a float copy of c: each query is three digits to base 256, as exact as float32."""
+    step = q.abs().amax(1, keepdim=True).double() / (127 * 256 * 256)
+    left = torch.where(step > 0, q / step, 0.0).round_().to(torch.int32)
+    digits = []
+    for _ in range(2):
+        digit = ((left + 128) & 255) - 128  # -128 to 127
+        digits.append(digit)
+        left = (left - digit) >> 8
+    columns = torch.cat([*digits, left]).to(torch.int8).t().contiguous()  # [K, 3 Q]
+    total = q.new_zeros(len(c), columns.shape[1])
+    for k in range(0, q.shape[1], _INT8_COLUMNS):
+        total += torch._int_mm(c[:, k : k + _INT8_COLUMNS], columns[k : k + _INT8_COLUMNS])
+    low, middle, high = total.t().split(len(q))
+    scores: Tensor = (low + 256.0 * middle + 65536.0 * high).mul_(step.float())
+    return scores
 
 
 def _topk_lowest_index(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

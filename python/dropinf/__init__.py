@@ -5,6 +5,7 @@ from .budget import Choice, choose
 from .compressor import Compressor, compress
 from .fisher import Fisher, build_fisher
 from .gradients import Gradients
+from .index import Index
 from .layers import Layer
 from .score import TopK, score, self_influence
 from .sketch import PCA, SJLT, Dropout, Gaussian, Identity, Rademacher, Sketch
@@ -22,6 +23,7 @@ __all__ = [
     "Gaussian",
     "Gradients",
     "Identity",
+    "Index",
     "Layer",
     "Rademacher",
     "Sketch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,33 @@ class Cholesky:
             return square.mul_(self.scale)
         # Non-negative in exact arithmetic; the difference can round below zero.
         return (v.square().sum(1) - square).mul_(self.scale / self.damping).clamp_min_(0)
+
+    def root(self) -> Callable[[Tensor], Tensor]:
+        """Return a map of rows v [n, K] to w with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`.
+
+        In the primal `L^{-1} v`. In the dual the symmetric root: with `C C^T = U diag(s) U^T`,
+        `w(v) = (v + C^T U diag((sqrt(r) - 1) / s) U^T C v) / sqrt(lambda)`, `r = N lambda / (N lambda + s)`.
+        """
+        rows, scale = self.rows, self.scale**0.5
+        if rows is None:
+            return lambda v: torch.linalg.solve_triangular(self.lower, v.T, upper=False).T * scale
+        ridge = len(rows) * self.damping
+        inner = self.lower.double() @ self.lower.double().T
+        inner.diagonal().sub_(ridge)
+        values, basis = torch.linalg.eigh(inner)
+        values = values.clamp_min(torch.finfo(torch.float64).tiny)
+        # (sqrt(r) - 1) / s without the difference of nearly equal numbers, for small s.
+        ratio = ridge / (ridge + values)
+        shrink = -1 / ((ridge + values) * (1 + ratio.sqrt()))
+
+        def apply(v: Tensor) -> Tensor:
+            x = ((project(rows, v).T.double() @ basis) * shrink @ basis.T).to(v.dtype)
+            out = v.clone()
+            for cols in spans(v.shape[1], len(rows)):
+                out[:, cols] += x @ rows[:, cols].to(v.dtype)
+            return out.mul_(scale / self.damping**0.5)
+
+        return apply
 
 
 def project(rows: Tensor, v: Tensor) -> Tensor:

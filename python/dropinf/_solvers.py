@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Block(ABC):
     A block whose gradients are all zero solves to 0, whatever its damping: the training samples are zero
     there, so it adds nothing to any score.
     """
+
+    saved: ClassVar[tuple[str, ...]]  # attributes that hold its sums: a tensor, several, or None
 
     def __init__(self, name: str, width: int, damping: Damping) -> None:
         self.name = name
@@ -48,6 +50,10 @@ class Block(ABC):
     @abstractmethod
     def quadratic(self, v: Tensor) -> Tensor:
         """Return `v^T (F + lambda I)^{-1} v` for each row of v `[n, K]`, as `[n]` in at least fp32."""
+
+    @abstractmethod
+    def whiten(self, v: Tensor) -> Tensor:
+        """Return `w(v)` for each row of v, `[n, K]`, with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`."""
 
     def with_damping(self, damping: Damping) -> Block:
         """Return a block of the same sums, its own copies."""
@@ -97,6 +103,8 @@ class DenseBlock(Block):
     `(F + lambda I)^{-1} v = (v - C^T (N lambda I + C C^T)^{-1} C v) / lambda`, an N x N solve.
     """
 
+    saved = ("rows", "gram")
+
     def __init__(self, name: str, width: int, damping: Damping, form: Form | None = None) -> None:
         super().__init__(name, width, damping)
         self.form = form
@@ -136,6 +144,15 @@ class DenseBlock(Block):
         if factor is not None:
             for part in spans(len(v), self.width):
                 out[part] = factor.quadratic(v[part].to(factor.lower.dtype))
+        return out
+
+    def whiten(self, v: Tensor) -> Tensor:
+        factor = self._factorized()
+        out = torch.zeros_like(v, dtype=solver_dtype(v.dtype))
+        if factor is not None:
+            root = factor.root()
+            for part in spans(len(v), self.width):
+                out[part] = root(v[part].to(factor.lower.dtype))
         return out
 
     def with_damping(self, damping: Damping) -> Block:
@@ -223,6 +240,8 @@ class DenseBlock(Block):
 class DiagonalBlock(Block):
     """The diagonal of a block."""
 
+    saved = ("squares",)
+
     def __init__(self, name: str, width: int, damping: Damping) -> None:
         super().__init__(name, width, damping)
         self.squares: Tensor | None = None  # [K]
@@ -247,6 +266,9 @@ class DiagonalBlock(Block):
         for part in spans(len(v), self.width):
             out[part] = v[part].to(inverse.dtype).square() @ inverse
         return out
+
+    def whiten(self, v: Tensor) -> Tensor:
+        return v * self._inverse().sqrt()
 
     def _fourths(self, c: Tensor) -> float:
         return float(c.double().square().square().sum())
@@ -277,6 +299,8 @@ class KroneckerBlock(Block):
     that the gradients really have there, `S = mean_n (U_L^T C_n U_R)^2` (EK-FAC: George et al. 2018, arXiv
     1806.03884).
     """
+
+    saved = ("left", "right", "moments", "_basis")
 
     def __init__(self, name: str, shape: tuple[int, int], damping: Damping) -> None:
         super().__init__(name, shape[0] * shape[1], damping)
@@ -332,6 +356,13 @@ class KroneckerBlock(Block):
         out = torch.empty(len(v), dtype=solver_dtype(v.dtype), device=v.device)
         for part in spans(len(v), self.width):
             out[part] = (self._rotate(v[part]).square() * inverse).sum((1, 2))
+        return out
+
+    def whiten(self, v: Tensor) -> Tensor:
+        root = self._inverse().sqrt()
+        out = torch.empty_like(v, dtype=solver_dtype(v.dtype))
+        for part in spans(len(v), self.width):
+            out[part] = (self._rotate(v[part]) * root).flatten(1)
         return out
 
     def _changed(self) -> None:

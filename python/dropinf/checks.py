@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,13 +43,13 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
         )
 
 
-def check_finite(name: str, c: Tensor, offset: int) -> None:
+def check_finite(name: str, c: Tensor, where: Callable[[int], str]) -> None:
     if bool(c.sum().isfinite()):
         return
     bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
     if len(bad):
         raise ValueError(
-            f"layer {name}: the gradient of sample {offset + int(bad[0])} is not finite (NaN or inf), and of "
+            f"layer {name}: the gradient of {where(int(bad[0]))} is not finite (NaN or inf), and of "
             f"{len(bad)} samples of its batch; look at that sample's loss, or compute in a wider dtype"
         )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from .batches import batch_size_hint
 from .capture import Capture, Pass, UseGuard, accumulate
 from .checks import check_arguments, check_batchnorm, check_finite, check_losses, explain, untied_message
 from .exact import ExactGradients, LossFn
+from .fisher import Fisher, Kind
 from .gradients import Gradients, GradientsBuilder
+from .index import Index
 from .layers import (
     Layer,
     LayerFilter,
@@ -37,6 +39,7 @@ from .statistics import Moments
 from .uses import USES, Samples, Use
 
 CuSeqlens = Callable[[Any], Tensor]
+Ids = Callable[[Any], Sequence[str]]
 
 
 class Compressor:
@@ -88,8 +91,56 @@ class Compressor:
             )
         return MappingProxyType(self._layers)
 
-    def compress(self, batches: Iterable[Any], *, progress: bool = False) -> Gradients:
-        """The compressed gradient of every sample, in order. ``progress`` shows a bar on standard error."""
+    @overload
+    def compress(self, batches: Iterable[Any], *, progress: bool = ...) -> Gradients: ...
+    @overload
+    def compress(
+        self,
+        batches: Iterable[Any],
+        *,
+        out: str | os.PathLike[str],
+        dtype: torch.dtype | None = ...,
+        fisher: Kind | Fisher | None = ...,
+        ids: Ids | None = ...,
+        append: bool = ...,
+        group: dist.ProcessGroup | None = ...,
+        progress: bool = ...,
+    ) -> Index: ...
+    def compress(
+        self,
+        batches: Iterable[Any],
+        *,
+        out: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        fisher: Kind | Fisher | None = None,
+        ids: Ids | None = None,
+        append: bool = False,
+        group: dist.ProcessGroup | None = None,
+        progress: bool = False,
+    ) -> Gradients | Index:
+        """The compressed gradient of every sample, in order.
+
+        ``out``: the folder of an `Index` to write instead of holding them. Whatever ends it, the same call goes on with
+        the next batch, and yields the same bytes. The rest is of the index:
+        ``dtype``: float64, float32, bfloat16, float16 or int8 (these two with a scale per row); by default as computed.
+        ``fisher``: a kind, or an empty `Fisher`, built in the same pass and kept with the index.
+        ``ids(batch) -> [str]``: what to call a batch's samples.
+        ``append``: add these batches to those of a finished index.
+        ``group``: ranks of ``torch.distributed`` that share the work, each calling this with the same batches in the
+        same order; they need one file system. None: this process alone.
+        ``progress`` shows a bar on standard error.
+        """
+        if out is not None:
+            from .writer import write_index
+
+            made = Fisher(fisher) if isinstance(fisher, str) else fisher
+            return write_index(
+                self, batches, out, dtype=dtype, fisher=made, ids=ids, append=append, group=group, progress=progress
+            )
+        if append or any(x is not None for x in (dtype, fisher, ids, group)):
+            raise ValueError(
+                "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
+            )
         layers = {n: _on_device(layer, self._targets[n]) for n, layer in self.layers.items()}
         builder: GradientsBuilder | None = None
 
@@ -108,6 +159,26 @@ class Compressor:
         if builder is None:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         return builder.finish()
+
+    def stream(
+        self,
+        batches: Iterable[Any],
+        take: Callable[[Tensor], None],
+        *,
+        progress: bool = False,
+        where: Callable[[int], str] | None = None,
+    ) -> None:
+        """Call ``take`` with the compressed gradients [n, K] of each batch, on the CPU. ``where`` names a sample of the
+        current batch in errors."""
+        layers = {n: _on_device(layer, self._targets[n]) for n, layer in self.layers.items()}
+        shapes, digest = {name: layer.stored_shape for name, layer in layers.items()}, self.digest()
+
+        def lay_out(store: dict[str, Tensor], n: int) -> None:
+            builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
+            builder.append(store)
+            take(builder.finish().flat)
+
+        self._sweep(batches, layers, None, lay_out, progress, where)
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> None:
         """Gather the statistics that the sketch needs. A second call adds to the first."""
@@ -164,6 +235,7 @@ class Compressor:
         moments: Moments | None,
         take: Callable[[dict[str, Tensor], int], None],
         progress: bool,
+        where: Callable[[int], str] | None = None,
     ) -> None:
         check_batchnorm(self.model)
         self._warn_train_mode()
@@ -175,7 +247,7 @@ class Compressor:
             for batch in bar:
                 store, n = self._batch(capture, layers, batch, moments)
                 for name, c in store.items():
-                    check_finite(name, c, done)
+                    check_finite(name, c, where or (lambda row, done=done: f"sample {done + row}"))  # type: ignore[misc]
                 done += n
                 take(store, n)
 

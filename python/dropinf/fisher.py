@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dropinf._cholesky import solver_dtype
 from dropinf._damping import Damping
 from dropinf._solvers import Block, DenseBlock, DiagonalBlock, Form, KroneckerBlock
+from dropinf.fisher_file import load_fisher, save_fisher
 from dropinf.gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch
 
 Kind = Literal["block", "joint", "diagonal", "kronecker"]
@@ -175,6 +179,35 @@ class Fisher:
                 out[offset : offset + len(part)] += block.quadratic(part.flat[:, columns].to(self._device))
         return out
 
+    def whiten(self, gradients: Gradients) -> Gradients:
+        """Return rows w(c), in at least fp32, with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`; raises as `solve` does.
+
+        What any inner-product search takes: `|w(c)|^2` is a sample's self-influence.
+        """
+        self.check(gradients)
+        flat = gradients.flat.to(self._device)
+        white = torch.empty_like(flat, dtype=solver_dtype(flat.dtype))
+        for columns, block in self._blocks:
+            white[:, columns] = block.whiten(flat[:, columns])
+        return Gradients(white, gradients.shapes, gradients.digest)
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write the sums to a safetensors file, complete once it has its name, and return its checksum.
+
+        A dense block of N < K samples is its N rows.
+        """
+        return save_fisher(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Fisher:
+        """Read a file that `save` wrote; its sums can be added to.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another kind of file, or a damaged one.
+        """
+        return load_fisher(Path(path), cls)
+
     def check(self, gradients: GradientSource, what: str = "fisher and gradients") -> None:
         """Raise ValueError if no samples were added, or if `gradients` were compressed differently.
 
@@ -194,7 +227,11 @@ class Fisher:
         if self._blocks:
             check_same_sketch(self, source, what)
             return
-        self._shapes, self._digest, self._device = source.shapes, source.digest, source.device
+        self._device = source.device
+        self._lay_out(source.shapes, source.digest)
+
+    def _lay_out(self, shapes: Shapes, digest: Mapping[str, str]) -> None:
+        self._shapes, self._digest = shapes, digest
         damping = Damping(self.damping, self.absolute)
         if self.kind == "joint":
             width = sum(map(math.prod, self._shapes.values()))
@@ -215,20 +252,30 @@ class Fisher:
 
 
 def build_fisher(
-    train: GradientSource, kind: Kind = "block", damping: float | Literal["auto"] = 0.1, *, absolute: bool = False
+    train: GradientSource,
+    kind: Kind = "block",
+    damping: float | Literal["auto"] = 0.1,
+    *,
+    absolute: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Fisher:
     """Return the Fisher matrix of the training gradients; see `Fisher` for the arguments.
 
-    "kronecker" takes two passes over `train`: the factors, then the corrected eigenvalues (EK-FAC).
+    "kronecker" takes two passes over `train`: the factors, then the corrected eigenvalues (EK-FAC). `group`: ranks of
+    `torch.distributed` that share the work, each with the same index; every rank gets the whole matrix.
 
     Raises:
         ValueError: `train` is empty, or an argument that `Fisher` refuses.
     """
+    from dropinf.distributed import Ranks, correct_fisher, merge_fisher
+
     fisher = Fisher(kind, damping, absolute)
     if len(train) == 0:
         raise ValueError("train has 0 samples; a Fisher matrix needs at least 1")
-    fisher.update(train)
-    return fisher.correct(train) if kind == "kronecker" else fisher
+    ranks = Ranks(group)
+    mine = ranks.share(train)
+    merge_fisher(fisher.update(mine), train, ranks)
+    return correct_fisher(fisher, mine, ranks) if kind == "kronecker" else fisher
 
 
 def _parts(source: GradientSource) -> Iterator[Gradients]:

@@ -42,6 +42,7 @@ class GradientSource(Sketched, Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
+
     def __len__(self) -> int: ...
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]: ...
 
@@ -49,7 +50,7 @@ class GradientSource(Sketched, Protocol):
 def block_rows(source: GradientSource) -> int:
     """Return how many samples to read at a time: a bounded number of rows and of bytes."""
     sample = sum(map(math.prod, source.shapes.values())) * source.dtype.itemsize
-    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // sample))
+    return max(1, min(BLOCK_ROWS, getattr(source, "block_bytes", BLOCK_BYTES) // sample))
 
 
 def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and train") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .axis import Axis
 from .layers import Layer
+from .storage import read_header, serialize, write_whole
 
 FORMAT = "dropinf-masks-1"
 Sums = dict[tuple[str, str], Tensor]
@@ -34,14 +33,9 @@ def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: 
         plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in _axes(layer)}
         for side, axis in _axes(layer):
             for field, table in axis.tensors().items():
-                tables[f"{name}/{side}/{field}"] = table.cpu().contiguous()
-    tables |= {f"{name}/{side}/{_SUM}": total.contiguous() for (name, side), total in sums.items()}
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    try:
-        save_file(tables, temporary, {"format": FORMAT, "plan": json.dumps(plan), "samples": str(samples)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                tables[f"{name}/{side}/{field}"] = table
+    tables |= {f"{name}/{side}/{_SUM}": total for (name, side), total in sums.items()}
+    write_whole(Path(path), serialize(tables, {"format": FORMAT, "plan": plan, "samples": samples}))
 
 
 def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tuple[dict[str, Layer], Sums, int]:
@@ -51,13 +45,11 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
     """
     try:
         with safe_open(os.fspath(path), "pt") as file:
-            metadata = file.metadata() or {}
+            header = read_header(file.metadata(), Path(path), FORMAT)
             tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote ({error})") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote")
-    plan = json.loads(metadata["plan"])
+    plan = header["plan"]
     _check_model(layers, plan, path)
 
     def axis(name: str, side: str) -> Axis | None:
@@ -77,7 +69,7 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
         name, side, field = key.rsplit("/", 2)
         if field == _SUM:
             sums[name, side] = table
-    return loaded, sums, int(metadata.get("samples", 0))
+    return loaded, sums, header["samples"]
 
 
 def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

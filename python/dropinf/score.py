@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dropinf._cholesky import solver_dtype
+from dropinf.distributed import Ranks
 from dropinf.fisher import Fisher
 from dropinf.gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch
+from dropinf.index import Index
+from dropinf.storage import new_array, open_array
 from dropinf_kernels import score_topk
+from dropinf_kernels.reference_score import dot_rows
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
 
@@ -31,6 +38,8 @@ def score(
     kind: ScoreKind = ...,
     top: None = ...,
     largest: bool = ...,
+    out: str | os.PathLike[str] | None = ...,
+    group: dist.ProcessGroup | None = ...,
 ) -> Tensor: ...
 @overload
 def score(
@@ -41,6 +50,7 @@ def score(
     kind: ScoreKind = ...,
     top: int,
     largest: bool = ...,
+    group: dist.ProcessGroup | None = ...,
 ) -> TopK: ...
 def score(
     query: GradientSource,
@@ -50,6 +60,8 @@ def score(
     kind: ScoreKind = "influence",
     top: int | None = None,
     largest: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor | TopK:
     """Score every training sample for every query. Positive: training on the sample lowers the query's loss.
 
@@ -65,6 +77,10 @@ def score(
             `[Q, N]` is never formed.
         largest: with `top`, whether the best are the proponents (most positive, descending) or the opponents
             (most negative, ascending).
+        out: write the matrix `[Q, N]` to this .npy file, complete once it has its name, and return it mapped: neither
+            it nor `train` need fit in memory.
+        group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
+            reads its own shards); every rank gets all. None: this process alone.
 
     Returns:
         `[Q, N]`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the device of
@@ -75,35 +91,68 @@ def score(
             or a Fisher matrix that is singular with its damping.
     """
     _check_arguments(kind, fisher, top, largest)
+    if out is not None and (top is not None or group is not None):
+        raise ValueError("out is for the whole matrix from one process; pass neither top nor group with it")
     check_same_sketch(query, train, "query and train")
     reads_fisher = kind in ("influence", "relative")
     if fisher is not None and reads_fisher:
         fisher.check(train, "fisher and train")
     dtype = solver_dtype(torch.promote_types(query.dtype, train.dtype))
     q = _query_side(_in_memory(query), fisher, kind).to(dtype)
+    ranks = Ranks(group)
     if top is not None:
-        best = _stream_top(q if largest else -q, train, fisher, kind, top)
+        best = _stream_top(q if largest else -q, train, fisher, kind, top, ranks)
         return best if largest else TopK(-best.values, best.indices)
-    out = q.new_empty(len(q), len(train))
-    for offset, part in train.blocks(block_rows(train)):
-        block = out[:, offset : offset + len(part)]
-        torch.mm(q, part.flat.to(q.device, dtype).T, out=block)
-        scale = _train_scale(part, fisher, kind, q)
-        if scale is not None:
-            block *= scale
-    return out
+    if out is None:
+        matrix = q.new_zeros(len(q), len(train))
+        _fill(matrix, q, train, fisher, kind, ranks)
+        return ranks.sum(matrix)
+    with new_array(out, (len(q), len(train)), dtype) as matrix:
+        _fill(matrix, q, train, fisher, kind, ranks)
+    return open_array(out)
 
 
-def self_influence(train: GradientSource, fisher: Fisher) -> Tensor:
+def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return `c_n^T (F + lambda I)^{-1} c_n` of every sample, `[N]`, fp32 or fp64; O(N), streamed.
 
-    Large values mark samples that the rest of the data does not explain: outliers and wrong labels.
+    Large values mark samples that the rest of the data does not explain: outliers and wrong labels. `group`: ranks that
+    share the work, each with the same index; every rank gets all.
 
     Raises:
         ValueError: a Fisher matrix of another sketch, without samples, or singular with its damping.
     """
     fisher.check(train, "fisher and train")
-    return fisher.quadratic(train)
+    ranks = Ranks(group)
+    return ranks.sum(fisher.quadratic(ranks.share(train)))
+
+
+def _fill(
+    matrix: Tensor, q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
+) -> None:
+    """Write this rank's columns of the scores [Q, N]."""
+    q, blocks = _blocks(q, train, kind, ranks)
+    for offset, part, values, scale in blocks:
+        block = dot_rows(q, values.to(q.device))
+        for factor in (scale, _train_scale(part, fisher, kind, q)):
+            if factor is not None:
+                block *= factor.to(block)
+        matrix[:, offset : offset + len(values)] = block
+
+
+Part = tuple[int, "Gradients | None", Tensor, "Tensor | None"]
+
+
+def _blocks(q: Tensor, train: GradientSource, kind: ScoreKind, ranks: Ranks) -> tuple[Tensor, Iterator[Part]]:
+    """Return the queries to multiply with, and (offset, gradients, rows [n, K], what each is multiplied by) of blocks.
+
+    Where nothing but the product reads them, an index's rows are taken as they are stored: without the gradients.
+    """
+    mine, rows = ranks.share(train), block_rows(train)
+    if isinstance(mine, Index) and kind in ("influence", "dot"):
+        factors = mine.factors()
+        stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks(rows))
+        return (q if factors is None else q * factors.to(q)), stored
+    return q, ((offset, part, part.flat, None) for offset, part in mine.blocks(rows))
 
 
 def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest: bool) -> None:
@@ -138,8 +187,10 @@ def _query_side(query: Gradients, fisher: Fisher | None, kind: ScoreKind) -> Ten
     return query.flat
 
 
-def _train_scale(part: Gradients, fisher: Fisher | None, kind: ScoreKind, like: Tensor) -> Tensor | None:
+def _train_scale(part: Gradients | None, fisher: Fisher | None, kind: ScoreKind, like: Tensor) -> Tensor | None:
     """Return what each training sample's dot products are multiplied with, `[n]`, or None for 1."""
+    if part is None:
+        return None
     if kind == "cosine":
         return _reciprocal(_norm(part.flat, like.dtype)).to(like.device)
     if kind == "relative" and fisher is not None:
@@ -157,16 +208,27 @@ def _reciprocal(x: Tensor) -> Tensor:
     return torch.where(x > 0, x.reciprocal(), torch.zeros_like(x))
 
 
-def _stream_top(q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, top: int) -> TopK:
+def _stream_top(
+    q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, top: int, ranks: Ranks
+) -> TopK:
     """Merge the best of each row block into a running best; ties keep the earlier block: the lowest index."""
-    values = q.new_empty(len(q), 0)
-    indices = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-    for offset, part in train.blocks(block_rows(train)):
-        flat, scale = part.flat.to(q.device), _train_scale(part, fisher, kind, q)
+    best = TopK(q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device))
+    q, blocks = _blocks(q, train, kind, ranks)
+    for offset, part, values, scale in blocks:
+        flat, scale = values.to(q.device), scale if part is None else _train_scale(part, fisher, kind, q)
         if scale is not None and q.dtype == torch.float64:
             flat, scale = flat * scale.unsqueeze(1), None  # the op takes fp32 scales
-        block_values, block_indices = score_topk(q, flat, top, c_scale=scale, offset=offset)
-        values, order = torch.cat([values, block_values], 1).sort(dim=1, descending=True, stable=True)
-        indices = torch.cat([indices, block_indices], 1).gather(1, order[:, :top])
-        values = values[:, :top]
-    return TopK(values.contiguous(), indices)
+        scale = None if scale is None else scale.to(q.device)
+        best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=offset))], top)
+    if ranks.world > 1:
+        parts = zip(ranks.gather(best.values.T), ranks.gather(best.indices.T), strict=True)
+        best = _merge([TopK(values.T, indices.T) for values, indices in parts], top)
+    return best
+
+
+def _merge(parts: list[TopK], top: int) -> TopK:
+    """Return the best of all parts; of equal ones, the lowest index."""
+    values, indices = torch.cat([p.values for p in parts], 1), torch.cat([p.indices for p in parts], 1)
+    indices, by_index = indices.sort(dim=1)
+    values, order = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return TopK(values[:, :top].contiguous(), indices.gather(1, order)[:, :top])

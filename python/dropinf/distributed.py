@@ -1,0 +1,215 @@
+"""Ranks of ``torch.distributed`` that share one job, and stop together where one of them fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
+
+from ._cholesky import solver_dtype
+from ._solvers import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from .fisher import Fisher
+from .gradients import GradientSource
+from .index import Index
+
+T = TypeVar("T")
+# A rank beats once a second; one that was not heard of for this long is taken for dead.
+BEAT, PATIENCE = 1.0, 15.0
+
+
+class Ranks:
+    """The ranks of a group that share one job; a single one where `group` is None."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world = 1 if group is None else dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("group: this process is not one of its ranks")
+        self._lost: str | None = None
+        self._heard: dict[int, tuple[bytes, float]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be sent."""
+        return torch.device("cuda" if self.group is not None and dist.get_backend(self.group) == "nccl" else "cpu")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over all ranks, on x's device."""
+        if self.world == 1:
+            return x
+        total = x.to(self.device, copy=True).contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(x.device)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Return every rank's tensor, in rank order; they may differ in their leading size."""
+        if self.world == 1:
+            return [x]
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(x)
+        sizes = self.sum(sizes)
+        padded = x.new_zeros(int(sizes.max()), *x.shape[1:], device=self.device)
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self.group)
+        return [part[:n].to(x.device) for part, n in zip(parts, sizes.tolist(), strict=True)]
+
+    def first(self, job: Callable[[], T]) -> T:
+        """Return what `job` returns on rank 0, on every rank, or raise what it raises."""
+        if self.group is None:
+            return job()
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                box = [(job(), None)]
+            except Exception as error:
+                box = [(None, error)]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        found, failure = box[0]
+        if failure is not None:
+            raise failure
+        value: T = found
+        return value
+
+    def everyone(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def share(self, source: GradientSource) -> GradientSource:
+        """Return what this rank reads of a source: its own shards of an index."""
+        if self.world == 1:
+            return source
+        if not isinstance(source, Index):
+            raise ValueError(f"group: ranks share an Index, and this is {source!r}; compress into one with out=")
+        return source.share(self.rank, self.world)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.group)
+
+    def check(self) -> None:
+        """Raise RuntimeError if another rank failed or was not heard of for `PATIENCE` seconds."""
+        if self._lost is not None:
+            raise RuntimeError(f"{self._lost}; this rank ({self.rank}) stops too. Run it again to go on from here")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within: tell the others that this rank lives, and of the error that ends it; listen to them."""
+        if self.world == 1:
+            yield
+            return
+        store = c10d.PrefixStore(f"dropinf/{_serial()}", c10d._get_default_store())
+        done = threading.Event()
+        listener = threading.Thread(target=self._listen, args=(store, done), daemon=True)
+        listener.start()
+        try:
+            yield
+            self.barrier()
+        except BaseException as error:
+            if self._lost is None and isinstance(error, RuntimeError):
+                listener.join(2 * BEAT)  # a collective that broke off: it may be another rank's doing
+                self.check()
+            if self._lost is None:
+                store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            done.set()
+            listener.join()
+
+    def _listen(self, store: c10d.Store, done: threading.Event) -> None:
+        try:
+            while self._lost is None and not done.wait(BEAT):
+                self._lost = self._beat(store)
+        except RuntimeError as error:  # the store went with the rank that held it
+            if not done.is_set():
+                self._lost = f"the store of torch.distributed is gone ({error})"
+
+    def _beat(self, store: c10d.Store) -> str | None:
+        """Say that this rank lives, and return what is wrong with another."""
+        now = time.monotonic()
+        store.set(f"alive/{self.rank}", str(now))
+        for other in range(self.world):
+            if store.check([f"failed/{other}"]):
+                return f"rank {other} failed: {store.get(f'failed/{other}').decode()}"
+            if store.check([f"alive/{other}"]):
+                beat = store.get(f"alive/{other}")
+                if self._heard.get(other, (b"", 0.0))[0] != beat:
+                    self._heard[other] = (beat, now)
+                elif now - self._heard[other][1] > PATIENCE:
+                    return f"rank {other} was not heard of for {PATIENCE:.0f} s"
+        return None
+
+
+_calls = 0
+
+
+def _serial() -> int:
+    """Number the calls: every rank makes the same ones in the same order."""
+    global _calls
+    _calls += 1
+    return _calls
+
+
+def merge_fisher(fisher: Fisher, like: GradientSource, ranks: Ranks) -> Fisher:
+    """Add up the sums of all ranks' Fisher matrices in place, each of its own samples; the same on all then.
+
+    `like` gives the layers to a rank that had no samples.
+    """
+    if ranks.world == 1:
+        return fisher
+    fisher._adopt(like, "fisher and index")
+    fisher._count = int(ranks.sum(torch.tensor(fisher._count)))
+    for _, block in fisher._blocks:
+        _merge_block(block, ranks, solver_dtype(like.dtype))
+    return fisher
+
+
+def correct_fisher(fisher: Fisher, index: GradientSource, ranks: Ranks) -> Fisher:
+    """EK-FAC's second pass: every rank over its own samples, in the eigenbasis of rank 0."""
+    for _, block in fisher._blocks:
+        if isinstance(block, KroneckerBlock) and ranks.world > 1:
+            # Bases of equal matrices can differ where eigenvalues are close: all ranks take one.
+            block._basis = tuple(ranks.sum(x if ranks.rank == 0 else torch.zeros_like(x)) for x in block._eigen())  # type: ignore[assignment]
+    fisher.correct(index)
+    for _, block in fisher._blocks:
+        if isinstance(block, KroneckerBlock) and ranks.world > 1:
+            moments = torch.zeros_like(block._eigen()[2]) if block.moments is None else block.moments
+            block.moments = ranks.sum(moments)
+            block.corrected = int(ranks.sum(torch.tensor(block.corrected)))
+    return fisher
+
+
+def _merge_block(block: Block, ranks: Ranks, dtype: torch.dtype) -> None:
+    block.count = int(ranks.sum(torch.tensor(block.count)))
+
+    def total(x: Tensor | None, *shape: int) -> Tensor:
+        return ranks.sum(torch.zeros(shape, dtype=dtype) if x is None else x)
+
+    if isinstance(block, DenseBlock):
+        block._factor, block._inner = None, {}
+        folded = int(ranks.sum(torch.tensor(int(block.gram is not None))))
+        if folded or block.count >= block.width:
+            block._fold_rows()
+            block.gram = total(block.gram, block.width, block.width)
+        else:  # fewer rows than columns, of all ranks together
+            rows = torch.cat([torch.empty(0, block.width, dtype=dtype), *block.rows])
+            block.rows = [torch.cat(ranks.gather(rows))]
+    elif isinstance(block, DiagonalBlock):
+        block.squares = total(block.squares, block.width)
+    elif isinstance(block, KroneckerBlock):
+        block._changed()
+        block.left = total(block.left, block.shape[0], block.shape[0])
+        block.right = total(block.right, block.shape[1], block.shape[1])
+    block.fourths = float(ranks.sum(torch.tensor(block.fourths, dtype=torch.float64)))

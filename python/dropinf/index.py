@@ -1,0 +1,321 @@
+"""Compressed gradients on disk: a manifest and shards of rows, mapped and read in blocks, checked before use."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .fisher import Fisher
+from .gradients import Gradients, Rows, Shapes
+from .manifest import Manifest, ShardEntry
+from .storage import SUFFIX, ShardFile, file_checksum
+
+SHARDS, PARTS = "shards", "parts"
+SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
+MEMORY_BYTES = 1 << 28
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """Rows as they are stored: their values [n, K], and what each is multiplied by [n] or None for 1."""
+
+    values: Tensor
+    scale: Tensor | None
+
+
+class Index:
+    """The compressed gradients of N samples in a folder, made by ``Compressor.compress(batches, out=path)``.
+
+    Everything that takes `Gradients` takes an Index, and reads it in blocks of rows, the next while one is used. A
+    shard is compared with its checksum before its first use.
+
+    Args:
+        path: the folder.
+        memory_bytes: what blocks in flight may take together.
+
+    Raises:
+        FileNotFoundError: no index there.
+        ValueError: damaged, of a newer format, or not finished: run the same compress again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
+        folder = Path(path)
+        manifest = Manifest.load(folder)
+        if not manifest.shards:
+            raise ValueError(
+                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
+            )
+        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
+
+    @classmethod
+    def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
+        """Return these shards alone, by number, of an index that may not be finished."""
+        index = cls.__new__(cls)
+        index._hold(folder, manifest, shards, MEMORY_BYTES)
+        return index
+
+    def _hold(self, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry], memory_bytes: int) -> None:
+        self.path, self.manifest, self._codec = folder, manifest, manifest.codec
+        least = 8 * self._codec.width * self._codec.decoded.itemsize
+        if memory_bytes < least:
+            raise ValueError(f"memory_bytes is {memory_bytes}; eight rows of this index alone take {least}")
+        self.block_bytes = memory_bytes // 4
+        self._entries = [shards[i] for i in sorted(shards)]
+        self._files = [
+            ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
+        ]
+        self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
+        self._mine: Sequence[int] = range(len(self._files))
+        self._layouts: dict[int, Mapping[str, tuple[int, int]]] = {}  # of the files that were checked
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> Index:
+        """Open a finished index; see `Index`."""
+        return cls(path, memory_bytes=memory_bytes)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Layer name -> per-sample shape, in column order."""
+        return self.manifest.shapes
+
+    @property
+    def digest(self) -> Mapping[str, str]:
+        """Layer name -> hex digest of the tables of the sketch that made it."""
+        return {layer.name: layer.digest for layer in self.manifest.layers}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows are read in: float32 where they are stored with scales."""
+        return self._codec.decoded
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What a sample takes on disk."""
+        return self._codec.row_bytes
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, rows: Rows) -> Gradients:
+        """Read the samples that `rows` selects (an int, a slice, a list, an index or a mask) into memory.
+
+        Raises:
+            IndexError: a sample out of range, or a mask that is not [N].
+        """
+        if isinstance(rows, str):
+            raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
+        chosen = _positions(rows, len(self))
+        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
+        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
+        for i in shard.unique().tolist():
+            at = (shard == i).nonzero().flatten()
+            local = chosen[at] - self._starts[i]
+            first = int(local.min())
+            values, scale = self._window(i, first, int(local.max()) + 1 - first)
+            local = local - first
+            out[at] = self._codec.decode(values[local], None if scale is None else scale[local])
+        return Gradients(out, self.shapes, self.digest)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
+        """Yield (offset of the first sample, up to `rows` samples), in order; the next are read meanwhile."""
+        shapes, digest = self.shapes, self.digest
+        for offset, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
+            yield offset, Gradients(values, shapes, digest)
+
+    def stored_blocks(self, rows: int) -> Iterator[tuple[int, Stored]]:
+        """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
+        return self._ahead(rows, lambda stored: stored)
+
+    def factors(self) -> Tensor | None:
+        """What each stored column is multiplied by, [K], or None for 1."""
+        return self._codec.factors()
+
+    def ids(self, rows: Rows = slice(None)) -> list[str]:
+        """Return the ids of the samples that `rows` selects; their positions where none were given."""
+        chosen = _positions(rows, len(self)).tolist()
+        if not self.manifest.ids:
+            return [str(position) for position in chosen]
+        texts: dict[int, list[str]] = {}
+        found = []
+        for position in chosen:
+            i = bisect.bisect_right(self._starts, position) - 1
+            if i not in texts:
+                texts[i] = self._files[i].texts(self._checked(i))
+                if len(texts[i]) != self._files[i].rows:
+                    raise ValueError(f"{self._files[i].path}: {len(texts[i])} ids of {self._files[i].rows} samples")
+            found.append(texts[i][position - self._starts[i]])
+        return found
+
+    def fisher(self) -> Fisher:
+        """Return the Fisher matrix that was built with the index, or saved by `save_fisher`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: its file is damaged.
+        """
+        if FISHER not in self.manifest.files:
+            raise FileNotFoundError(f"{self.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
+        path = self.path / FISHER
+        if file_checksum(path) != self.manifest.files[FISHER]:
+            raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
+        return Fisher.load(path)
+
+    def save_fisher(self, fisher: Fisher) -> None:
+        """Keep a Fisher matrix with the index, in place of the one before."""
+        fisher.check(self, "fisher and index")
+        self.manifest = self.manifest.with_file(FISHER, fisher.save(self.path / FISHER))
+        self.manifest.save(self.path)
+
+    def share(self, rank: int, world: int) -> Index:
+        """Return the index as one of `world` ranks reads it: of every shard in turn, its own. Offsets stay."""
+        mine = copy.copy(self)
+        mine._mine = range(rank, len(self._files), world)
+        return mine
+
+    def info(self) -> dict[str, Any]:
+        """Return what the index holds, in plain values."""
+        return {
+            "path": str(self.path),
+            "samples": len(self),
+            "bytes_per_sample": self.bytes_per_sample,
+            "bytes": sum(file.path.stat().st_size for file in self._files if file.path.exists()),
+            "dtype": self.manifest.dtype,
+            "shards": len(self._files),
+            "layers": {layer.name: list(layer.shape) for layer in self.manifest.layers},
+            "finished": not self.manifest.unfinished,
+            "files": sorted(self.manifest.files),
+            "about": dict(self.manifest.about),
+        }
+
+    def verify(self) -> list[str]:
+        """Return what is wrong with the folder, a line each; nothing where every byte is as it was written."""
+        return verify(self.path)
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
+
+    def _checked(self, i: int) -> Mapping[str, tuple[int, int]]:
+        if i not in self._layouts:
+            self._files[i].verify(self._entries[i].checksum)
+            self._layouts[i] = self._files[i].layout()
+        return self._layouts[i]
+
+    def _window(self, i: int, first: int, count: int) -> Stored:
+        return Stored(*self._files[i].window(self._checked(i), first, count))
+
+    def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; it must be at least 1")
+
+        def read(pieces: list[tuple[int, int, int]]) -> tuple[int, T]:
+            i, first, _ = pieces[0]
+            parts = [self._window(*piece) for piece in pieces]
+            for part in parts:
+                part.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
+            stored = parts[0]
+            if len(parts) > 1:
+                scales = [part.scale for part in parts if part.scale is not None]
+                stored = Stored(torch.cat([part.values for part in parts]), torch.cat(scales) if scales else None)
+            return self._starts[i] + first, decode(stored)
+
+        return read_ahead(read, self._pieces(rows))
+
+    def _pieces(self, rows: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Yield blocks of up to `rows` rows, each as (shard, first row, rows) of neighbouring shards."""
+        block: list[tuple[int, int, int]] = []
+        room = rows
+        for i in self._mine:
+            first, count = 0, self._files[i].rows
+            if block and (block[-1][0] != i - 1 or room < min(count, rows)):
+                yield block
+                block, room = [], rows
+            while first < count:
+                taken = min(room, count - first)
+                block.append((i, first, taken))
+                first, room = first + taken, room - taken
+                if room == 0:
+                    yield block
+                    block, room = [], rows
+        if block:
+            yield block
+
+
+def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
+    """Yield what `read` makes of each job, in order; a thread reads the next while one is used."""
+    with ThreadPoolExecutor(1, "dropinf-read-ahead") as pool:
+        pending = None
+        for job in jobs:
+            following = pool.submit(read, job)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def shard_path(folder: Path, i: int, checksum: str) -> Path:
+    return folder / SHARDS / f"{i:06d}-{checksum}{SUFFIX}"
+
+
+def verify(path: str | os.PathLike[str]) -> list[str]:
+    """Return what is wrong with an index's folder, a line each; nothing where every byte is as it was written.
+
+    Raises:
+        FileNotFoundError: no index there.
+    """
+    folder = Path(path)
+    try:
+        manifest = Manifest.load(folder)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if manifest.unfinished:
+        problems.append(f"{folder}: not finished; run the same compress again, which goes on where it stopped")
+    for name, expected in manifest.files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name}: missing")
+        elif file_checksum(folder / name) != expected:
+            problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
+    for i, shard in enumerate(manifest.shards):
+        file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
+        try:
+            file.verify(shard.checksum)
+            layout = file.layout()
+            if manifest.ids and len(file.texts(layout)) != shard.rows:
+                problems.append(f"{file.path}: not as many ids as samples")
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _positions(rows: Rows, count: int) -> Tensor:
+    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
+    if isinstance(rows, slice):
+        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
+    index = torch.as_tensor(rows)
+    if index.dtype == torch.bool:
+        if index.shape != (count,):
+            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
+        return index.nonzero().flatten()
+    if index.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if index.ndim > 1 or index.is_floating_point():
+        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
+    index = index.reshape(-1).long()
+    wrong = ((index < -count) | (index >= count)).nonzero()
+    if len(wrong):
+        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
+    return torch.where(index < 0, index + count, index)

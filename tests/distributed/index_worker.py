@@ -1,0 +1,119 @@
+"""One rank of an index: compress, build the Fisher matrix, score; compare with what one process makes of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import dropinf
+
+KINDS = ("block", "joint", "diagonal", "kronecker")
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def make_batches(count: int = 23, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [3 + i % 4 for i in range(count)]
+    return [
+        (torch.randn(n, 12, generator=generator).double(), torch.randint(4, (n,), generator=generator)) for n in sizes
+    ]
+
+
+def names(batch) -> list[str]:
+    return [f"{float(x):.6f}" for x in batch[0][:, 0]]
+
+
+def wrapped(kind: str) -> nn.Module:
+    model = make_model()
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp2":
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+def close(found, expected) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def main(kind: str, folder: Path) -> None:
+    dist.init_process_group("gloo")
+    group, rank = dist.group.WORLD, dist.get_rank()
+    batches, query = (
+        make_batches(),
+        dropinf.Compressor(make_model(), dropinf.Dropout(6), loss_fn).compress(make_batches(2, 9)),
+    )
+    plain = dropinf.Compressor(make_model(), dropinf.Dropout(6), loss_fn).compress(batches)
+    compressor = dropinf.Compressor(wrapped(kind), dropinf.Dropout(6), loss_fn)
+    for fisher in KINDS:
+        out = folder / fisher
+        index = compressor.compress(batches, out=out, fisher=fisher, ids=names, group=group)
+        assert index.verify() == []
+        assert len(list((out / "shards").iterdir())) == len(batches)
+        close(index[:].flat, plain.flat)
+        assert index.ids() == [name for batch in batches for name in names(batch)]
+        expected = dropinf.build_fisher(plain, fisher)
+        for found in (index.fisher(), dropinf.build_fisher(index, fisher, group=group)):
+            assert found.count == len(plain)
+            close(found.solve(query).flat, expected.solve(query).flat)
+            close(found.with_damping("auto").solve(query).flat, expected.with_damping("auto").solve(query).flat)
+        close(dropinf.score(query, index, found, group=group), dropinf.score(query, plain, expected))
+        close(dropinf.self_influence(index, found, group=group), dropinf.self_influence(plain, expected))
+        for largest in (True, False):
+            best = dropinf.score(query, index, found, top=7, largest=largest, group=group)
+            one = dropinf.score(query, plain, expected, top=7, largest=largest)
+            close(best.values, one.values)
+            assert torch.equal(best.indices, one.indices)
+    more = make_batches(5, 4)
+    index = compressor.compress(more, out=folder / "block", append=True, fisher="block", ids=names, group=group)
+    both = dropinf.Gradients.cat([plain, dropinf.Compressor(make_model(), dropinf.Dropout(6), loss_fn).compress(more)])
+    close(index[:].flat, both.flat)
+    close(index.fisher().solve(query).flat, dropinf.build_fisher(both, "block").solve(query).flat)
+    print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {kind}: {len(index)} samples")
+    dist.destroy_process_group()
+
+
+def stop(kind: str, folder: Path) -> None:
+    """Half a minute's work for each rank. With "fail", rank 1 meets a batch that its loss refuses."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+
+    def failing(model, batch):
+        time.sleep(3)
+        if kind == "fail" and rank == 1:
+            raise ValueError("this batch has a hole")
+        return loss_fn(model, batch)
+
+    try:
+        dropinf.Compressor(make_model(), dropinf.Dropout(6), failing).compress(
+            make_batches(), out=folder, group=dist.group.WORLD
+        )
+    except (ValueError, RuntimeError) as error:
+        print(f"rank {rank} ends: {type(error).__name__}: {error}", flush=True)
+    os._exit(3)  # torchrun is not there to end the other
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] in ("fail", "slow"):
+        stop(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))
