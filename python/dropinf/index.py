@@ -14,14 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ._cholesky import solver_dtype
 from .fisher import Fisher
-from .gradients import Gradients, Rows, Shapes
+from .gradients import Gradients, Rows, Shapes, block_rows
 from .manifest import Manifest, ShardEntry
-from .storage import SUFFIX, ShardFile, file_checksum
+from .storage import SUFFIX, ShardFile, file_checksum, new_array, replacing
 
 SHARDS, PARTS = "shards", "parts"
 SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
 MEMORY_BYTES = 1 << 28
+_SMALL_BYTES = 1 << 21  # of a block that is copied together rather than used as it is mapped
 T = TypeVar("T")
 
 
@@ -137,7 +139,8 @@ class Index:
 
     def stored_blocks(self, rows: int) -> Iterator[tuple[int, Stored]]:
         """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
-        return self._ahead(rows, lambda stored: stored)
+        # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
+        return one_ahead(self._stored(pieces) for pieces in self._pieces(rows))
 
     def factors(self) -> Tensor | None:
         """What each stored column is multiplied by, [K], or None for 1."""
@@ -179,6 +182,27 @@ class Index:
         self.manifest = self.manifest.with_file(FISHER, fisher.save(self.path / FISHER))
         self.manifest.save(self.path)
 
+    def whitened(self, out: str | os.PathLike[str], fisher: Fisher | None = None) -> None:
+        """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
+
+        Args:
+            out: a .npy or .safetensors file (there named "rows"), or a .faiss one: a flat index by inner product
+                (needs `faiss`). Complete once it has its name.
+            fisher: by default the one that is kept with the index.
+        """
+        fisher = self.fisher() if fisher is None else fisher
+        fisher.check(self, "fisher and index")
+        suffix = Path(out).suffix
+        if suffix not in (".npy", SUFFIX, ".faiss"):
+            raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or .faiss")
+        white = ((offset, fisher.whiten(part).flat) for offset, part in self.blocks(block_rows(self)))
+        if suffix == ".faiss":
+            write_faiss(out, self._codec.width, (rows for _, rows in white))
+            return
+        with new_array(out, (len(self), self._codec.width), solver_dtype(self.dtype)) as rows:
+            for offset, part in white:
+                rows[offset : offset + len(part)] = part
+
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: of every shard in turn, its own. Offsets stay."""
         mine = copy.copy(self)
@@ -217,40 +241,50 @@ class Index:
         return Stored(*self._files[i].window(self._checked(i), first, count))
 
     def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it must be at least 1")
-
         def read(pieces: list[tuple[int, int, int]]) -> tuple[int, T]:
-            i, first, _ = pieces[0]
-            parts = [self._window(*piece) for piece in pieces]
-            for part in parts:
-                part.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
-            stored = parts[0]
-            if len(parts) > 1:
-                scales = [part.scale for part in parts if part.scale is not None]
-                stored = Stored(torch.cat([part.values for part in parts]), torch.cat(scales) if scales else None)
-            return self._starts[i] + first, decode(stored)
+            offset, stored = self._stored(pieces)
+            stored.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
+            return offset, decode(stored)
 
         return read_ahead(read, self._pieces(rows))
 
+    def _stored(self, pieces: list[tuple[int, int, int]]) -> tuple[int, Stored]:
+        """Return the offset of the first of these (shard, first row, rows), and all of them."""
+        i, first, _ = pieces[0]
+        parts = [self._window(*piece) for piece in pieces]
+        if len(parts) == 1:
+            return self._starts[i] + first, parts[0]
+        scales = [part.scale for part in parts if part.scale is not None]
+        values = torch.cat([part.values for part in parts])
+        return self._starts[i] + first, Stored(values, torch.cat(scales) if scales else None)
+
     def _pieces(self, rows: int) -> Iterator[list[tuple[int, int, int]]]:
-        """Yield blocks of up to `rows` rows, each as (shard, first row, rows) of neighbouring shards."""
+        """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; it must be at least 1")
+        small = min(rows, _SMALL_BYTES // self._codec.row_bytes)
         block: list[tuple[int, int, int]] = []
-        room = rows
         for i in self._mine:
-            first, count = 0, self._files[i].rows
-            if block and (block[-1][0] != i - 1 or room < min(count, rows)):
+            count = self._files[i].rows
+            if block and (block[-1][0] != i - 1 or sum(piece[2] for piece in block) + count > small):
                 yield block
-                block, room = [], rows
-            while first < count:
-                taken = min(room, count - first)
-                block.append((i, first, taken))
-                first, room = first + taken, room - taken
-                if room == 0:
-                    yield block
-                    block, room = [], rows
+                block = []
+            if count <= small:
+                block.append((i, 0, count))
+                continue
+            for first in range(0, count, rows):
+                yield [(i, first, min(rows, count - first))]
         if block:
             yield block
+
+
+def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
+    """Yield the blocks, each once the next is mapped."""
+    block = next(blocks, None)
+    while block is not None:
+        following = next(blocks, None)
+        yield block
+        block = following
 
 
 def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
@@ -264,6 +298,21 @@ def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def write_faiss(out: str | os.PathLike[str], width: int, blocks: Iterator[Tensor]) -> None:
+    """Write a flat FAISS index of the rows by inner product."""
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "out: a .faiss file needs faiss; install it with: pip install 'dropinf[faiss]'", name="faiss"
+        ) from None
+    flat = faiss.IndexFlatIP(width)
+    for rows in blocks:
+        flat.add(rows.float().numpy())
+    with replacing(out) as temporary:
+        faiss.write_index(flat, str(temporary))
 
 
 def shard_path(folder: Path, i: int, checksum: str) -> Path:

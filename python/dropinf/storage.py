@@ -84,20 +84,41 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 @contextmanager
-def new_array(path: str | os.PathLike[str], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor that lies in a new .npy file, which has its name once the block is done."""
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path` once the block is done, and is nothing where it fails."""
     final = Path(path)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    kind = torch.empty(0, dtype=dtype).numpy().dtype
     try:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=kind, shape=shape)
-        with open(temporary, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)  # a full disk shows here, not as a signal
-        yield torch.from_numpy(array)
-        array.flush()
+        yield temporary
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_array(path: str | os.PathLike[str], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor that lies in a new .npy or .safetensors file (there named "rows"), which has its name in the end."""
+    kind = torch.empty(0, dtype=dtype).numpy().dtype
+    with replacing(path) as temporary:
+        if Path(path).suffix == SUFFIX:
+            size = math.prod(shape) * kind.itemsize
+            entry = {"dtype": f"F{8 * kind.itemsize}", "shape": shape, "data_offsets": [0, size]}
+            header = json.dumps({"rows": entry}).encode()
+            header += b" " * (-len(header) % 8)
+            temporary.write_bytes(len(header).to_bytes(8, "little") + header)
+            _reserve(temporary, 8 + len(header) + size)
+            array = np.memmap(temporary, kind, "r+", 8 + len(header), shape)
+        else:
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=kind, shape=shape)
+            _reserve(temporary, temporary.stat().st_size)
+        yield torch.from_numpy(array)
+        array.flush()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Take the disk's space now: a full disk is an error here, and would be the end of the process in a mapped page."""
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def open_array(path: str | os.PathLike[str]) -> Tensor:
@@ -306,6 +327,7 @@ def _mapped(handle: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
     pages = mmap.mmap(
         handle, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start - skip
     )
+    pages.madvise(mmap.MADV_WILLNEED)  # starts to read it
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=skip)
 
 

@@ -1,0 +1,67 @@
+"""Scoring from a memory-mapped index against NumPy's product of the same rows in memory; rows a second by dtype.
+
+The files are in the page cache, every shard was compared with its checksum before (the first pass of a process does
+that, at `test_checksums`' rate), and 16 queries are scored, keeping the best ten of each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dropinf
+from dropinf.storage import file_checksum
+
+ROWS, BATCH, SIDE, QUERIES = 24_576, 4096, 64, 16  # a batch is a shard, of the 64 MiB that shards of long runs have
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    return (model(batch[0]) * batch[1]).sum(1)
+
+
+def batches(rows: int, seed: int) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(BATCH, SIDE, generator=generator) for _ in range(2)] for _ in range(rows // BATCH)]
+
+
+@pytest.fixture(scope="module")
+def compressor() -> dropinf.Compressor:
+    return dropinf.Compressor(nn.Linear(SIDE, SIDE, bias=False), dropinf.Identity(), loss_fn)
+
+
+@pytest.fixture(scope="module")
+def query(compressor):
+    return compressor.compress(batches(BATCH, 1))[:QUERIES]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def index(request, compressor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return compressor.compress(batches(ROWS, 0), out=folder, dtype=getattr(torch, request.param))
+
+
+def report(benchmark, rows: int) -> None:
+    benchmark.group = f"{QUERIES} queries, {rows} rows of {SIDE * SIDE}"
+
+
+def test_numpy_matmul(benchmark, compressor, query):
+    rows, q = compressor.compress(batches(ROWS, 0)).flat.numpy(), query.flat.numpy()
+    report(benchmark, ROWS)
+    benchmark.pedantic(np.matmul, (q, rows.T), rounds=9, warmup_rounds=2)
+
+
+def test_score_top(benchmark, index, query):
+    report(benchmark, ROWS)
+    benchmark.extra_info["dtype"] = index.manifest.dtype
+    score = lambda: dropinf.score(query, index, kind="dot", top=10)  # noqa: E731
+    found = benchmark.pedantic(score, rounds=9, warmup_rounds=2)
+    assert found.values.shape == (QUERIES, 10)
+
+
+def test_checksums(benchmark, index):
+    report(benchmark, ROWS)
+    files = [file.path for file in index._files]
+    benchmark.pedantic(lambda: [file_checksum(path) for path in files], rounds=5, warmup_rounds=1)
