@@ -1,7 +1,7 @@
 """Scoring from a memory-mapped index against NumPy's product of the same rows in memory; rows a second by dtype.
 
 The files are in the page cache, every shard was compared with its checksum before (the first pass of a process does
-that, at `test_checksums`' rate), and 16 queries are scored, keeping the best ten of each.
+that, at `test_checksums`' rate), and 16 queries are scored, keeping the best ten of each. One thread.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 import dropinf
@@ -25,6 +26,15 @@ def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
 def batches(rows: int, seed: int) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [[torch.randn(BATCH, SIDE, generator=generator) for _ in range(2)] for _ in range(rows // BATCH)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -67,10 +67,10 @@ class Index:
 
     def _hold(self, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry], memory_bytes: int) -> None:
         self.path, self.manifest, self._codec = folder, manifest, manifest.codec
-        least = 8 * self._codec.width * self._codec.decoded.itemsize
+        least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
-            raise ValueError(f"memory_bytes is {memory_bytes}; eight rows of this index alone take {least}")
-        self.block_bytes = memory_bytes // 4
+            raise ValueError(f"memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
+        self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
         self._entries = [shards[i] for i in sorted(shards)]
         self._files = [
             ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
@@ -137,8 +137,9 @@ class Index:
         for offset, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
             yield offset, Gradients(values, shapes, digest)
 
-    def stored_blocks(self, rows: int) -> Iterator[tuple[int, Stored]]:
+    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[int, Stored]]:
         """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
+        rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
         return one_ahead(self._stored(pieces) for pieces in self._pieces(rows))
 
@@ -201,7 +202,7 @@ class Index:
             return
         with new_array(out, (len(self), self._codec.width), solver_dtype(self.dtype)) as rows:
             for offset, part in white:
-                rows[offset : offset + len(part)] = part
+                rows.write(offset, 0, part)
 
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: of every shard in turn, its own. Offsets stay."""

@@ -103,13 +103,15 @@ def score(
     if top is not None:
         best = _stream_top(q if largest else -q, train, fisher, kind, top, ranks)
         return best if largest else TopK(-best.values, best.indices)
-    if out is None:
-        matrix = q.new_zeros(len(q), len(train))
-        _fill(matrix, q, train, fisher, kind, ranks)
-        return ranks.sum(matrix)
-    with new_array(out, (len(q), len(train)), dtype) as matrix:
-        _fill(matrix, q, train, fisher, kind, ranks)
-    return open_array(out)
+    if out is not None:
+        with new_array(out, (len(q), len(train)), dtype) as file:
+            for offset, block in _columns(q, train, fisher, kind, ranks):
+                file.write(0, offset, block)
+        return open_array(out)
+    matrix = q.new_zeros(len(q), len(train))
+    for offset, block in _columns(q, train, fisher, kind, ranks):
+        matrix[:, offset : offset + block.shape[1]] = block
+    return ranks.sum(matrix)
 
 
 def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -126,17 +128,17 @@ def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.Process
     return ranks.sum(fisher.quadratic(ranks.share(train)))
 
 
-def _fill(
-    matrix: Tensor, q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
-) -> None:
-    """Write this rank's columns of the scores [Q, N]."""
+def _columns(
+    q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (offset, scores [Q, n]) of this rank's samples, block by block."""
     q, blocks = _blocks(q, train, kind, ranks)
     for offset, part, values, scale in blocks:
         block = dot_rows(q, values.to(q.device))
         for factor in (scale, _train_scale(part, fisher, kind, q)):
             if factor is not None:
                 block *= factor.to(block)
-        matrix[:, offset : offset + len(values)] = block
+        yield offset, block
 
 
 Part = tuple[int, "Gradients | None", Tensor, "Tensor | None"]
@@ -147,12 +149,12 @@ def _blocks(q: Tensor, train: GradientSource, kind: ScoreKind, ranks: Ranks) -> 
 
     Where nothing but the product reads them, an index's rows are taken as they are stored: without the gradients.
     """
-    mine, rows = ranks.share(train), block_rows(train)
+    mine = ranks.share(train)
     if isinstance(mine, Index) and kind in ("influence", "dot"):
         factors = mine.factors()
-        stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks(rows))
+        stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks())
         return (q if factors is None else q * factors.to(q)), stored
-    return q, ((offset, part, part.flat, None) for offset, part in mine.blocks(rows))
+    return q, ((offset, part, part.flat, None) for offset, part in mine.blocks(block_rows(train)))
 
 
 def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -95,30 +96,42 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class ArrayFile:
+    """A matrix in a file that is written block by block: nothing of it stays in memory."""
+
+    def __init__(self, handle: int, start: int, shape: tuple[int, int], itemsize: int) -> None:
+        self._handle, self._start, self._shape, self._itemsize = handle, start, shape, itemsize
+
+    def write(self, row: int, column: int, block: Tensor) -> None:
+        """Write a block [n, m] whose first value stands at `row`, `column`."""
+        array = block.cpu().contiguous().numpy()
+        pieces = [array] if block.shape[1] == self._shape[1] else list(array)
+        for i, piece in enumerate(pieces):
+            data, at = piece.data.cast("B"), self._start + ((row + i) * self._shape[1] + column) * self._itemsize
+            while data:
+                count = os.pwrite(self._handle, data, at)
+                data, at = data[count:], at + count
+
+
 @contextmanager
-def new_array(path: str | os.PathLike[str], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor that lies in a new .npy or .safetensors file (there named "rows"), which has its name in the end."""
+def new_array(path: str | os.PathLike[str], shape: tuple[int, int], dtype: torch.dtype) -> Iterator[ArrayFile]:
+    """A new .npy or .safetensors file (there named "rows"), which has its name in the end."""
     kind = torch.empty(0, dtype=dtype).numpy().dtype
-    with replacing(path) as temporary:
-        if Path(path).suffix == SUFFIX:
-            size = math.prod(shape) * kind.itemsize
-            entry = {"dtype": f"F{8 * kind.itemsize}", "shape": shape, "data_offsets": [0, size]}
-            header = json.dumps({"rows": entry}).encode()
-            header += b" " * (-len(header) % 8)
-            temporary.write_bytes(len(header).to_bytes(8, "little") + header)
-            _reserve(temporary, 8 + len(header) + size)
-            array = np.memmap(temporary, kind, "r+", 8 + len(header), shape)
-        else:
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=kind, shape=shape)
-            _reserve(temporary, temporary.stat().st_size)
-        yield torch.from_numpy(array)
-        array.flush()
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Take the disk's space now: a full disk is an error here, and would be the end of the process in a mapped page."""
-    with open(path, "r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+    size = math.prod(shape) * kind.itemsize
+    if Path(path).suffix == SUFFIX:
+        entry = {"dtype": f"F{8 * kind.itemsize}", "shape": shape, "data_offsets": [0, size]}
+        text = json.dumps({"rows": entry}).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+    else:
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {"descr": kind.str, "fortran_order": False, "shape": shape})
+        header = buffer.getvalue()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+        file.flush()
+        yield ArrayFile(file.fileno(), len(header), shape, kind.itemsize)
 
 
 def open_array(path: str | os.PathLike[str]) -> Tensor:

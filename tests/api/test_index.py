@@ -413,7 +413,7 @@ def test_bad_arguments(index, train, tmp_path):
         compressor.compress(make_batches(), out=tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="no index"):
         dropinf.Index.open(tmp_path / "other")
-    with pytest.raises(ValueError, match="memory_bytes is 100; eight rows of this index alone take"):
+    with pytest.raises(ValueError, match="memory_bytes is 100; 32 rows of this index alone take"):
         dropinf.Index.open(index.path, memory_bytes=100)
     with pytest.raises(ValueError, match="holds others' gradients; pass append=True"):
         compressor.compress(make_batches(2, 8), out=index.path, ids=names)

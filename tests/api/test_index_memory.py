@@ -1,0 +1,32 @@
+"""Reading an index ten times as large as its memory budget stays under the budget."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("index_memory.py")
+BUDGET = 32 << 20
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 90_112), ("int8", 180_224)])
+def test_memory_stays_under_the_budget(dtype, rows, tmp_path):
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the peak of a process is reset through /proc/self/clear_refs, which this system does not have")
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(tmp_path), str(BUDGET), str(rows), dtype], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = {name: int(value) for name, value in (line.rsplit(" ", 1) for line in done.stdout.splitlines())}
+    rows_in_memory = 4 * rows * 1024
+    assert rows_in_memory > 10 * BUDGET
+    assert found.pop("bytes") > rows * 1024 * (4 if dtype == "float32" else 1)
+    assert found.pop("compress") < 3 * (64 << 20)  # a shard, as it is written
+    assert found.keys() == {"score", "cosine", "relative", "self-influence", "fisher", "whitened"}
+    for name, peak in found.items():
+        assert peak < BUDGET, f"{name} took {peak >> 20} MiB"
+    assert max(found.values()) > BUDGET // 16  # what is measured is there at all
