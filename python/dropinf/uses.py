@@ -39,6 +39,11 @@ class Samples:
                 return x.reshape(rows, *kept), self.cu_seqlens
             if rows == self.n:
                 return x.reshape(rows, 1, *kept), None
+            # Heads beside the positions, before or behind them: each position is several rows.
+            positions = [i for i, size in enumerate(lead) if size == int(self.cu_seqlens[-1])]
+            if len(positions) == 1:
+                several = rows // lead[positions[0]]
+                return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
         elif self.n and (lead[0] if lead else 1) % self.n == 0:
             return x.reshape(self.n, rows // self.n, *kept), None
         raise Untied

@@ -93,11 +93,27 @@ class PackedAttention(nn.Module):
         return self.head(h)
 
 
+class HeadNorms(PackedAttention):
+    """Two heads with norms of their own, on [..., T, heads, d] for queries and on [..., heads, T, d] for keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.query_norm, self.key_norm = nn.LayerNorm(4), nn.LayerNorm(4)
+
+    def forward(self, ids, positions, mask):
+        h = self.tokens(ids) + self.positions(positions)
+        q, k, v = (x.unflatten(-1, (2, 4)) for x in self.qkv(self.norm(h)).chunk(3, -1))
+        q, k = self.query_norm(q).transpose(1, 2), self.key_norm(k.transpose(1, 2))
+        mixed = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask)
+        return self.head(h + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("build_model", [PackedAttention, HeadNorms])
 @pytest.mark.parametrize(
     "sketch", [dropinf.Identity(), dropinf.Dropout(3), dropinf.Dropout(9, mode="flat"), dropinf.Gaussian(3)]
 )
-def test_padded_and_packed_documents_agree(sketch):
-    model = PackedAttention().double().eval()
+def test_padded_and_packed_documents_agree(sketch, build_model):
+    model = build_model().double().eval()
     lengths = [3, 1, 6, 4]
     documents = [torch.randint(1, 20, (n,)) for n in lengths]
     width, total = max(lengths), sum(lengths)
