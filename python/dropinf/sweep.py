@@ -1,0 +1,259 @@
+"""Sweeps over batches: every batch forward and backward through the hooks, and again where it shows that the plan must
+change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import sharded
+from .batches import batch_size_hint
+from .capture import Capture, Pass, UseGuard, accumulate
+from .checks import check_batchnorm, check_finite, check_losses, explain, untied_message
+from .exact import ExactGradients, LossFn
+from .layers import Layer, Target, clean_name, module_kind
+from .statistics import Moments
+from .uses import USES, Samples, Use
+
+CuSeqlens = Callable[[Any], Tensor]
+
+
+class Sweep:
+    """What is known of a model from batch to batch: which parameters take the exact route, which outputs samples share.
+
+    ``targets``: the tracked parameters by layer name.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, cu_seqlens: CuSeqlens | None, targets: Mapping[str, Target]
+    ) -> None:
+        self.model, self.loss_fn, self.cu_seqlens, self.targets = model, loss_fn, cu_seqlens, targets
+        self.exact_names = {name for name, t in targets.items() if t.route == "exact"}
+        sharded.check_whole((name, targets[name].tensor) for name in sorted(self.exact_names))
+        self._exact_gradients: ExactGradients | None = None  # kept: it remembers which routes failed
+        self._known_shared: set[str] = set()
+        self._attribution_checked = False
+        self._warned = False
+
+    def run(
+        self,
+        batches: Iterable[Any],
+        layers: Mapping[str, Layer],
+        moments: Moments | None,
+        take: Callable[[dict[str, Tensor], int], None],
+        progress: bool,
+        where: Callable[[int], str] | None = None,
+    ) -> None:
+        check_batchnorm(self.model)
+        self._warn_train_mode()
+        sharded.reshard(self.model)
+        capture = Capture(self.model, self._uses(layers))
+        capture.shared = self._known_shared
+        done = 0
+        with capture.attached(), tqdm(batches, disable=not progress, desc="compress", unit="batch") as bar:
+            for batch in bar:
+                store, n = self._batch(capture, layers, batch, moments)
+                for name, c in store.items():
+                    check_finite(name, c, where or (lambda row, done=done: f"sample {done + row}"))  # type: ignore[misc]
+                done += n
+                take(store, n)
+
+    def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
+        """The hooked modules, with the plans of their weight and bias."""
+        by_parameter = {id(t.tensor): layers[n] for n, t in self.targets.items() if n not in self.exact_names}
+        uses = {}
+        for full_name, module in self.model.named_modules():
+            kind = module_kind(module)
+            if kind is None:
+                continue
+            # named_parameters, not attributes: reading a parametrized weight may update its buffers.
+            own = {name: by_parameter.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+            weight, bias = own.get("weight"), own.get("bias")
+            if weight is not None or bias is not None:
+                name = clean_name(full_name) or type(module).__name__
+                uses[name] = USES[kind](name, module, weight, bias)
+        return uses
+
+    def _batch(
+        self, capture: Capture, layers: Mapping[str, Layer], batch: Any, moments: Moments | None
+    ) -> tuple[dict[str, Tensor], int]:
+        """One batch. Runs again where the first run shows that the plan must change: a parameter used outside its
+        module, or an output that all samples share."""
+        cu = None if self.cu_seqlens is None else self.cu_seqlens(batch)
+        n = len(cu) - 1 if cu is not None else batch_size_hint(batch)
+        known = cu is not None
+        suspects: dict[str, tuple[int, ...]] = {}
+        losses = torch.empty(0)
+        while True:
+            store: dict[str, Tensor] = {}
+            sharded.reshard(self.model)
+            current = self._pass(store, Samples(n or 1, cu), moments)
+            guard = self._guard(capture)
+            with capture.running(current):
+                before, losses = losses, self._losses(batch, guard, cu, suspects)
+                if suspects and not self.model.training and not torch.allclose(losses, before, equal_nan=True):
+                    raise self._untied(suspects, len(before))
+                changed = self._reroute(capture, guard.found, current)
+                if current.shared and not known and len(losses) != n:
+                    n, known, changed = len(losses), True, True
+                current.samples = Samples(len(losses), cu)
+                if changed:
+                    continue
+                suspects = self._backward(capture, current, losses)
+                if not suspects:
+                    break
+        exact = [layer for name, layer in layers.items() if name in self.exact_names]
+        if exact:
+            self._exact(exact, batch, losses.detach(), store, moments)
+        if moments is not None:
+            moments.count(losses)
+            return {}, len(losses)
+        return self._complete(layers, store, losses), len(losses)
+
+    def _pass(self, store: dict[str, Tensor], samples: Samples, moments: Moments | None) -> Pass:
+        anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
+
+        def sink(use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+            for layer, c in use.emit(saved, g, samples):
+                accumulate(store, layer, c)
+
+        if moments is None:
+            return Pass(samples, lambda use, x, out: use.save(x, out), sink, anchor)
+        return Pass(samples, lambda use, x, out: use.inputs(x, out), moments.add, anchor)
+
+    def _guard(self, capture: Capture) -> UseGuard:
+        owners: dict[int, set[nn.Module]] = {id(t.tensor): set() for t in self.targets.values()}
+        for use in capture.uses.values():
+            for parameter in use.module.parameters(recurse=False):
+                if id(parameter) in owners:
+                    owners[id(parameter)].add(use.module)
+        shards = {}
+        if any(sharded.is_sharded(t.tensor) for t in self.targets.values()):
+            places = ((m, name, p) for m in self.model.modules() for name, p in m.named_parameters(recurse=False))
+            shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
+        return UseGuard(owners, capture.active, shards)
+
+    def _losses(
+        self, batch: Any, guard: UseGuard, cu: Tensor | None, suspects: Mapping[str, tuple[int, ...]]
+    ) -> Tensor:
+        """The losses of a batch, under the guard. ``suspects``: modules whose output was just taken to be shared by
+        all samples, which is what a failure here then disproves."""
+        try:
+            with guard, torch.enable_grad():
+                losses = self.loss_fn(self.model, batch)
+            check_losses(losses, batch, cu)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if suspects:
+                n = len(cu) - 1 if cu is not None else batch_size_hint(batch) or 0
+                raise self._untied(suspects, n) from error
+            explained = explain(self.model, batch)
+            if explained is None:
+                raise
+            raise explained from error
+        return losses
+
+    def _untied(self, names: Mapping[str, tuple[int, ...]], n: int) -> ValueError:
+        """The error for outputs that neither belong to samples nor are shared by all of them."""
+        self._known_shared -= set(names)
+        name, shape = next(iter(names.items()))
+        return ValueError(untied_message(name, shape, n))
+
+    def _reroute(self, capture: Capture, found: set[int], current: Pass) -> bool:
+        """Move what the hooks do not cover to the exact route."""
+        names = {n for n, t in self.targets.items() if id(t.tensor) in found}
+        names |= {u.weight.name for n in current.unfit if (u := capture.uses[n]).weight is not None}
+        new = names - self.exact_names
+        if not new:
+            return False
+        sharded.check_whole((name, self.targets[name].tensor) for name in sorted(new))
+        self.exact_names |= new
+        for use in capture.uses.values():
+            use.weight = None if use.weight is not None and use.weight.name in new else use.weight
+            use.bias = None if use.bias is not None and use.bias.name in new else use.bias
+        return True
+
+    def _backward(self, capture: Capture, current: Pass, losses: Tensor) -> dict[str, tuple[int, ...]]:
+        """Backward through the hooks. Returns the modules whose output has no sample dimension, and must be expanded
+        to one copy per sample in another run; none where this one is done."""
+        hooked = any(u.weight is not None or u.bias is not None for u in capture.uses.values())
+        if not hooked or (not current.calls and self.exact_names):
+            return {}
+        if not losses.requires_grad:
+            raise ValueError(
+                "loss_fn: its loss does not depend on any tracked layer; was it computed under torch.no_grad, "
+                "detached, or by a part of the model that layers= leaves out?"
+            )
+        if len(losses) > 1 and not self._attribution_checked:
+            self._check_attribution(current, losses)
+        if not current.untied:
+            losses.backward(torch.ones_like(losses))  # not losses.sum(): the caller may have gradients off
+        if not current.untied:
+            self._attribution_checked |= len(losses) > 1
+            return {}
+        if set(current.untied) <= capture.shared:
+            # Without the copy per sample that the run before led to.
+            raise self._untied({name: shape[1:] for name, shape in current.untied.items()}, len(losses))
+        capture.shared |= set(current.untied)
+        return current.untied
+
+    def _check_attribution(self, current: Pass, losses: Tensor) -> None:
+        """Backpropagate every other loss: the rows of the samples between must see no gradient. Then the others'."""
+        sink = current.sink
+        for chosen in (0, 1):
+
+            def check(use: Use, _: Tensor | None, g: Tensor, samples: Samples, chosen: int = chosen) -> None:
+                others = samples.select(use.rows(g), 1 - chosen)
+                # A NaN is not proof: 0 * NaN is NaN within its own sample. It gets its own error.
+                if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
+                    current.untied[use.name] = tuple(g.shape)
+
+            current.sink = check
+            every_other = torch.zeros_like(losses)
+            every_other[chosen::2] = 1
+            losses.backward(every_other, retain_graph=True)
+        current.sink = sink
+
+    def _exact(
+        self,
+        layers: list[Layer],
+        batch: Any,
+        losses: Tensor,
+        store: dict[str, Tensor],
+        moments: Moments | None,
+    ) -> None:
+        wanted = {x.name: self.targets[x.name].tensor for x in layers}
+        if self._exact_gradients is None or self._exact_gradients.parameters.keys() != wanted.keys():
+            self._exact_gradients = ExactGradients(self.model, self.loss_fn, wanted)
+        parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+        for chunk in self._exact_gradients(batch, losses):
+            for layer in layers:
+                if moments is not None:
+                    moments.add_exact(layer, chunk[layer.name])
+                else:
+                    wide = torch.promote_types(chunk[layer.name].dtype, torch.float32)
+                    parts[layer.name].append(layer.compress_exact(chunk[layer.name].to(wide)))
+        if moments is None:
+            store.update({name: torch.cat(rows) for name, rows in parts.items()})
+
+    def _complete(self, layers: Mapping[str, Layer], store: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
+        """A layer that a batch does not reach has a zero gradient."""
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        return {
+            name: store[name] if name in store else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
+            for name, layer in layers.items()
+        }
+
+    def _warn_train_mode(self) -> None:
+        random = [n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
+        if random and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"model: it is in train mode and {random[0] or 'it'} drops activations at random, so its gradients are "
+                "noisy; call model.eval() for reproducible influence",
+                stacklevel=4,
+            )
