@@ -177,8 +177,8 @@ def _words() -> Task:
     counts = torch.zeros(1100, 4096).scatter_add_(1, chunks[chosen], torch.ones(1100, 128))
     x, y = counts[:, 1:].sqrt(), genres[chosen]
     return Task(
-        "words-brown", (x[:1000], y[:1000]), (x[1000:], y[1000:]), lambda: nn.Linear(4095, 15, bias=False), classification,
-        20, 64, 3e-3, 0.01,
+        "words-brown", (x[:1000], y[:1000]), (x[1000:], y[1000:]), lambda: nn.Linear(4095, 15, bias=False),
+        classification, 20, 64, 3e-3, 0.01,
     )  # fmt: skip
 
 
