@@ -45,6 +45,7 @@ METHODS = {
     "uncompressed": Method(lambda _: dropinf.Identity()),
     "dropout": Method(lambda k: dropinf.Dropout(k)),
     "dropout, runs of 8": Method(lambda k: dropinf.Dropout(k, group=8)),
+    "dropout, runs of 16": Method(lambda k: dropinf.Dropout(k, group=16)),
     "dropout, energy": Method(lambda k: dropinf.Dropout(k, sampling="energy")),
     "dropout, fold of a quarter": Method(lambda k: dropinf.Dropout(k, keep=0.25)),
     "dropout, flat": Method(lambda k: dropinf.Dropout(k * k, mode="flat")),

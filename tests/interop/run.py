@@ -1,0 +1,87 @@
+"""Run the adapters' tests, each against its installed toolkit, in an environment of its own; print a table.
+
+python tests/interop/run.py [TOOLKIT ...]
+
+An environment lies over the main one (torch and dropinf are not installed twice), holds what a toolkit pins, and is kept
+until its pins change. Rows that tests record go to bench/results/interop.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ROOT / ".venv-interop"
+RESULTS = ROOT / "bench" / "results" / "interop.csv"
+FIELDS = ("toolkit", "version", "what", "agreement", "seconds", "theirs", "factor", "peak_mb", "their_peak_mb")
+PINS = {
+    "dattri": ["dattri==0.3.0"],
+    "dattri_llm": ["dattri-llm==0.1.0"],
+    "trak": ["traker==0.3.2"],
+    "bergson": ["bergson==2.5.1"],
+    "logix": [],  # no wheel for this Python: see logix.sh
+    "quanda": ["quanda==0.5.0"],
+    "captum": ["captum==0.9.0"],
+    "kronfluence": ["kronfluence==1.0.1"],
+    "plain": ["opacus==1.6.0"],
+}
+
+
+def environment(name: str) -> Path:
+    """Return the Python of a toolkit's environment, made where it is missing or its pins changed."""
+    folder = ENVIRONMENTS / name
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    pins = " ".join(["torch==2.13.0", *PINS[name]])
+    if ready.exists() and ready.read_text() == pins:
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *pins.split()], check=True)
+    ready.write_text(pins)
+    return python
+
+
+def run(name: str) -> tuple[int, list[dict[str, str]]]:
+    out = ROOT / "out" / "interop" / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    done = subprocess.run(
+        [str(environment(name)), "-m", "pytest", f"tests/interop/test_{name}.py", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env={**os.environ, "DROPINF_INTEROP_OUT": str(out), "OMP_NUM_THREADS": "1"},
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return done.returncode, rows
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(PINS)
+    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    rows = [row for row in old if row["toolkit"] not in names]
+    failed = []
+    for name in names:
+        code, found = run(name)
+        rows += found
+        failed += [name] * (code != 0)
+    rows.sort(key=lambda row: list(PINS).index(row["toolkit"]))
+    temporary = RESULTS.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(RESULTS)
+    print(" | ".join(FIELDS))
+    for row in rows:
+        print(" | ".join(str(row.get(field, "")) for field in FIELDS))
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
