@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, overload
 
@@ -16,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dropinf.storage import replacing
 
 FORMAT = "dropinf.gradients"
 FORMAT_VERSION = 1
@@ -213,15 +213,10 @@ class Gradients:
 
         The file appears under `path` only once it is complete.
         """
-        path = Path(path)
         layers = [[name, shape, self._digest[name]] for name, shape in self._shapes.items()]
         header = {"format": FORMAT, "version": str(FORMAT_VERSION), "layers": json.dumps(layers)}
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            save_file({"gradients": self._flat}, partial, metadata=header)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            save_file({"gradients": self._flat}, temporary, metadata=header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Gradients:
