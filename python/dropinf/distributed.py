@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -46,7 +46,8 @@ class Ranks:
         if self.world == 1:
             return x
         total = x.to(self.device, copy=True).contiguous()
-        dist.all_reduce(total, group=self.group)
+        with self._together():
+            dist.all_reduce(total, group=self.group)
         return total.to(x.device)
 
     def gather(self, x: Tensor) -> list[Tensor]:
@@ -59,7 +60,8 @@ class Ranks:
         padded = x.new_zeros(int(sizes.max()), *x.shape[1:], device=self.device)
         padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded, group=self.group)
+        with self._together():
+            dist.all_gather(parts, padded, group=self.group)
         return [part[:n].to(x.device) for part, n in zip(parts, sizes.tolist(), strict=True)]
 
     def first(self, job: Callable[[], T]) -> T:
@@ -72,7 +74,8 @@ class Ranks:
                 box = [(job(), None)]
             except Exception as error:
                 box = [(None, error)]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        with self._together():
+            dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
         found, failure = box[0]
         if failure is not None:
             raise failure
@@ -84,7 +87,8 @@ class Ranks:
         if self.group is None:
             return [value]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self.group)
+        with self._together():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def share(self, source: GradientSource) -> GradientSource:
@@ -97,7 +101,18 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier(group=self.group)
+            with self._together():
+                dist.barrier(group=self.group)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Within all ranks do the same: an error is one of another rank that is gone, and says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"another rank is gone ({error}); this rank ({self.rank}) stops too. Run it again"
+            ) from error
 
     def check(self) -> None:
         """Raise RuntimeError if another rank failed or was not heard of for `PATIENCE` seconds."""
@@ -111,6 +126,8 @@ class Ranks:
             yield
             return
         store = c10d.PrefixStore(f"dropinf/{_serial()}", c10d._get_default_store())
+        with self._together():
+            store.set(f"alive/{self.rank}", "begins")  # one that is gone before its first beat is missed too
         done = threading.Event()
         listener = threading.Thread(target=self._listen, args=(store, done), daemon=True)
         listener.start()
@@ -122,7 +139,8 @@ class Ranks:
                 listener.join(2 * BEAT)  # a collective that broke off: it may be another rank's doing
                 self.check()
             if self._lost is None:
-                store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+                with suppress(RuntimeError):  # the store may be gone
+                    store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
             raise
         finally:
             done.set()

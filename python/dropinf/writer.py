@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 Ids = Callable[[Any], Sequence[str]]
 _PART = re.compile(r"(\d{9,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _SHARD = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
+_STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
 _SHARD_BYTES = 1 << 26
 _LEAST_SHARDS = 64  # if there are as many batches: what ranks share
 
@@ -109,14 +110,19 @@ class Writer:
         earlier, later = (
             [s for run in part for s in run.shards or ()] for part in (runs[: self.number], runs[self.number + 1 :])
         )
-        self.base, stop = len(earlier), len(earlier) + len(runs[self.number].shards or ())
+        own = runs[self.number].shards  # None: not finished, and so the last run
+        self.base, stop = len(earlier), len(earlier) + len(own or ())
         self.done: dict[int, ShardEntry] = dict(enumerate(earlier)) | dict(enumerate(later, stop))
-        self.done |= self._present(stop if later else None)
+        self.done |= self._present(None if own is None else stop)
         # Shards of other runs are read for the Fisher matrix alone.
         self.fisher, self.next = fisher, self.ranks.rank
         if fisher is None:
             self.next += max(0, -(-(self.base - self.ranks.rank) // self.ranks.world)) * self.ranks.world
-        self._parts = {int(m[1]): m[0] for m in self._names(PARTS, _PART)}
+        # Parts are numbered through all runs, so that none of another run is taken for one of this.
+        size = self.current.shard_batches
+        self._first = self.base * size
+        parts = {int(m[1]) - self._first: m[0] for m in self._names(PARTS, _PART)}
+        self._parts = {b: name for b, name in parts.items() if b >= 0 and (own is None or b < len(own) * size)}
         self._compute(progress)
         self._finish()
 
@@ -124,13 +130,13 @@ class Writer:
 
     def _begin(self, first: Any, dtype: torch.dtype | None, append: bool) -> tuple[Manifest, int] | None:
         """Return the manifest to go on with and the number of its run, or None for a new index. Rank 0 alone."""
-        for stray in self.folder.rglob(f".*{TEMPORARY}"):
-            stray.unlink(missing_ok=True)
         try:
             manifest = Manifest.load(self.folder)
         except FileNotFoundError:
             self._check_empty()
+            self._sweep()
             return None
+        self._sweep()
         self._check_same(manifest, dtype)
         found, count = batch_checksum(first), len(self.batches) if isinstance(self.batches, Sized) else None
         for number, run in enumerate(manifest.runs):
@@ -154,9 +160,17 @@ class Writer:
 
     def _check_empty(self) -> None:
         own = {SHARDS, PARTS, SKETCH, FISHER, PASSAGES, ".lock"}
-        others = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
+        found = (path.name for path in self.folder.iterdir())
+        others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))
         if others:
             raise ValueError(f"out: {self.folder} is no index and not empty (it has {others[0]!r}); name a new folder")
+
+    def _sweep(self) -> None:
+        """Remove the files that a run was writing as it was killed."""
+        for folder in (self.folder, self.folder / SHARDS, self.folder / PARTS):
+            for stray in folder.glob(f".*{TEMPORARY}"):
+                if _STRAY.fullmatch(stray.name):
+                    stray.unlink(missing_ok=True)
 
     def _check_same(self, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Raise ValueError where the index is of another sketch, model or dtype."""
@@ -262,7 +276,7 @@ class Writer:
         if self.ids is not None:
             kept["ids"], kept["id_offsets"] = pack_texts(self._ids_of(self.work.batch, len(flat)))
         data = serialize(kept, {"batches": [len(flat)]})
-        name = f"{b:09d}-{checksum(data)}{SUFFIX}"
+        name = f"{self._first + b:09d}-{checksum(data)}{SUFFIX}"
         write_whole(self.folder / PARTS / name, data)
         self._parts[b] = name
         self._advance()
@@ -340,7 +354,8 @@ class Writer:
         if self.fisher is not None:
             manifest = manifest.with_file(FISHER, self.fisher.save(self.folder / FISHER))
         manifest.save(self.folder)
-        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        if not manifest.unfinished:
+            shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
 
 def write_index(
@@ -413,11 +428,13 @@ def batch_checksum(batch: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a checksum of a model's parameters and buffers; of shards, of their names and shapes alone."""
+    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
     parts = []
-    for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
-        about = f"{clean_name(name)} {tuple(x.shape)} {x.dtype}".encode()
-        parts.append(about + (b"" if is_sharded(x) else checksum(_bytes(x)).encode()))
+    for prefix, module in model.named_modules():
+        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
+            about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
+            parts.append(about + (b"" if is_sharded(x) else checksum(_bytes(x)).encode()))
     return checksum(b"\n".join(sorted(parts)))
 
 

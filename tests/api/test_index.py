@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
+from dropinf.compressor import unwrap
 from dropinf.index import read_ahead, verify
 from dropinf.storage import Codec
+from dropinf.writer import fingerprint
 
 KINDS = ("block", "joint", "diagonal", "kronecker")
 
@@ -395,6 +397,23 @@ def test_what_does_not_belong_is_refused(make, options, message, tmp_path):
         make_compressor().compress(make_batches(), out=tmp_path / "idx", ids=names)
     with pytest.raises(ValueError, match=message):
         make().compress(make_batches(), out=tmp_path / "idx", **{"ids": names, **options})
+
+
+def test_the_fingerprint_is_of_what_is_learned():
+    """Wrappers, and caches that a forward renews, are not."""
+    model = make_model()
+    before = fingerprint(model)
+    model.register_buffer("cache", torch.zeros(2), persistent=False)
+    assert fingerprint(model) == before
+    model.cache += 1
+    assert fingerprint(unwrap(torch.compile(model))) == before
+    model.register_buffer("mean", torch.zeros(2))
+    assert fingerprint(model) != before
+    with torch.no_grad():
+        model[0].bias[3] += 1e-9
+    changed = fingerprint(model)
+    model.mean += 1
+    assert len({before, changed, fingerprint(model), fingerprint(make_model(1))}) == 4
 
 
 def test_bad_arguments(index, train, tmp_path):

@@ -24,8 +24,22 @@ PINS = {
     "dattri": ["dattri==0.3.0"],
     "dattri_llm": ["dattri-llm==0.1.0"],
     "trak": ["traker==0.3.2"],
-    "bergson": ["bergson==2.5.1"],
-    "logix": [],  # no wheel for this Python: see logix.sh
+    # Without its dependencies: PyPI's torchvision and torchaudio, which it never imports, do not load beside a torch for
+    # CPUs, and then neither does transformers.
+    "bergson": [
+        "--no-deps",
+        "bergson==2.5.1",
+        "docstring_parser==0.18.0",
+        "jaxtyping==0.3.11",
+        "ml_dtypes==0.6.0",
+        "natsort==8.4.0",
+        "optree==0.20.0",
+        "petname==2.9",
+        "simple-parsing==0.1.9",
+        "torchopt==0.7.3",
+        "wadler_lindig==0.1.8",
+    ],
+    "logix": ["--ignore-requires-python", "logix-ai==0.1.1"],  # pure Python that says it needs one before 3.11
     "quanda": ["quanda==0.5.0"],
     "captum": ["captum==0.9.0"],
     "kronfluence": ["kronfluence==1.0.1"],
