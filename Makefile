@@ -6,13 +6,13 @@ READY := $(VENV)/.ready
 COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test test-long test-triton test-gpu lint bench bench-traffic bench-gpu clean
+.PHONY: demo test test-long test-interop test-triton test-gpu lint bench bench-traffic bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
-	$(BIN)/python -m pytest tests/reference tests/api tests/distributed
+	$(BIN)/python -m pytest tests/reference tests/api tests/distributed tests/faults tests/browser
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/interpreter
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/sanitizer
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m pytest -n 2 tests/compile
@@ -20,6 +20,10 @@ test: $(READY)
 # Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long tests
+
+# Each adapter against its installed toolkit, in an environment of its own: ten minutes the first time.
+test-interop: $(READY)
+	$(BIN)/python tests/interop/run.py
 
 # Every kernel with the oldest and the newest Triton that is supported; torch's own is in `test`.
 test-triton: $(READY)
@@ -57,4 +61,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .triton out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-interop .triton out .pytest_cache .mypy_cache .ruff_cache
