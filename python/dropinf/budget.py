@@ -17,6 +17,7 @@ from .exact import LossFn
 from .layers import Layer, LayerFilter
 from .sampling import chances
 from .sketch import Dropout, Sampling, Statistics, whitening
+from .sweep import CuSeqlens
 
 Allocation = Literal["spectrum", "equal"]
 _PILOT = 16  # stored per axis to learn how large each layer's gradients are
@@ -73,6 +74,7 @@ def choose(
     whiten: bool = True,
     group: int = 1,
     layers: LayerFilter = None,
+    cu_seqlens: CuSeqlens | None = None,
     seed: int = 0,
 ) -> Choice:
     """Choose what to store of each layer so that a sample takes at most ``budget_bytes`` as float32.
@@ -83,7 +85,7 @@ def choose(
     ``oversample``: how many times ``dim`` values are kept before the rotation onto ``dim``; 1 is plain dropout. An axis
     whose rotation would cost more than a quarter of its layer's forward pass, such as that of a large vocabulary, is
     sampled by energy instead.
-    ``whiten``: see :class:`Sketch`.
+    ``whiten``: see :class:`Sketch`; ``cu_seqlens``: of packed batches, see :class:`Compressor`.
     Score what the choice stores with ``build_fisher(train, "block", "auto")``, or ``"joint"`` and a damping of 1 for a
     model whose output layer has most of the gradient, as language models have.
     The same arguments give the same choice on every machine, up to rounding.
@@ -93,7 +95,7 @@ def choose(
         raise ValueError(f"allocate is {allocate!r}; it must be one of {', '.join(map(repr, get_args(Allocation)))}")
     if iter(batches) is batches:
         raise ValueError("batches: they are read twice; pass a list or a DataLoader, not an iterator")
-    pilot = Compressor(model, _Pilot(seed), loss_fn, layers=layers)
+    pilot = Compressor(model, _Pilot(seed), loss_fn, layers=layers, cu_seqlens=cu_seqlens)
     pilot.calibrate(batches)
     gradients = pilot.compress(batches)
     plans = {

@@ -57,6 +57,8 @@ class Index:
                 f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
             )
         self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
+        for file in self._files:
+            file.check_size()
 
     @classmethod
     def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
@@ -69,7 +71,7 @@ class Index:
         self.path, self.manifest, self._codec = folder, manifest, manifest.codec
         least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
-            raise ValueError(f"memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
+            raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
         self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
         self._entries = [shards[i] for i in sorted(shards)]
         self._files = [
@@ -158,8 +160,6 @@ class Index:
             i = bisect.bisect_right(self._starts, position) - 1
             if i not in texts:
                 texts[i] = self._files[i].texts(self._checked(i))
-                if len(texts[i]) != self._files[i].rows:
-                    raise ValueError(f"{self._files[i].path}: {len(texts[i])} ids of {self._files[i].rows} samples")
             found.append(texts[i][position - self._starts[i]])
         return found
 
@@ -175,7 +175,12 @@ class Index:
         path = self.path / FISHER
         if file_checksum(path) != self.manifest.files[FISHER]:
             raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
-        return Fisher.load(path)
+        fisher = Fisher.load(path)
+        try:
+            fisher.check(self, "fisher and index")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return fisher
 
     def save_fisher(self, fisher: Fisher) -> None:
         """Keep a Fisher matrix with the index, in place of the one before."""
@@ -344,8 +349,8 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         try:
             file.verify(shard.checksum)
             layout = file.layout()
-            if manifest.ids and len(file.texts(layout)) != shard.rows:
-                problems.append(f"{file.path}: not as many ids as samples")
+            if manifest.ids:
+                file.texts(layout)
         except ValueError as error:
             problems.append(str(error))
     return problems

@@ -155,8 +155,8 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
     runs = tuple(_run(entry) for entry in _list(body["runs"], "runs"))
-    if any(run.shards is None for run in runs[:-1]):
-        raise ValueError("a run that is not the last is not finished")
+    if not runs or any(run.shards is None for run in runs[:-1]):
+        raise ValueError("runs are none, or one that is not the last is not finished")
     about = _strings(body["about"], "about")
     return Manifest(layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about)
 

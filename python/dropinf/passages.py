@@ -80,8 +80,13 @@ def write_passages(passages: Sequence[Passage], path: str | os.PathLike[str]) ->
 
     Until it is complete and on disk the file has a temporary name in the same folder.
     """
-    rows = [{key: value for key, value in asdict(passage).items() if value is not None} for passage in passages]
-    write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_whole(Path(path), b"".join(map(passage_line, passages)))
+
+
+def passage_line(passage: Passage) -> bytes:
+    """One line of the file that `write_passages` writes."""
+    row = {key: value for key, value in asdict(passage).items() if value is not None}
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -37,6 +38,7 @@ _TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16
 _SCALED = ("float16", "int8")
 _KEY = "dropinf"
 _HASH = re.compile(r"[0-9a-f]{32}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEADER_BYTES = 1 << 26
 _WINDOW = 1 << 23
 
@@ -53,8 +55,8 @@ def is_checksum(text: object) -> bool:
 def file_checksum(path: Path) -> str:
     """Return the checksum of a file, read window by window."""
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_WINDOW))
     with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(_WINDOW, max(1, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
@@ -74,24 +76,33 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{os.strerror(error.errno or 0)}; free space and run it again: it goes on from here",
-            str(path),
-        ) from error
+        raise _unwritten(error, path, ": it goes on from here") from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
+def _unwritten(error: OSError, path: Path, then: str = "") -> OSError:
+    way_out = f"; free space and run it again{then}" if error.errno in _FULL else ""
+    return OSError(error.errno, os.strerror(error.errno or 0) + way_out, str(path))
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` once the block is done, and is nothing where it fails."""
+    """A temporary name beside `path`, which becomes `path` once the block is done, and is nothing where it fails.
+
+    Raises:
+        OSError: the disk is full, or a limit on file sizes is reached.
+    """
     final = Path(path)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
         os.replace(temporary, final)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):  # of a file that the block reads
+            raise
+        raise _unwritten(error, final) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -230,12 +241,27 @@ class ShardFile:
     codec: Codec
     rows: int
 
+    def check_size(self) -> None:
+        """Raise ValueError where there is no file that has room for so many rows."""
+        try:
+            found = self.path.stat().st_size
+        except FileNotFoundError:
+            raise self._missing() from None
+        if found < self.rows * self.codec.row_bytes:
+            raise ValueError(
+                f"{self.path}: {found} bytes, too few for {self.rows} rows; restore it, or delete it and run the same "
+                "compress again to make it"
+            )
+
+    def _missing(self) -> ValueError:
+        return ValueError(f"{self.path}: missing; restore it, or run the same compress again to make it")
+
     def verify(self, expected: str) -> None:
         """Raise ValueError unless the file's bytes have this checksum."""
         try:
             found = file_checksum(self.path)
         except FileNotFoundError:
-            raise ValueError(f"{self.path}: missing; restore it, or run the same compress again to make it") from None
+            raise self._missing() from None
         if found != expected:
             raise ValueError(
                 f"{self.path}: damaged, its bytes do not match their checksum; restore it, or delete it and run the "
@@ -262,6 +288,11 @@ class ShardFile:
             item = 4 if name == "scale" else DTYPES[self.codec.dtype].itemsize
             if found[name][1] != math.prod(shape) * item:
                 raise ValueError(f"{self.path}: its {name} take {found[name][1]} bytes, not {math.prod(shape) * item}")
+        at = start
+        for first, count in [*sorted(found.values()), (size, 0)]:
+            if first != at:
+                raise ValueError(f"{self.path}: its tensors overlap, or leave a gap")
+            at += count
         return found
 
     def window(self, layout: Mapping[str, tuple[int, int]], first: int, count: int) -> tuple[Tensor, Tensor | None]:
@@ -284,7 +315,14 @@ class ShardFile:
                     raise ValueError(f"{self.path}: it has no {name}, as the manifest says")
                 start, size = layout[name]
                 parts.append(_mapped(file.fileno(), start, size // dtype.itemsize, dtype))
-        return unpack_texts(*parts)
+        data, offsets = parts
+        edges = [0, *offsets.tolist(), len(data)]
+        if len(offsets) != self.rows + 1 or edges[1] != 0 or edges != sorted(edges) or edges[-2] != len(data):
+            raise ValueError(f"{self.path}: its id_offsets are not those of {self.rows} ids in {len(data)} bytes")
+        try:
+            return unpack_texts(data, offsets)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: its ids are not UTF-8 ({error})") from None
 
 
 def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
@@ -314,7 +352,7 @@ def read_shard_header(path: Path) -> list[int]:
         counts = json.loads(metadata[_KEY])["batches"]  # type: ignore[index]
         if counts and all(type(n) is int and n > 0 for n in counts):
             return list(counts)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         pass
     raise ValueError(f"{path}: damaged, its header is not a shard's; delete it and run it again to make it again")
 
@@ -363,7 +401,7 @@ def read_header(metadata: Mapping[str, str] | None, path: Path, expected: str) -
     try:
         header = json.loads((metadata or {})[_KEY])
         found = header["format"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         found = None
     if found != expected:
         raise ValueError(f"{path}: not a file of the kind {expected!r}")

@@ -133,16 +133,16 @@ class Writer:
         try:
             manifest = Manifest.load(self.folder)
         except FileNotFoundError:
-            self._check_empty()
+            check_free(self.folder)
             self._sweep()
             return None
         self._sweep()
         self._check_same(manifest, dtype)
         found, count = batch_checksum(first), len(self.batches) if isinstance(self.batches, Sized) else None
-        for number, run in enumerate(manifest.runs):
-            if run.first == found and (None in (count, run.batches) or count == run.batches):
-                (self.folder / PARTS).mkdir(exist_ok=True)
-                return manifest, number
+        number = find_run(manifest, found, count)
+        if number is not None:
+            (self.folder / PARTS).mkdir(exist_ok=True)
+            return manifest, number
         last = manifest.runs[-1]
         if last.shards is None:
             raise ValueError(
@@ -158,13 +158,6 @@ class Writer:
         (self.folder / PARTS).mkdir(exist_ok=True)
         return manifest, len(manifest.runs) - 1
 
-    def _check_empty(self) -> None:
-        own = {SHARDS, PARTS, SKETCH, FISHER, PASSAGES, ".lock"}
-        found = (path.name for path in self.folder.iterdir())
-        others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))
-        if others:
-            raise ValueError(f"out: {self.folder} is no index and not empty (it has {others[0]!r}); name a new folder")
-
     def _sweep(self) -> None:
         """Remove the files that a run was writing as it was killed."""
         for folder in (self.folder, self.folder / SHARDS, self.folder / PARTS):
@@ -175,12 +168,14 @@ class Writer:
     def _check_same(self, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Raise ValueError where the index is of another sketch, model or dtype."""
         way_out = "use the same model and sketch (compressor.load(folder / 'sketch.safetensors')), or another folder"
-        digest = self.compressor.digest()
+        digest, shapes = self.compressor.digest(), self._shapes()
         for layer in manifest.layers:
-            if digest.get(layer.name) != layer.digest:
+            if digest.get(layer.name) != layer.digest or shapes[layer.name] != layer.shape:
                 raise ValueError(f"out: {self.folder} was made with another sketch of layer {layer.name!r}; {way_out}")
         for name in digest.keys() - manifest.shapes.keys():
             raise ValueError(f"out: {self.folder} has no layer {name!r}; {way_out}")
+        if list(shapes) != list(manifest.shapes):
+            raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
         if manifest.model != fingerprint(self.compressor.model):
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
@@ -191,6 +186,9 @@ class Writer:
             raise ValueError(
                 f"ids: {self.folder} was begun {'with' if manifest.ids else 'without'} ids; do the same again"
             )
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: layer.stored_shape for name, layer in self.compressor.layers.items()}
 
     def _create(self, first: Any, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
@@ -208,7 +206,7 @@ class Writer:
     ) -> Manifest:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
-        shapes = {n: layer.stored_shape for n, layer in self.compressor.layers.items()}
+        shapes = self._shapes()
         sizes = [1.0] * len(shapes)
         if name == "int8":
             parts = flat.split([math.prod(s) for s in shapes.values()], 1)
@@ -406,6 +404,23 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if ranks.rank == 0:
             os.close(handle)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError where a folder without a manifest holds what is not an index's."""
+    own = {SHARDS, PARTS, SKETCH, FISHER, PASSAGES, ".lock"}
+    found = (path.name for path in folder.iterdir())
+    others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))
+    if others:
+        raise ValueError(f"out: {folder} is no index and not empty (it has {others[0]!r}); name a new folder")
+
+
+def find_run(manifest: Manifest, first: str, count: int | None) -> int | None:
+    """The number of the run whose first batch has this checksum, of as many batches where both are known; or None."""
+    for number, run in enumerate(manifest.runs):
+        if run.first == first and (None in (count, run.batches) or count == run.batches):
+            return number
+    return None
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
