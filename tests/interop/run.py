@@ -40,7 +40,7 @@ PINS = {
         "wadler_lindig==0.1.8",
     ],
     "logix": ["--ignore-requires-python", "logix-ai==0.1.1"],  # pure Python that says it needs one before 3.11
-    "quanda": ["quanda==0.5.0"],
+    "quanda": ["quanda==0.5.0", "pyarrow==25.0.1", "omegaconf==2.4.0"],
     "captum": ["captum==0.9.0"],
     "kronfluence": ["kronfluence==1.0.1"],
     "plain": ["opacus==1.6.0"],
