@@ -11,6 +11,7 @@ import fnmatch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import signature
 from typing import ClassVar, Literal, TypeVar, cast
 
 import numpy as np
@@ -119,8 +120,13 @@ class Sketch(ABC):
         return _principal(covariance, dim)
 
     def __repr__(self) -> str:
-        whiten = ", whiten=True" if self.whiten else ""
-        return f"{type(self).__name__}(dim={self.dim}{whiten}, seed={self.seed})"
+        """The call that makes it, of what is not as by default."""
+        by_default = {name: p.default for name, p in signature(type(self)).parameters.items()}
+        given = {
+            name: getattr(self, name) for name in by_default if name not in ("dim", "seed") and hasattr(self, name)
+        }
+        options = "".join(f", {name}={value!r}" for name, value in given.items() if value != by_default[name])
+        return f"{type(self).__name__}(dim={self.dim!r}{options}, seed={self.seed})"
 
 
 def whitening(statistics: Tensor) -> Tensor:

@@ -86,3 +86,24 @@ def test_more_survivors_than_energies_fill_up_evenly():
     np.testing.assert_allclose(chances, [1, 0.5, 0.5, 1])
     axis = dropinf.Dropout(3, sampling="energy").make(4, 3, "layer/in", torch.tensor([2.0, 0.0, 0.0, 1.0]))
     assert len(axis.index.unique()) == 3
+
+
+@pytest.mark.parametrize(
+    "sketch",
+    [
+        dropinf.Dropout(),
+        dropinf.Dropout((3, 4), keep=0.5, group=8, sampling="energy", whiten=True, seed=3),
+        dropinf.Dropout({"*.bias": 2, "*": (5, 6)}, rank={"*": 9}, sampling=("energy", "uniform")),
+        dropinf.Dropout(7, mode="flat", scale=True),
+        dropinf.Gaussian(3, whiten=True),
+        dropinf.PCA(4),
+        dropinf.SJLT(5, seed=1),
+        dropinf.Identity(),
+    ],
+)
+def test_what_a_sketch_prints_makes_it_again(sketch):
+    """Whoever tells sketches apart by what they print must not take two for one."""
+    again = eval(repr(sketch), vars(dropinf))
+    public = [{k: v for k, v in vars(x).items() if k[0] != "_"} for x in (again, sketch)]
+    assert public[0] == public[1]
+    assert type(again) is type(sketch)
