@@ -100,7 +100,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, final)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):  # of a file that the block reads
+        if error.errno is None or error.filename not in (None, str(temporary)):  # of a file that the block reads
             raise
         raise _unwritten(error, final) from error
     finally:
