@@ -150,6 +150,18 @@ def open_array(path: str | os.PathLike[str]) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(error, folder, ": it goes on from here") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on disk."""
     handle = os.open(folder, os.O_RDONLY)

@@ -38,6 +38,7 @@ from .storage import (
     TEMPORARY,
     checksum,
     file_checksum,
+    make_folder,
     pack_texts,
     read_shard_header,
     serialize,
@@ -141,7 +142,7 @@ class Writer:
         found, count = batch_checksum(first), len(self.batches) if isinstance(self.batches, Sized) else None
         number = find_run(manifest, found, count)
         if number is not None:
-            (self.folder / PARTS).mkdir(exist_ok=True)
+            make_folder(self.folder / PARTS)
             return manifest, number
         last = manifest.runs[-1]
         if last.shards is None:
@@ -155,7 +156,7 @@ class Writer:
             )
         manifest = replace(manifest, runs=(*manifest.runs, Run(found, count, last.shard_batches)))
         manifest.save(self.folder)
-        (self.folder / PARTS).mkdir(exist_ok=True)
+        make_folder(self.folder / PARTS)
         return manifest, len(manifest.runs) - 1
 
     def _sweep(self) -> None:
@@ -222,8 +223,8 @@ class Writer:
         for kept in (SKETCH, PASSAGES):
             if (self.folder / kept).exists():
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))
-        (self.folder / SHARDS).mkdir(exist_ok=True)
-        (self.folder / PARTS).mkdir(exist_ok=True)
+        make_folder(self.folder / SHARDS)
+        make_folder(self.folder / PARTS)
         manifest = replace(manifest, runs=(Run(batch_checksum(first), count, a_shard),))
         manifest.save(self.folder)
         return manifest
@@ -387,7 +388,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Keep other runs out of the folder; whatever ends this one lets go of it."""
 
     def acquire() -> int:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
