@@ -50,8 +50,8 @@ class Rows(list):
 
 
 def text(start, stop, length=32):
-    """Passages of this repository's README, as bytes."""
-    letters = torch.tensor(list((ROOT / "README.md").read_bytes())).clamp(max=127)
+    """Passages of this repository's LICENSE, as bytes."""
+    letters = torch.tensor(list((ROOT / "LICENSE").read_bytes())).clamp(max=127)
     return Rows({"input_ids": row, "labels": row} for row in letters.split(length)[start:stop])
 
 
