@@ -18,7 +18,10 @@ def test_memory_stays_under_the_budget(dtype, rows, tmp_path):
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("the peak of a process is reset through /proc/self/clear_refs, which this system does not have")
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path), str(BUDGET), str(rows), dtype], capture_output=True, text=True
+        [sys.executable, str(WORKER), str(tmp_path), str(BUDGET), str(rows), dtype],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},  # glibc gives back what is freed: no job reuses another's
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = {name: int(value) for name, value in (line.rsplit(" ", 1) for line in done.stdout.splitlines())}
@@ -28,5 +31,4 @@ def test_memory_stays_under_the_budget(dtype, rows, tmp_path):
     assert found.pop("compress") < 3 * (64 << 20)  # a shard, as it is written
     assert found.keys() == {"score", "cosine", "relative", "self-influence", "fisher", "whitened"}
     for name, peak in found.items():
-        assert peak < BUDGET, f"{name} took {peak >> 20} MiB"
-    assert max(found.values()) > BUDGET // 16  # what is measured is there at all
+        assert BUDGET // 16 < peak < BUDGET, f"{name} took {peak >> 20} MiB"  # more than 2: it is measured at all
