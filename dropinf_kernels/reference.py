@@ -131,9 +131,9 @@ def compress_norm(
 ) -> Tensor:
     check_norm(a, g, index, weight, group, cu_seqlens)
     dtype = accumulator(a, g)
-    if a is not None and index is not None and index.shape[0] == 1:
-        # One survivor per output: the product needs the kept columns alone.
-        a, g = gather_columns(a, index[0], group), gather_columns(g, index[0], group)
+    if index is not None and index.shape[0] == 1:
+        # One survivor per output: the sum needs the kept columns alone.
+        a, g = None if a is None else gather_columns(a, index[0], group), gather_columns(g, index[0], group)
         total = _sum_products(a, g, cu_seqlens, dtype)
         return total if weight is None else total.mul_(weight[0].to(dtype))
     # The sketch is linear: applied to the sum, it sees N rows instead of N * T.

@@ -94,6 +94,8 @@ class Axis:
     def to(self, device: torch.device) -> Axis:
         """The same sketch with its tables on ``device``."""
         tables = {name: table.to(device) for name, table in self.tensors().items()}
+        if all(tables[name] is table for name, table in self.tensors().items()):
+            return self
         return Axis(self.size, tables.get("index"), tables.get("weight"), tables.get("matrix"), self.group)
 
     def tensors(self) -> dict[str, Tensor]:

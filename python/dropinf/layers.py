@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -60,8 +61,28 @@ class Layer:
         flat = gradient.reshape(len(gradient), self.shape[0] if self.shape else 1, -1)
         return flat.mT if self.transposed else flat
 
+    @property
+    def is_gather(self) -> bool:
+        """Plain dropout: each stored value is one entry of the gradient."""
+        return all(axis.is_gather for axis in (self.out_axis, self.in_axis) if axis is not None)
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """Where a gather finds what is stored in the flattened parameter, int64 [k]."""
+        rows, columns = self.matrix_shape
+        assert self.out_axis.index is not None
+        index = self.out_axis.index[0].long()
+        if self.in_axis is None:
+            return (index % columns) * rows + index // columns if self.transposed else index
+        assert self.in_axis.index is not None
+        others = self.in_axis.index[0].long()
+        found = others * rows + index[:, None] if self.transposed else index[:, None] * columns + others
+        return found.flatten()
+
     def compress_exact(self, gradient: Tensor) -> Tensor:
         """Sketch a whole per-sample gradient [N, *shape] -> [N, *stored_shape]."""
+        if self.is_gather:
+            return gradient.flatten(1).index_select(1, self.entries).view(-1, *self.stored_shape)
         matrix = self.as_matrix(gradient)
         if self.in_axis is None:
             return self.out_axis.apply(matrix.reshape(len(matrix), -1))
@@ -69,8 +90,10 @@ class Layer:
 
     def to(self, device: torch.device) -> Layer:
         """The plan with its tables on ``device``."""
-        in_axis = None if self.in_axis is None else self.in_axis.to(device)
-        return replace(self, out_axis=self.out_axis.to(device), in_axis=in_axis)
+        out_axis, in_axis = self.out_axis.to(device), None if self.in_axis is None else self.in_axis.to(device)
+        if out_axis is self.out_axis and in_axis is self.in_axis:
+            return self
+        return replace(self, out_axis=out_axis, in_axis=in_axis)
 
 
 def matrix_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:

@@ -19,7 +19,7 @@ def test_memory_stays_under_the_budget(dtype, rows, tmp_path):
         pytest.skip("the peak of a process is reset through /proc/self/clear_refs, which this system does not have")
     done = subprocess.run(
         [sys.executable, str(WORKER), str(tmp_path), str(BUDGET), str(rows), dtype],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},  # glibc gives back what is freed: no job reuses another's
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},  # glibc gives back what a job freed before the next
         capture_output=True,
         text=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import pytest
+import torch
+
+Job = Callable[[], object]
 
 
 @pytest.fixture
@@ -27,19 +31,38 @@ def record(request):
     return add
 
 
-@pytest.fixture
-def race():
-    """Time two jobs in turns: (median seconds of the first, of the second)."""
-
-    def run(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 5) -> tuple[float, float]:
-        times: tuple[list[float], list[float]] = ([], [])
-        for job in (ours, theirs):
+def race(jobs: tuple[Job, Job], rounds: int) -> list[float]:
+    """Median seconds of two jobs that run in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for job in jobs:
+        job()
+    for _ in range(rounds):
+        for job, found in zip(jobs, times, strict=True):
+            start = time.perf_counter()
             job()
-        for _ in range(rounds):
-            for job, found in zip((ours, theirs), times, strict=True):
-                start = time.perf_counter()
-                job()
-                found.append(time.perf_counter() - start)
-        return statistics.median(times[0]), statistics.median(times[1])
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in times]
+
+
+def peak_mb(job: Job) -> float:
+    """The most that torch holds at a time of what a job allocates."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        job()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return float(sizes.cumsum(0).max()) / 1e6
+
+
+@pytest.fixture
+def compare(record):
+    """Time two jobs and measure their memory, record a row, return it."""
+
+    def run(package: str, what: str, ours: Job, theirs: Job, rounds: int = 5, **found: object) -> dict[str, object]:
+        seconds, their_seconds = race((ours, theirs), rounds)
+        found |= {"seconds": seconds, "theirs": their_seconds, "factor": their_seconds / seconds}
+        found |= {"peak_mb": peak_mb(ours), "their_peak_mb": peak_mb(theirs)}
+        record(package, what, **found)
+        return found
 
     return run

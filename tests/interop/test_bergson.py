@@ -440,17 +440,8 @@ def test_what_does_not_go_together_is_one_line(tmp_path):
         kl.compress([data[:]])
 
 
-def peak_mb(job):
-    """The most that torch allocates during a job, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
-
-
 @pytest.mark.parametrize("dim", [16, 64])
-def test_speed_and_memory_beside_its_projections(dim, record, race, tmp_path):
+def test_speed_and_memory_beside_its_projections(dim, compare, tmp_path):
     """Its collection of one batch, and its hooks alone, on a Llama layer of realistic width."""
     model = make_model(
         dtype=torch.float32, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1, num_attention_heads=8
@@ -488,15 +479,6 @@ def test_speed_and_memory_beside_its_projections(dim, record, race, tmp_path):
         if "Adam" in name:
             for processor in processors:
                 processor.normalizers = {"layers.0.mlp.up_proj": AdamNormalizer(torch.rand(2816, 1024))}
-        seconds, their_seconds = race(job(ours), job(theirs), rounds=11)
-        record(
-            "bergson",
-            f"{what} {name}",
-            seconds=seconds,
-            theirs=their_seconds,
-            factor=their_seconds / seconds,
-            peak_mb=peak_mb(job(ours)),
-            their_peak_mb=peak_mb(job(theirs)),
-        )
+        compare("bergson", f"{what} {name}", job(ours), job(theirs), rounds=11)
     want = compressor.compress([data[:]])
     assert error_of(torch.cat([ours.gradients[n] for n in ours.plans], 1), want.flat) < 1e-4

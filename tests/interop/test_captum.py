@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import importlib.metadata
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -251,21 +248,6 @@ def sequences(n, length, classes=10):
     return TensorDataset(torch.randn(n, length, 512), torch.randint(classes, (n,)))
 
 
-def status(field):
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def peak(job):
-    """MiB that the process grew by, at most, while the job ran."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    job()
-    return status("VmHWM") - before
-
-
 class Kept(NearestNeighbors):
     """In the place of captum's default, which needs a package of its own and builds trees: rows are kept as they are."""
 
@@ -276,14 +258,7 @@ class Kept(NearestNeighbors):
         raise NotImplementedError
 
 
-def compare(record, race, what, ours, theirs, rounds=5, **found):
-    seconds, their_seconds = race(ours, theirs, rounds)
-    found |= {"seconds": seconds, "theirs": their_seconds, "factor": their_seconds / seconds}
-    record("captum", what, **found, peak_mb=peak(ours), their_peak_mb=peak(theirs))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_beside_tracin(race, record):
+def test_beside_tracin(compare):
     torch.manual_seed(0)
     model, train = Pooled(), sequences(32, 64)
     query = tuple(t[:8] for t in train.tensors)
@@ -299,11 +274,10 @@ def test_beside_tracin(race, record):
 
     assert torch.corrcoef(torch.stack([ours().flatten(), theirs().flatten()]))[0, 1] > 0.9
     what = "constructor and influence of 8 queries; 512-1024-512, 32 x 64 positions; mask 64x64 against TracInCP, its fast route"
-    compare(record, race, what, ours, theirs)
+    compare("captum", what, ours, theirs)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_beside_random_projections_of_equal_size(race, record):
+def test_beside_random_projections_of_equal_size(compare):
     torch.manual_seed(0)
     model, train = Pooled(classes=1000, last=1024), sequences(256, 8, 1000)
     arguments = {"checkpoints_load_func": lambda *_: 1.0, "batch_size": 64}
@@ -325,11 +299,10 @@ def test_beside_random_projections_of_equal_size(race, record):
     error = close(ours(wide, dropinf.Identity()), theirs(wide, None))
     model.float()
     what = "last layer 1024-1000, 256 samples, 1024 values each: mask 32x32 against TracInCPFastRandProj"
-    compare(record, race, what, ours, theirs, agreement=error)
+    compare("captum", what, ours, theirs, agreement=error)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_beside_arnoldi_of_equal_size(race, record):
+def test_beside_arnoldi_of_equal_size(compare):
     torch.manual_seed(0)
     model, train = Pooled(), sequences(32, 16)
     query = tuple(t[:8] for t in train.tensors)
@@ -347,7 +320,7 @@ def test_beside_arnoldi_of_equal_size(race, record):
         return made.influence(query)
 
     what = "constructor and influence of 8 queries; 512-1024-512, 32 x 16 positions, 16 values each: mask 2x2 against Arnoldi of 16 steps"
-    compare(record, race, what, ours, theirs, rounds=3)
+    compare("captum", what, ours, theirs, rounds=3)
 
 
 def test_versions_and_layers_are_refused_in_one_line(trained, monkeypatch):

@@ -283,21 +283,6 @@ def test_finds_flipped_labels_as_in_dattris_example(record):
         )
 
 
-def peak_mb(job):
-    """The most that torch allocates during a job, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
-
-
-def compare(record, race, what, ours, theirs, rounds=5, **found):
-    seconds, their_seconds = race(ours, theirs, rounds)
-    found |= {"seconds": seconds, "theirs": their_seconds, "factor": their_seconds / seconds}
-    record("dattri", what, **found, peak_mb=peak_mb(ours), their_peak_mb=peak_mb(theirs))
-
-
 class Pooled(nn.Module):
     """[N, T, 512] -> [N, 512]."""
 
@@ -316,7 +301,7 @@ def projections(kind, dim):
 
 @pytest.mark.parametrize("kind", ["random_mask", "normal"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_beside_its_projections_of_equal_size(bias, kind, race, record):
+def test_beside_its_projections_of_equal_size(bias, kind, compare):
     torch.manual_seed(0)
     model = Pooled(bias).eval()
     train = DataLoader(TensorDataset(torch.randn(16, 128, 512), torch.randint(512, (16,))), 8)
@@ -337,11 +322,11 @@ def test_beside_its_projections_of_equal_size(bias, kind, race, record):
     for name in ("ours", "runs"):
         what = f"cache(), 512-2048-512 {'with biases' if bias else 'without biases'}, 16 x 128 positions: mask 64x64"
         what += f"{', runs of 16,' if name == 'runs' else ''} against {kind}"
-        compare(record, race, what, lambda n=name: made[n].cache(train), lambda: made["theirs"].cache(train), 9)
+        compare("dattri", what, lambda n=name: made[n].cache(train), lambda: made["theirs"].cache(train), 9)
 
 
 @pytest.mark.parametrize("kind", ["random_mask", "normal"])
-def test_compression_alone_beside_its_compressor(kind, race, record):
+def test_compression_alone_beside_its_compressor(kind, compare):
     """Of one layer, 512 -> 2048 with a bias, on the same inputs and output gradients."""
     torch.manual_seed(0)
     model = Pooled(True).eval()
@@ -365,13 +350,11 @@ def test_compression_alone_beside_its_compressor(kind, race, record):
         wanted = [plans["up"].compress_exact(rows).flatten(1), plans["up.bias"].compress_exact(8 * g.sum(1))]
         close(ours(), torch.cat(wanted, 1))
         name = f"mask 64x64{', runs of 16,' if sketch.group > 1 else ''}"
-        compare(
-            record, race, f"compression alone, 512-2048, 8 x 256 positions: {name} against {kind}", ours, theirs, 15
-        )
+        compare("dattri", f"compression alone, 512-2048, 8 x 256 positions: {name} against {kind}", ours, theirs, 15)
 
 
 @pytest.mark.parametrize("kind", ["random_mask", "normal"])
-def test_trak_beside_its_projections_of_equal_size(kind, race, record):
+def test_trak_beside_its_projections_of_equal_size(kind, compare):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
@@ -388,7 +371,7 @@ def test_trak_beside_its_projections_of_equal_size(kind, race, record):
         assert attributor.inv_XTX_XT_list[0].shape == (size, 32)
         assert attributor.attribute(query).shape == (32, 16)
     what = f"TRAK, cache(), MLP 64-512-512-10, 32 samples, {size} values: mask 8x8 against {kind}"
-    compare(record, race, what, lambda: ours.cache(train), lambda: theirs.cache(train), 3)
+    compare("dattri", what, lambda: ours.cache(train), lambda: theirs.cache(train), 3)
 
 
 class Tied(nn.Module):

@@ -379,21 +379,6 @@ class Pooled(nn.Module):
         return self.down(F.gelu(self.up(x))).mean(1)
 
 
-def peak_mb(job):
-    """The most that torch allocates during a job, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
-
-
-def compare(record, race, what, ours, theirs, rounds, **found):
-    seconds, their_seconds = race(ours, theirs, rounds)
-    found |= {"seconds": seconds, "theirs": their_seconds, "factor": their_seconds / seconds}
-    record("dattri-llm", what, **found, peak_mb=peak_mb(ours), their_peak_mb=peak_mb(theirs))
-
-
 THEIRS = {
     "logra": {"style": "logra", "proj_dim": 64},
     "mask": {"style": "mask", "proj_dim": 64 * 65},
@@ -401,7 +386,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("style", THEIRS)
-def test_capture_beside_its_projections_of_equal_size(style, race, record):
+def test_capture_beside_its_projections_of_equal_size(style, compare):
     torch.manual_seed(0)
     model, x, y = Pooled(), torch.randn(8, 128, 512), torch.randint(512, (8,))
 
@@ -430,11 +415,11 @@ def test_capture_beside_its_projections_of_equal_size(style, race, record):
             close(found[name].unflatten(1, (64, 65))[:, :, :64], wanted[name])
         name = f"mask 64x64{', runs of 16,' if sketch.group > 1 else ''}"
         what = f"forward, backward and capture, 512-2048-512, 8 x 128 positions: {name} against {style} of equal size"
-        compare(record, race, what, ours, theirs, 9)
+        compare("dattri-llm", what, ours, theirs, 9)
 
 
 @pytest.mark.parametrize("style", THEIRS)
-def test_projection_alone_beside_its_own(style, race, record):
+def test_projection_alone_beside_its_own(style, compare):
     """Of one layer, 512 -> 2048 with a bias, on the same inputs and output gradients."""
     torch.manual_seed(0)
     model, x, g = Pooled(), torch.randn(8, 128, 512), torch.randn(8, 128, 2048)
@@ -464,7 +449,7 @@ def test_projection_alone_beside_its_own(style, race, record):
         close(ours(), wanted.flatten(1))
         name = f"mask 64x64{', runs of 16,' if sketch.group > 1 else ''}"
         what = f"projection alone, 512-2048, 8 x 128 positions: {name} against {style} of equal size"
-        compare(record, race, what, ours, theirs, 9)
+        compare("dattri-llm", what, ours, theirs, 9)
 
 
 def test_other_layers_are_refused_in_one_line(trained):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import importlib.metadata
 import importlib.util
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dropinf
-from dropinf.interop.kronfluence import CompressGradients, pairwise_scores, prepare_model
+from bench.fidelity.kronfluence_reference import pairwise_scores
+from dropinf.interop.kronfluence import CompressGradients, prepare_model
 
 gc.collect()
 gc.freeze()  # kronfluence collects garbage at every step: seconds, beside all that is imported here
@@ -291,22 +290,6 @@ class Pooled(nn.Module):
         return self.head(torch.relu(self.down(torch.relu(self.up(x)))).mean(1))
 
 
-def status(field):
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def peak(job):
-    """MiB that the process grew by, at most, while the job ran."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    job()
-    return status("VmHWM") - before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize(
     "case",
     [
@@ -315,7 +298,7 @@ def peak(job):
         "its own EK-FAC, mask 64x64, against query gradients of rank 3",
     ],
 )
-def test_beside_whole_gradients(race, record, case):
+def test_beside_whole_gradients(compare, case):
     torch.manual_seed(0)
     model, train = Pooled().eval(), (torch.randn(64, 32, 512), torch.randint(10, (64,)))
     query = tuple(t[:8] for t in train)
@@ -334,15 +317,12 @@ def test_beside_whole_gradients(race, record, case):
         return dropinf.score(compressor.compress([query]), c, dropinf.build_fisher(c, "kronecker", 0.1))
 
     assert ours().shape == (8, 64)
-    seconds, their_seconds = race(ours, theirs, 3)
-    record(
+    compare(
         "kronfluence",
         f"factors and scores of 8; 512-1024-512-10, 64 x 32 positions: {case}",
-        seconds=seconds,
-        theirs=their_seconds,
-        factor=their_seconds / seconds,
-        peak_mb=peak(ours),
-        their_peak_mb=peak(theirs),
+        ours,
+        theirs,
+        rounds=3,
     )
 
 

@@ -388,17 +388,8 @@ def test_wrong_version_and_missing_package_are_one_line(monkeypatch):
         importlib.reload(adapter)
 
 
-def peak_mb(job):
-    """The most that torch allocates during a job, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
-
-
 @pytest.mark.parametrize("dim", [16, 64, 256])
-def test_speed_and_memory_beside_its_lora(dim, record, race):
+def test_speed_and_memory_beside_its_lora(dim, compare):
     class Pooled(nn.Sequential):
         def forward(self, x):
             return super().forward(x).mean(1)
@@ -422,15 +413,11 @@ def test_speed_and_memory_beside_its_lora(dim, record, race):
         return job
 
     jobs = step(ours, models[0]), step(theirs, models[1])
-    seconds, their_seconds = race(*jobs, rounds=7)
-    record(
+    compare(
         "logix-ai",
         f"768 -> 3072 -> 768, 8 x 128 positions, mask {dim}x{dim} against LoGra",
-        seconds=seconds,
-        theirs=their_seconds,
-        factor=their_seconds / seconds,
-        peak_mb=peak_mb(jobs[0]),
-        their_peak_mb=peak_mb(jobs[1]),
+        *jobs,
+        rounds=7,
     )
     want = dropinf.Compressor(model, dropinf.Dropout(dim), loss_fn, layers=["0.weight", "2.weight"]).compress([(x, y)])
     got = ours.get_log()[1]

@@ -104,17 +104,8 @@ def test_compressed_gradients_equal_the_compressors(route, mode):
         )
 
 
-def peak_mb(job):
-    """The most that torch allocates during a job, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
-
-
 @pytest.mark.parametrize("route", ROUTES)
-def test_speed_and_memory_beside_whole_gradients(route, record, race):
+def test_speed_and_memory_beside_whole_gradients(route, compare):
     torch.manual_seed(0)
 
     class Pooled(nn.Sequential):
@@ -133,14 +124,10 @@ def test_speed_and_memory_beside_whole_gradients(route, record, race):
     got, want = ours(), theirs()
     error = max(float((got[n] - want[n]).abs().max() / want[n].abs().max()) for n in want)
     assert error < 1e-5
-    seconds, their_seconds = race(ours, theirs)
-    record(
+    compare(
         "opacus",
         f"768 -> 3072 -> 768, 8 x 128 positions, runs of 16, k 64: Compressor against {route} and a gather",
+        ours,
+        theirs,
         agreement=error,
-        seconds=seconds,
-        theirs=their_seconds,
-        factor=their_seconds / seconds,
-        peak_mb=peak_mb(ours),
-        their_peak_mb=peak_mb(theirs),
     )

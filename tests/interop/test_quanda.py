@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import importlib.metadata
 import importlib.util
-import sys
 from pathlib import Path
 
 import datasets
@@ -210,26 +207,10 @@ class Pooled(nn.Module):
         return self.head(torch.relu(self.down(torch.relu(self.up(x)))).mean(1))
 
 
-def status(field):
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def peak(job):
-    """MiB that the process grew by, at most, while the job ran."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    job()
-    return status("VmHWM") - before
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("other", ["TRAK", "CaptumTracInCP", "Kronfluence"])
-def test_beside_quandas_wrappers(race, record, tmp_path, other):
+def test_beside_quandas_wrappers(compare, tmp_path, other):
     torch.manual_seed(0)
     model, train = Pooled().eval(), TensorDataset(torch.randn(32, 32, 512), torch.randint(10, (32,)))
     query = tuple(t[:8] for t in train.tensors)
@@ -254,21 +235,18 @@ def test_beside_quandas_wrappers(race, record, tmp_path, other):
         )
 
     theirs = {"TRAK": trak, "CaptumTracInCP": tracin, "Kronfluence": kronfluence}[other]
-    seconds, their_seconds = race(ours, theirs, 3 if other == "CaptumTracInCP" else 1)
     same = ", of the same size" if other == "TRAK" else ""
-    record(
+    compare(
         "quanda",
         f"constructor and explain of 8; 512-1024-512-10, 32 x 32 positions; mask 8x8, 216 values, against {other}{same}",
-        seconds=seconds,
-        theirs=their_seconds,
-        factor=their_seconds / seconds,
-        peak_mb=peak(ours),
-        their_peak_mb=peak(theirs),
+        ours,
+        theirs,
+        rounds=3 if other == "CaptumTracInCP" else 1,
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_self_influence_needs_no_second_pass(trained, race, record, tmp_path):
+def test_self_influence_needs_no_second_pass(trained, compare, tmp_path):
     made = dict(explainers(trained, tmp_path))
     ours, trak = (next(e for name, e in made.items() if name.startswith(start)) for start in ("mask", "TRAK"))
     calls = []
@@ -281,9 +259,8 @@ def test_self_influence_needs_no_second_pass(trained, race, record, tmp_path):
         trak.__dict__.pop("_self_influence_cache", None)
         return trak.self_influence(batch_size=64)
 
-    seconds, their_seconds = race(ours.self_influence, theirs)
     what = "self-influence of 300 digits, 144 values each: mask 8x8 against TRAK"
-    record("quanda", what, seconds=seconds, theirs=their_seconds, factor=their_seconds / seconds)
+    compare("quanda", what, ours.self_influence, theirs)
 
 
 def test_versions_tasks_and_layers_are_refused_in_one_line(trained, monkeypatch):

@@ -183,15 +183,6 @@ def test_finds_the_images_of_the_same_digit(trained, fused, tmp_path, record):
     record("traker", f"{what} (BasicProjector: {shares[1]:.2f})", agreement=shares[0])
 
 
-def peak_mb(job):
-    """The most that torch allocates during a job, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
-
-
 class Pooled(nn.Module):
     """[N, T, 512] -> [N, 10]."""
 
@@ -204,7 +195,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_beside_its_projector_of_equal_size(half, race, record, tmp_path):
+def test_beside_its_projector_of_equal_size(half, compare, tmp_path):
     torch.manual_seed(0)
     model = Pooled().eval()
     batch = torch.randn(8, 64, 512), torch.randint(10, (8,))
@@ -229,14 +220,10 @@ def test_beside_its_projector_of_equal_size(half, race, record, tmp_path):
         ours, job = made(name, projector, **options)
         job()
         error = close(stored(ours).float(), wanted, 2e-3 if half else 1e-5)
-        peaks = {"peak_mb": peak_mb(job), "their_peak_mb": peak_mb(their_job)}
-        whole_mb = 8 * 4 * projector.grad_dim / 1e6
-        assert name == "projector" or peaks["peak_mb"] < whole_mb / 3
-        seconds, their_seconds = race(job, their_job, 2)
         what = f"featurize(), {'float16' if half else 'float32'}, 512-1024-512-10, 8 x 64 positions, "
         what += f"{projector.proj_dim} values: mask 8x8, {name}, against BasicProjector"
-        found = {"seconds": seconds, "theirs": their_seconds, "factor": their_seconds / seconds}
-        record("traker", what, agreement=error, **found, **peaks)
+        found = compare("traker", what, job, their_job, 2, agreement=error)
+        assert name == "projector" or found["peak_mb"] < 8 * 4 * projector.grad_dim / 1e6 / 3
 
 
 def test_a_folder_of_another_mask_is_refused_by_trak(trained, tmp_path):

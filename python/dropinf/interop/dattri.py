@@ -33,27 +33,12 @@ from ..layers import Layer, clean_name
 from ..sketch import Sketch
 from ..uses import LinearUse, Samples
 from . import require
+from ._dattri_flat import TracInAttributor, TRAKAttributor, check_options, make_compressor
 
 _block: Any = require("dattri.algorithm.block_projected_if.block_projected_if", "dattri", "0.3.0")
 _hook: Any = import_module("dattri.algorithm.block_projected_if.core.hook")
-_trak: Any = import_module("dattri.algorithm.trak")
-_tracin: Any = import_module("dattri.algorithm.tracin")
 
-
-def _compressor(model: nn.Module, sketch: Sketch | Compressor, layers: Sequence[str] | None) -> Compressor:
-    if isinstance(sketch, Compressor):
-        return sketch
-    return Compressor(model, sketch, _no_loss, layers=layers)
-
-
-def _no_loss(*_: Any) -> Tensor:
-    raise RuntimeError("this compressor has no loss: dattri's task has it; make another with dropinf.Compressor")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("sparsifier_kwargs", "projector_kwargs"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name} is {options[name]!r}; the sketch takes its place: leave it out")
+__all__ = ["BlockProjectedIFAttributor", "TRAKAttributor", "TracInAttributor"]
 
 
 class _Use(LinearUse):
@@ -127,9 +112,9 @@ class BlockProjectedIFAttributor(_block.BlockProjectedIFAttributor):
     """dattri's, of gradients that are compressed as they are formed."""
 
     def __init__(self, *args: Any, sketch: Sketch | Compressor, **options: Any) -> None:
-        _check_options(options)
+        check_options(options)
         super().__init__(*args, **options)
-        self.compressor = _compressor(self.model, sketch, self.layer_names)
+        self.compressor = make_compressor(self.model, sketch, self.layer_names)
         plans = {plan.parameter: plan for plan in self.compressor.layers.values()}
         self.compressors = [self._use(name, plans) for name in self.layer_names]
 
@@ -156,63 +141,3 @@ class BlockProjectedIFAttributor(_block.BlockProjectedIFAttributor):
             return run(loader)
         finally:
             manager.remove_hooks()
-
-
-class _Task:
-    """dattri's task, whose flattened gradients [N, P] come out compressed, [N, K]."""
-
-    def __init__(self, task: Any, compressor: Compressor, layer_name: Sequence[str] | None, device: Any) -> None:
-        sizes = {name: p.numel() for name, p in task.get_model().named_parameters() if p.requires_grad}
-        names = list(sizes) if layer_name is None else layer_name
-        plans = {plan.parameter: plan.to(torch.device(device)) for plan in compressor.layers.values()}
-        missing = next((name for name in names if clean_name(name) not in plans), None)
-        if missing is not None:
-            raise ValueError(f"layer_name: {missing} is not a parameter that the compressor tracks; leave it out")
-        self._task, self._plans = task, [plans[clean_name(name)] for name in names]
-        self._sizes = [sizes[name] for name in names]
-        self._index: Tensor | None = None
-        if all(axis.is_gather for plan in self._plans for axis in (plan.out_axis, plan.in_axis) if axis is not None):
-            places = torch.arange(sum(self._sizes), dtype=torch.float64, device=device)[None]
-            self._index = self._compress(places)[0].long()  # what a mask keeps of a vector that counts
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def get_grad_loss_func(self, *args: Any, **options: Any) -> Callable[..., Tensor]:
-        """dattri's, compressed."""
-        return self._compressed(self._task.get_grad_loss_func(*args, **options))
-
-    def get_grad_target_func(self, *args: Any, **options: Any) -> Callable[..., Tensor]:
-        """dattri's, compressed."""
-        return self._compressed(self._task.get_grad_target_func(*args, **options))
-
-    def _compressed(self, gradients: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args: self._compress(gradients(*args))
-
-    def _compress(self, g: Tensor) -> Tensor:
-        if self._index is not None:
-            return g.index_select(1, self._index)
-        parts = zip(self._plans, g.split(self._sizes, 1), strict=True)
-        return torch.cat([plan.compress_exact(part.view(-1, *plan.shape)).flatten(1) for plan, part in parts], 1)
-
-
-class _Projected:
-    """An attributor of projected gradients, on those that `_Task` compresses."""
-
-    def __init__(self, task: Any, *args: Any, sketch: Sketch | Compressor, **options: Any) -> None:
-        _check_options(options)
-        names, device = options.get("layer_name"), options.get("device", "cpu")
-        names = [names] if isinstance(names, str) else names
-        self.compressor = _compressor(task.get_model(), sketch, names)
-        made = _Task(task, self.compressor, names, device)
-        super().__init__(made, *args, **{**options, "layer_name": names})  # type: ignore[call-arg]
-        # Not by its argument, with which dattri changes the default of every later attributor.
-        self.projector_kwargs = {"proj_dim": 1, "proj_max_batch_size": 8, "proj_type": "identity", "device": device}
-
-
-class TRAKAttributor(_Projected, _trak.TRAKAttributor):
-    """dattri's, of compressed gradients. A mask may keep entries that are always zero: ``regularization`` is needed."""
-
-
-class TracInAttributor(_Projected, _tracin.TracInAttributor):
-    """dattri's, of compressed gradients: TracIn, Grad-Dot and, with ``normalized_grad``, Grad-Cos."""

@@ -1,4 +1,4 @@
-"""kronfluence: its factors and scores on compressed gradients, and its scores as a reference.
+"""kronfluence's factors and scores on compressed gradients.
 
 `prepare_model` takes the place of kronfluence's: what its hooks find is sketched first. So covariances, eigenvectors,
 eigenvalues, query gradients and scores are of the compressed space, in every strategy. It reaches into kronfluence's
@@ -13,17 +13,13 @@ whole there, so it is for the strategies that have none: "identity" and "diagona
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
 
 from ..axis import Axis
-from ..exact import LossFn
 from ..layers import Layer, matrix_shape
 from ..sketch import Sketch
 from . import require
@@ -134,58 +130,6 @@ class CompressGradients:
         parts = gradient.split([layer.in_axis.size, gradient.shape[2] - layer.in_axis.size], 2)
         columns = torch.cat([layer.in_axis.apply(parts[0]), parts[1]], 2)
         return layer.out_axis.apply(columns.mT).mT
-
-
-def pairwise_scores(
-    model: nn.Module,
-    loss_fn: LossFn,
-    train: Dataset[Any] | Sequence[Tensor],
-    query: Dataset[Any] | Sequence[Tensor],
-    *,
-    strategy: Literal["identity", "diagonal", "kfac", "ekfac"] = "ekfac",
-    damping: float | None = None,
-    sketch: Plan | None = None,
-    batch_size: int = 32,
-) -> Tensor:
-    """kronfluence's scores [Q, N], under the empirical Fisher matrix; positive: training on n lowers the query's loss.
-
-    Args:
-        loss_fn: `(model, batch) -> losses [n]`, as dropinf takes it.
-        train: a dataset, or the tensors of one; `query` likewise.
-        damping: added to the eigenvalues; None: 0.1 of their mean in each module, which is dropinf's `damping=0.1`.
-        sketch: as `prepare_model` takes it; None: whole gradients.
-
-    The model is copied. Its dtype, at least float32, is that of every step.
-    """
-
-    class Losses(_kronfluence.Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:  # noqa: ARG002
-            return loss_fn(model, batch).sum()
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return loss_fn(model, batch).sum()
-
-    model, task = copy.deepcopy(model), Losses()
-    first = next(model.parameters())
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    model = _kronfluence.prepare_model(model, task) if sketch is None else prepare_model(model, task, sketch)
-    factor_args = _kronfluence.FactorArguments(
-        strategy=strategy, use_empirical_fisher=True, covariance_max_examples=None, lambda_max_examples=None
-    )
-    score_args = _kronfluence.ScoreArguments(damping_factor=damping)
-    for arguments in (factor_args, score_args):
-        for name in vars(arguments):
-            if name.endswith("_dtype") and name not in ("amp_dtype", "eigendecomposition_dtype"):
-                setattr(arguments, name, dtype)
-    train, query = (TensorDataset(*data) if isinstance(data, list | tuple) else data for data in (train, query))
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"cpu": first.device.type == "cpu", "disable_tqdm": True, "output_dir": folder}
-        analyzer = _kronfluence.Analyzer("dropinf", model, task, **options)
-        analyzer.fit_all_factors("factors", train, per_device_batch_size=batch_size, factor_args=factor_args)
-        batches = {"per_device_query_batch_size": batch_size, "per_device_train_batch_size": batch_size}
-        analyzer.compute_pairwise_scores("scores", "factors", query, train, **batches, score_args=score_args)
-        scores: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
-    return scores
 
 
 def _axes(sketch: Plan, name: str, weight: Tensor) -> tuple[Axis, Axis]:

@@ -61,7 +61,6 @@ class Projector(_projectors.AbstractProjector):
             self.compressor = Compressor(model, sketch, self._losses, layers=chosen)
         self.plans = list(self.compressor.layers.values())
         self._sizes = {clean_name(name): p.numel() for name, p in unwrap(model).named_parameters()}
-        self._indices: dict[str, Tensor] = {}
         total = sum(size for name, size in self._sizes.items() if chosen is None or name in chosen)
         self.scale = math.sqrt(total) if scale is None else scale
         found = hashlib.blake2b(f"{sorted(self.compressor.digest().items())} {self.scale}".encode(), digest_size=8)
@@ -83,6 +82,8 @@ class Projector(_projectors.AbstractProjector):
                 parts = grads.split(list(self._sizes.values()), 1)
                 grads = dict(zip(self._sizes, parts, strict=True))
             by_name = {clean_name(name): g for name, g in grads.items()}
+            device = next(iter(grads.values())).device
+            self.plans = [plan.to(device) for plan in self.plans]
             rows = torch.cat([self._compress(plan, by_name) for plan in self.plans], 1)
         return rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.scale
 
@@ -90,15 +91,7 @@ class Projector(_projectors.AbstractProjector):
         if plan.parameter not in grads:
             raise ValueError(f"grads have no {plan.parameter}; give the projector TRAKer's grad_wrt")
         g = grads[plan.parameter].detach()
-        g = g.reshape(len(g), *plan.shape)
-        if not all(axis.is_gather for axis in (plan.out_axis, plan.in_axis) if axis is not None):
-            return plan.to(g.device).compress_exact(g).flatten(1)
-        index = self._indices.get(plan.name)
-        if index is None or index.device != g.device:
-            places = torch.arange(math.prod(plan.shape), dtype=torch.float64).view(1, *plan.shape)
-            index = plan.compress_exact(places).flatten().long().to(g.device)  # what is kept of a vector that counts
-            self._indices[plan.name] = index
-        return g.flatten(1).index_select(1, index)
+        return plan.compress_exact(g.reshape(len(g), *plan.shape)).flatten(1)
 
     def computer(self, outputs: Outputs | None = None) -> Callable[..., GradientComputer]:
         """TRAKer's ``gradient_computer``: rows are compressed as they are formed.
