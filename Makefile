@@ -19,7 +19,7 @@ test: $(READY)
 
 # Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes.
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long tests
+	$(BIN)/python -m pytest -m long tests/faults
 
 # Each adapter against its installed toolkit, in an environment of its own: ten minutes the first time.
 test-interop: $(READY)
