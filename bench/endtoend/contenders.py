@@ -120,15 +120,26 @@ def _dattri(kind: str) -> Callable[[Case], Job]:
         from dattri.task import AttributionTask
 
         _linears_alone(case, "dattri's block projection")
-        folder = tempfile.mkdtemp()
+
+        class Rows(nn.Module):
+            """dattri asks a model for one sample without its batch dimension."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = case.model
+
+            def forward(self, x: Tensor) -> Any:
+                return self.model(x if x.ndim > 1 else x[None])
+
+        model = Rows()
         whole = {"device": "cpu", "proj_dim": -1, "proj_max_batch_size": 64, "proj_type": "identity"}
-        task = AttributionTask(lambda m, b, _: case.loss_fn(m, b).mean(), case.model, case.model.state_dict())
+        task = AttributionTask(lambda m, b, _: case.loss_fn(m, b).mean(), model, model.state_dict())
         attributor = BlockProjectedIFAttributor(
             task,
-            list(case.linears),
+            [f"model.{name}" for name in case.linears],
             hessian="Identity",
             offload="none",
-            cache_dir=folder,
+            cache_dir=tempfile.mkdtemp(),
             sparsifier_kwargs={**whole, "proj_type": kind, "proj_dim": case.dim},
             projector_kwargs=whole,
         )

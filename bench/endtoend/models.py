@@ -61,7 +61,8 @@ def next_word(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean over positions."""
     logits = model(batch[0])
     logits = getattr(logits, "logits", logits)
-    return F.cross_entropy(logits.transpose(1, 2), batch[1], reduction="none").mean(1)
+    losses = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none")
+    return losses.view_as(batch[1]).mean(1)
 
 
 def classification(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -71,8 +72,8 @@ def classification(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def gpt() -> Case:
     """Four layers, 256 wide, 128 passages of 128 tokens; the sixteen linears of the blocks, 64 x 64 each."""
     torch.manual_seed(0)
-    model = GPT(8192, 128, 256, 4, 4).eval()
-    ids = torch.randint(8192, (2, 128, 128))
+    model = GPT(2048, 128, 256, 4, 4).eval()
+    ids = torch.randint(2048, (2, 128, 128))
     names = tuple(f"blocks.{i}.{name}" for i in range(4) for name in ("qkv", "out", "up", "down"))
     return Case("gpt", model, (ids[0], ids[1]), next_word, names, 64)
 

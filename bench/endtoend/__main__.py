@@ -1,0 +1,151 @@
+"""Extraction beside every peer: same model, batch, layers, compressed size and thread; a process each, in turns.
+
+python -m bench.endtoend [CASE ...]     # make test-interop builds the peers' environments
+
+Writes bench/results/endtoend.csv and .png. ``cpu_seconds`` is the median of a batch, ``over_floor`` the median over
+rounds of its ratio to the floor in the same round, ``peak_mb`` what the process grew by while it ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+from tests.interop.run import environment
+
+from .contenders import CONTENDERS, FLOOR
+from .models import CASES
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "endtoend.csv"
+FIELDS = (
+    "case", "contender", "version", "samples", "cpu_seconds", "seconds_per_100", "over_floor", "peak_mb", "rounds",
+    "commit", "note",
+)  # fmt: skip
+Row = dict[str, object]
+
+
+class Worker:
+    """A contender's process; the first line that it says is its version, or why it does not fit."""
+
+    def __init__(self, case: str, name: str) -> None:
+        where = CONTENDERS[name].environment
+        python = str(environment(where)) if where else sys.executable
+        self.process = subprocess.Popen(
+            [python, "-m", "bench.endtoend.worker", case, name],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        self.name, self.seconds = name, list[float]()
+        self.about = self.read()
+
+    def read(self) -> dict[str, float | str]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name}: its process ended with {self.process.wait()}")
+        found: dict[str, float | str] = json.loads(line)
+        return found
+
+    def ask(self, what: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return float(next(iter(self.read().values())))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(case: str, rounds: int, commit: str) -> list[Row]:
+    workers = [Worker(case, name) for name in CONTENDERS]
+    fit = [worker for worker in workers if "unfit" not in worker.about]
+    for _ in range(rounds):
+        for worker in fit:
+            worker.seconds.append(worker.ask("time"))
+    floor = next(worker.seconds for worker in fit if worker.name == FLOOR)
+    samples = CASES[case]().samples
+    rows = []
+    for worker in workers:
+        row: Row = {"case": case, "contender": worker.name, "samples": samples, "commit": commit}
+        if worker in fit:
+            seconds = statistics.median(worker.seconds)
+            ratio = statistics.median(a / b for a, b in zip(worker.seconds, floor, strict=True))
+            row |= {"version": worker.about["version"], "cpu_seconds": f"{seconds:.4g}", "rounds": rounds}
+            row |= {"seconds_per_100": f"{100 * seconds / samples:.4g}", "over_floor": f"{ratio:.3f}"}
+            row |= {"peak_mb": f"{statistics.median(worker.ask('memory') for _ in range(3)):.0f}"}
+        else:
+            row["note"] = worker.about["unfit"]
+        print({key: value for key, value in row.items() if key in FIELDS[:8] or key == "note"}, flush=True)
+        rows.append(row)
+        worker.close()
+    return rows
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    lines = []
+    for case in CASES:
+        lines += [f"\n| {case} | s per 100 samples | over the floor | peak MB |", "|---|---:|---:|---:|"]
+        for row in (r for r in rows if r["case"] == case):
+            cells = row["note"] or f"{row['seconds_per_100']} | {row['over_floor']}x | {row['peak_mb']}"
+            lines.append(f"| {row['contender']} | {cells} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    cases = [case for case in CASES if any(row["case"] == case for row in rows)]
+    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), sharey=True, squeeze=False)
+    names = list(CONTENDERS)[::-1]
+    for axis, case in zip(axes[0], cases, strict=True):
+        found = {
+            row["contender"]: float(row["over_floor"]) for row in rows if row["case"] == case and row["over_floor"]
+        }
+        colors = ["tab:blue" if n.startswith("dropinf") else "lightgray" for n in names]
+        bars = axis.barh(names, [found.get(n, 0) for n in names], color=colors)
+        axis.bar_label(bars, [f"{found[n]:.2f}" if n in found else "cannot" for n in names], padding=2, fontsize=8)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(title=case, xlabel="CPU seconds over the floor's", xlim=(0, min(6, 1.2 * max(found.values()))))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", choices=[*CASES, []])
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    for case in options.cases:
+        new = measure(case, options.rounds, commit)
+        rows = [row for row in rows if row["case"] != case] + new  # type: ignore[operator]
+        temporary = RESULTS.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(RESULTS)
+        rows = list(csv.DictReader(RESULTS.open()))
+    plot(rows, RESULTS.with_suffix(".png"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
