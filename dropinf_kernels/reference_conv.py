@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -264,6 +264,15 @@ def _grouped(g: Tensor, rows: _OutputRows, out_weight: Tensor | None, taps: _Tap
     return _sketch_rows(product.flatten(1, 2), rows.position, out_weight, taps.dtype)
 
 
+def _used_channels(x: Tensor, geometry: Geometry, index: Tensor) -> tuple[Tensor, Geometry, Tensor]:
+    """Leave out the channels of `x` that no tap is of, before it is padded; where they are few, nothing changes."""
+    window = math.prod(geometry.kernel_size)
+    used, place = torch.unique(index // window, return_inverse=True)
+    if 2 * used.numel() > x.shape[1]:
+        return x, geometry, index
+    return x.index_select(1, used), replace(geometry, channels=used.numel()), place * window + index % window
+
+
 @exact
 def sketch_patches(
     x: Tensor,
@@ -277,6 +286,7 @@ def sketch_patches(
     geometry = check_patches(x, kernel_size, stride, padding, dilation, index, weight)
     if not index.is_cuda:
         check_bounds("index", index, geometry.taps)
+    x, geometry, index = _used_channels(x, geometry, index)
     present = torch.zeros(1, dtype=torch.int64, device=x.device)
     taps = _Taps(geometry, index, weight, present, accumulator(x))
     out = x.new_empty(x.shape[0], geometry.positions, taps.width)
