@@ -90,7 +90,7 @@ def measure(case: str, rounds: int, commit: str) -> list[Row]:
             ratio = statistics.median(a / b for a, b in zip(worker.seconds, floor, strict=True))
             row |= {"version": worker.about["version"], "cpu_seconds": f"{seconds:.4g}", "rounds": rounds}
             row |= {"seconds_per_100": f"{100 * seconds / samples:.4g}", "over_floor": f"{ratio:.3f}"}
-            row |= {"peak_mb": f"{statistics.median(worker.ask('memory') for _ in range(3)):.0f}"}
+            row |= {"peak_mb": f"{worker.ask('memory'):.0f}"}
         else:
             row["note"] = worker.about["unfit"]
         print({key: value for key, value in row.items() if key in FIELDS[:8] or key == "note"}, flush=True)
@@ -129,7 +129,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", choices=[*CASES, []])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []

@@ -43,8 +43,8 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def rows(size: int, side: str) -> Tensor:
-    return torch.randn(N, T, size, generator=torch.Generator().manual_seed(len(side)))
+def rows(size: int, side: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(N, T, size, generator=torch.Generator().manual_seed(len(side))).to(dtype)
 
 
 def survivors(sketch: dropinf.Sketch, size: int, k: int, side: str) -> Axis | None:
@@ -83,16 +83,27 @@ def flat(sketch: dropinf.Sketch, a: Tensor, g: Tensor, k: int) -> Callable[[Tens
     return lambda a, g: ops.compress_flat(a, g, *pairs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", [64, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("method", METHODS)
-def test_compress_linear(benchmark, method: str, shape: tuple[int, int], k: int) -> None:
-    benchmark.group = f"{shape[0]}x{shape[1]}, k {k}"
-    a, g, sketch = rows(shape[0], "in"), rows(shape[1], "out"), METHODS[method](k)
+def test_compress_linear(benchmark, method: str, shape: tuple[int, int], k: int, dtype: str) -> None:
+    benchmark.group = f"{shape[0]}x{shape[1]}, k {k}, {dtype}"
+    a, g = (rows(size, side, getattr(torch, dtype)) for size, side in zip(shape, ("in", "out"), strict=True))
+    sketch = METHODS[method](k)
     call = (flat if sketch.mode == "flat" else factorized)(sketch, a, g, k)
     assert call(a, g).numel() == N * k * k
     slow = sketch.mode == "flat" and k > 64
     benchmark.pedantic(call, (a, g), rounds=3 if slow else 15, warmup_rounds=0 if slow else 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_whole_gradient(benchmark, shape: tuple[int, int], dtype: str) -> None:
+    """What compression spares: every sample's gradient, formed."""
+    benchmark.group = f"{shape[0]}x{shape[1]}, {dtype}"
+    a, g = (rows(size, side, getattr(torch, dtype)) for size, side in zip(shape, ("in", "out"), strict=True))
+    benchmark.pedantic(lambda: torch.bmm(g.mT, a), rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("k", [64, 256])
