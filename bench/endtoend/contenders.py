@@ -218,7 +218,8 @@ def bergson_projection(case: Case) -> Job:
             return SimpleNamespace(logits=getattr(logits, "logits", logits))
 
     model = Causal()
-    model.base_model.device = model.device
+    if not hasattr(case.model, "device"):
+        case.model.device = model.device
     model.requires_grad_(False)
     next(m for m in model.modules() if isinstance(m, nn.Embedding)).requires_grad_(True)  # as bergson leaves a model
     ids = [row.tolist() for row in case.batch[0]]
@@ -251,7 +252,7 @@ def trak_projector(case: Case) -> Job:
 
     def job() -> None:
         made.saver.current_store["is_featurized"][:] = 0
-        made.featurize(case.batch, num_samples=case.samples)
+        made.featurize(case.batch, inds=torch.arange(case.samples).numpy())
 
     return job
 
