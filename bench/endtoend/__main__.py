@@ -3,7 +3,7 @@
 python -m bench.endtoend [CASE ...]     # make test-interop builds the peers' environments
 
 Writes bench/results/endtoend.csv and .png. ``cpu_seconds`` is the median of a batch, ``over_floor`` the median over
-rounds of its ratio to the floor in the same round, ``peak_mb`` what the process grew by while it ran.
+rounds of its ratio to the floor in the same round, ``peak_mb`` what torch held of it at most.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def smollm2() -> Case:
 
 
 def resnet9() -> Case:
-    """64 images of 32 x 32, width 32; every convolution and the output layer, 16 x 16."""
+    """Of 64 channels to 512, as for CIFAR, on 64 images; every convolution and the output layer, 16 x 16."""
     torch.manual_seed(0)
 
     def conv(a: int, b: int, *, pool: bool = False) -> nn.Sequential:
@@ -105,7 +105,7 @@ def resnet9() -> Case:
         def forward(self, x: Tensor) -> Tensor:
             return x + super().forward(x)
 
-    w = 32
+    w = 64
     model = nn.Sequential(
         conv(3, w), conv(w, 2 * w, pool=True), Residual(conv(2 * w, 2 * w), conv(2 * w, 2 * w)),
         conv(2 * w, 4 * w, pool=True), conv(4 * w, 8 * w, pool=True), Residual(conv(8 * w, 8 * w), conv(8 * w, 8 * w)),

@@ -1,40 +1,23 @@
 """One contender in a process of its own: makes its job, then runs it each time that a line comes in on stdin.
 
-Prints a JSON line each time: CPU seconds, and, where asked for "memory", MB that the process grew by at most.
+Prints a JSON line each time: CPU seconds, and, where asked for "memory", MB that torch held at most.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.peak import peak_mb
+
 from .contenders import CONTENDERS, Unfit
 from .models import CASES
-
-
-def status(field: str) -> float:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024 / 1e6
-
-
-def grown_mb(job: Callable[[], object]) -> float:
-    """MB that the process grew by while the job ran, beside what it held before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    job()
-    return status("VmHWM") - before
 
 
 def main(case: str, name: str) -> None:
@@ -55,7 +38,7 @@ def main(case: str, name: str) -> None:
     say(version=version(contender.package))
     for line in sys.stdin:
         if line.strip() == "memory":
-            say(mb=grown_mb(job))
+            say(mb=peak_mb(job))
         else:
             start = time.process_time()
             job()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
@@ -11,7 +10,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import pytest
-import torch
+
+from bench.peak import peak_mb
 
 Job = Callable[[], object]
 
@@ -42,16 +42,6 @@ def race(jobs: tuple[Job, Job], rounds: int) -> list[float]:
             job()
             found.append(time.perf_counter() - start)
     return [statistics.median(found) for found in times]
-
-
-def peak_mb(job: Job) -> float:
-    """The most that torch holds at a time of what a job allocates."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return float(sizes.cumsum(0).max()) / 1e6
 
 
 @pytest.fixture
