@@ -82,7 +82,8 @@ class Layer:
     def compress_exact(self, gradient: Tensor) -> Tensor:
         """Sketch a whole per-sample gradient [N, *shape] -> [N, *stored_shape]."""
         if self.is_gather:
-            return gradient.flatten(1).index_select(1, self.entries).view(-1, *self.stored_shape)
+            flat = gradient.reshape(len(gradient), torch.Size(self.shape).numel())
+            return flat.index_select(1, self.entries).view(-1, *self.stored_shape)
         matrix = self.as_matrix(gradient)
         if self.in_axis is None:
             return self.out_axis.apply(matrix.reshape(len(matrix), -1))
