@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test test-long test-interop test-triton test-gpu lint bench bench-traffic bench-gpu clean
+.PHONY: demo test test-long test-interop test-triton test-gpu lint bench bench-endtoend bench-traffic bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
@@ -41,8 +41,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The ops: ten minutes, then what got slower than the committed run (bench/results/ops.csv).
 bench: $(READY)
-	$(BIN)/python -m pytest bench/ops $(COLUMNS)
+	mkdir -p out
+	$(BIN)/python -m pytest bench/ops $(COLUMNS) --benchmark-json=out/bench.json
+	$(BIN)/python -m bench.compare out/bench.json
+
+# Extraction beside every peer, the whole job, and how cost grows: forty minutes. Environments as test-interop makes them.
+bench-endtoend: $(READY)
+	$(BIN)/python -m bench.endtoend
+	$(BIN)/python -m bench.endtoend.whole
+	$(BIN)/python -m bench.endtoend.scaling
 
 # Interprets 29 calls and writes bench/results/traffic.md and .csv: three minutes.
 bench-traffic: $(READY)

@@ -114,35 +114,38 @@ def _linears_alone(case: Case, toolkit: str) -> None:
         raise Unfit(f"{toolkit} compresses linear layers alone")
 
 
+def dattri_attributor(case: Case, kind: str, **options: Any) -> Any:
+    """dattri's, of block-projected gradients; ``kind`` of its projection."""
+    from dattri.algorithm import BlockProjectedIFAttributor
+    from dattri.task import AttributionTask
+
+    class Rows(nn.Module):
+        """dattri asks a model for one sample without its batch dimension."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.model
+
+        def forward(self, x: Tensor) -> Any:
+            return self.model(x if x.ndim > 1 else x[None])
+
+    model = Rows()
+    whole = {"device": "cpu", "proj_dim": -1, "proj_max_batch_size": 64, "proj_type": "identity"}
+    return BlockProjectedIFAttributor(
+        AttributionTask(lambda m, b, _: case.loss_fn(m, b).mean(), model, model.state_dict()),
+        [f"model.{name}" for name in case.linears],
+        offload="none",
+        cache_dir=tempfile.mkdtemp(),
+        sparsifier_kwargs={**whole, "proj_type": kind, "proj_dim": case.dim},
+        projector_kwargs=whole,
+        **options,
+    )
+
+
 def _dattri(kind: str) -> Callable[[Case], Job]:
     def make(case: Case) -> Job:
-        from dattri.algorithm import BlockProjectedIFAttributor
-        from dattri.task import AttributionTask
-
         _linears_alone(case, "dattri's block projection")
-
-        class Rows(nn.Module):
-            """dattri asks a model for one sample without its batch dimension."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = case.model
-
-            def forward(self, x: Tensor) -> Any:
-                return self.model(x if x.ndim > 1 else x[None])
-
-        model = Rows()
-        whole = {"device": "cpu", "proj_dim": -1, "proj_max_batch_size": 64, "proj_type": "identity"}
-        task = AttributionTask(lambda m, b, _: case.loss_fn(m, b).mean(), model, model.state_dict())
-        attributor = BlockProjectedIFAttributor(
-            task,
-            [f"model.{name}" for name in case.linears],
-            hessian="Identity",
-            offload="none",
-            cache_dir=tempfile.mkdtemp(),
-            sparsifier_kwargs={**whole, "proj_type": kind, "proj_dim": case.dim},
-            projector_kwargs=whole,
-        )
+        attributor = dattri_attributor(case, kind, hessian="Identity")
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*case.batch), case.samples)
         return lambda: attributor.cache(loader)
 
@@ -197,12 +200,10 @@ def logix_lora(case: Case) -> Job:
     return job
 
 
-def bergson_projection(case: Case) -> Job:
+def bergson_collector(case: Case, **options: Any) -> Callable[[tuple[Tensor, Tensor]], Any]:
+    """What collects the gradients of a batch and returns bergson's collector, which holds them."""
     from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector
     from datasets import Dataset
-
-    if case.batch[0].dtype.is_floating_point:
-        raise Unfit("bergson reads token ids alone")
 
     class Causal(nn.Module):
         """As bergson calls a model."""
@@ -222,21 +223,32 @@ def bergson_projection(case: Case) -> Job:
         case.model.device = model.device
     model.requires_grad_(False)
     next(m for m in model.modules() if isinstance(m, nn.Embedding)).requires_grad_(True)  # as bergson leaves a model
-    ids = [row.tolist() for row in case.batch[0]]
-    data = Dataset.from_dict({"input_ids": ids, "length": [len(row) for row in ids]})
     cfg = IndexConfig(run_path=tempfile.mkdtemp())
     cfg.partial_run_path.mkdir(exist_ok=True, parents=True)
-    processor = GradientProcessor(projection_dim=case.dim)
-    collector = InMemoryCollector(
-        model=case.model, data=data, cfg=cfg, processor=processor, target_modules=set(case.linears)
-    )
 
-    def job() -> Any:
-        made = CollectorComputer(model, data, collector=collector, batches=[list(range(case.samples))], cfg=cfg)
-        made.run_with_collector_hooks()
-        return collector.gradients
+    def run(batch: tuple[Tensor, Tensor]) -> Any:
+        ids = [row.tolist() for row in batch[0]]
+        data = Dataset.from_dict({"input_ids": ids, "length": [len(row) for row in ids]})
+        collector = InMemoryCollector(
+            model=case.model,
+            data=data,
+            cfg=cfg,
+            processor=GradientProcessor(projection_dim=case.dim),
+            target_modules=set(case.linears),
+            **options,
+        )
+        computer = CollectorComputer(model, data, collector=collector, batches=[list(range(len(ids)))], cfg=cfg)
+        computer.run_with_collector_hooks()
+        return collector
 
-    return job
+    return run
+
+
+def bergson_projection(case: Case) -> Job:
+    if case.batch[0].dtype.is_floating_point:
+        raise Unfit("bergson reads token ids alone")
+    run = bergson_collector(case)
+    return lambda: run(case.batch).gradients
 
 
 def trak_projector(case: Case) -> Job:

@@ -116,4 +116,18 @@ def resnet9() -> Case:
     return Case("resnet9", model, batch, classification, names, 16)
 
 
+def wide() -> Case:
+    """10,000 samples of 16 layers of 64 x 64, kept whole, 4096 numbers each: where the Fisher matrix is the work."""
+    torch.manual_seed(0)
+
+    class Pooled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            pooled: Tensor = super().forward(x).mean(1)
+            return pooled
+
+    model = Pooled(*(m for _ in range(16) for m in (nn.Linear(64, 64, bias=False), nn.Tanh()))).eval()
+    batch = (torch.randn(10_000, 16, 64), torch.randint(64, (10_000,)))
+    return Case("wide", model, batch, classification, tuple(str(2 * i) for i in range(16)), 64)
+
+
 CASES = {"gpt": gpt, "smollm2": smollm2, "resnet9": resnet9}
