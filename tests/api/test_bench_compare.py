@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -36,27 +34,31 @@ def test_a_difference_within_the_spread_of_either_run_is_noise():
     assert compare.changes(OLD, noisy)[1] == []
 
 
-def test_the_command_fails_where_something_got_slower(tmp_path):
-    rows = compare.times(list(compare.csv.DictReader(compare.RESULTS.open())))
-    slowed = next(iter(rows))
-
-    def run(factor):
+def test_the_command_fails_where_something_got_slower(tmp_path, monkeypatch, capsys):
+    def run(factor, *options):
         benchmarks = [
             {
                 "group": group,
-                "name": name,
+                "name": f"test[{name}]",
                 "params": {"method": name},
-                "stats": {"median": median / 1e3 * (factor if (group, name) == slowed else 1), "iqr": 0.0, "rounds": 5},
+                "stats": {"median": median * (factor if name == "d" else 1), "iqr": 0.0, "rounds": 5},
             }
-            for (group, name), (median, _) in rows.items()
+            for (group, name), (median, _) in OLD.items()
         ]
         about = {"machine_info": {"cpu": {"brand_raw": "any"}}, "commit_info": {"id": "0" * 40}}
         path = tmp_path / "run.json"
         path.write_text(json.dumps({**about, "benchmarks": benchmarks}))
-        command = [sys.executable, "-m", "bench.compare", str(path)]
-        return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", ["compare", str(path), *options])
+        compare.main()
 
-    assert run(1.0).returncode == 0
-    slower = run(4.0)
-    assert slower.returncode == 1
-    assert f"slower 4.00x  {slowed[0]}: {slowed[1]}" in slower.stdout
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "ops.csv")
+    monkeypatch.setattr(compare, "plot", lambda *_: None)
+    run(1.0, "--write")
+    with pytest.raises(SystemExit) as ended:
+        run(1.0)
+    assert not ended.value.code
+    assert "nothing changed" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run(4.0)
+    assert ended.value.code
+    assert "slower 4.00x  group: d" in capsys.readouterr().out
