@@ -120,19 +120,28 @@ def dattri_attributor(case: Case, kind: str, **options: Any) -> Any:
     from dattri.task import AttributionTask
 
     class Rows(nn.Module):
-        """dattri asks a model for one sample without its batch dimension."""
+        """dattri gives a model one sample without its batch dimension, and the outputs of queries to cross_entropy."""
 
         def __init__(self) -> None:
             super().__init__()
             self.model = case.model
 
-        def forward(self, x: Tensor) -> Any:
-            return self.model(x if x.ndim > 1 else x[None])
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.model(x if x.ndim > 1 else x[None])
+            logits: Tensor = getattr(out, "logits", out)
+            return logits.mT if logits.ndim == 3 else logits
+
+    def loss(model: nn.Module, batch: Any, _: Any) -> Tensor:
+        def logits(x: Tensor) -> Tensor:
+            out: Tensor = model(x)
+            return out.mT if out.ndim == 3 else out
+
+        return case.loss_fn(logits, batch).mean()  # type: ignore[arg-type]
 
     model = Rows()
     whole = {"device": "cpu", "proj_dim": -1, "proj_max_batch_size": 64, "proj_type": "identity"}
     return BlockProjectedIFAttributor(
-        AttributionTask(lambda m, b, _: case.loss_fn(m, b).mean(), model, model.state_dict()),
+        AttributionTask(loss, model, model.state_dict()),
         [f"model.{name}" for name in case.linears],
         offload="none",
         cache_dir=tempfile.mkdtemp(),

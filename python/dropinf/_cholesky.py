@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SPAN = 1 << 24  # elements of the largest temporary
+BLOCK = 256  # rows that are factored at a time
 
 
 def spans(size: int, other: int) -> Iterator[slice]:
@@ -91,14 +92,40 @@ def project(rows: Tensor, v: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor, least: float) -> Tensor | None:
-    """Return the lower Cholesky factor, or None if the matrix is singular to within `least`.
+    """Return the lower Cholesky factor, or None if the matrix is singular to within `least`. Overwrites the matrix.
 
     Each pivot is compared with its own diagonal entry, `L_ii^2 / A_ii`: the error of Cholesky depends on the
     matrix scaled to unit diagonal (Higham, Accuracy and Stability of Numerical Algorithms, section 10.1), so
     layers and columns of very different size are no reason to refuse.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
+    diagonal = matrix.diagonal().clone()
+    lower = _factor(matrix) if matrix.device.type == "cpu" else _checked(matrix)
+    if lower is None:
         return None
-    pivots = lower.diagonal().square() / matrix.diagonal()
+    pivots = lower.diagonal().square() / diagonal
     return lower if float(pivots.min()) >= least else None
+
+
+def _checked(matrix: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower if int(info) == 0 else None
+
+
+def _factor(matrix: Tensor) -> Tensor | None:
+    """Cholesky in place, by blocks of rows of the upper triangle; returned turned, in LAPACK's order.
+
+    cholesky_ex spends most of its time on clearing the other triangle of a large matrix, entry by entry.
+    """
+    size = len(matrix)
+    for i in range(0, size, BLOCK):
+        j = min(i + BLOCK, size)
+        corner = _checked(matrix[i:j, i:j])
+        if corner is None:
+            return None
+        matrix[i:j, i:j] = corner.T
+        matrix[j:, i:j] = 0
+        rows = torch.linalg.solve_triangular(corner, matrix[i:j, j:], upper=False)
+        matrix[i:j, j:] = rows
+        for k in range(j, size, BLOCK):
+            matrix[k : k + BLOCK, k:].addmm_(rows[:, k - j : k - j + BLOCK].T, rows[:, k - j :], alpha=-1)
+    return matrix.T

@@ -634,9 +634,15 @@ def test_control_c(loader):
     """In a process of its own."""
     (loader / "my_model.py").write_text(LOADER.replace("DELAY = 0.0", "DELAY = 0.5"))
     command = [sys.executable, "-m", "dropinf.cli", "index", "--loader", "my_model:load", "--dim", "4", "--out", "idx"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
+    # Where the tests run in the background, the signal is ignored, and processes inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         deadline = time.monotonic() + 60
         while not list(loader.glob("idx/shards/*")) + list(loader.glob("idx/parts/*")):
             assert time.monotonic() < deadline
