@@ -44,7 +44,7 @@ lint: $(READY)
 # The ops: ten minutes, then what got slower than the committed run (bench/results/ops.csv).
 bench: $(READY)
 	mkdir -p out
-	$(BIN)/python -m pytest bench/ops $(COLUMNS) --benchmark-json=out/bench.json
+	$(BIN)/python -m pytest bench/ops $(COLUMNS) --benchmark-timer=time.process_time --benchmark-json=out/bench.json
 	$(BIN)/python -m bench.compare out/bench.json
 
 # Extraction beside every peer, the whole job, and how cost grows: forty minutes. Environments as test-interop makes them.
@@ -59,7 +59,7 @@ bench-traffic: $(READY)
 
 # On a GPU: medians in the terminal, and each row with its own baseline in bench/results/gpu.json.
 bench-gpu: $(READY)
-	@if $(HAS_CUDA); then $(BIN)/python -m pytest bench/gpu $(COLUMNS) --benchmark-json=bench/results/gpu.json; \
+	@if $(HAS_CUDA); then $(BIN)/python -m pytest bench/gpu $(COLUMNS) --benchmark-timer=time.process_time --benchmark-json=bench/results/gpu.json; \
 	else $(BIN)/python -m pytest -rs bench/gpu; fi
 
 # torch is named on the command line so that the pinned build is chosen before anything can ask for another.

@@ -34,6 +34,7 @@ FIELDS = (
     "commit", "note",
 )  # fmt: skip
 Row = dict[str, object]
+LONGEST = 6  # bars end here; their labels do not
 
 
 class Worker:
@@ -118,10 +119,10 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
             row["contender"]: float(row["over_floor"]) for row in rows if row["case"] == case and row["over_floor"]
         }
         colors = ["tab:blue" if n.startswith("dropinf") else "lightgray" for n in names]
-        bars = axis.barh(names, [found.get(n, 0) for n in names], color=colors)
+        bars = axis.barh(names, [min(found.get(n, 0), LONGEST) for n in names], color=colors)
         axis.bar_label(bars, [f"{found[n]:.2f}" if n in found else "cannot" for n in names], padding=2, fontsize=8)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=case, xlabel="CPU seconds over the floor's", xlim=(0, min(6, 1.2 * max(found.values()))))
+        axis.set(title=case, xlabel="CPU seconds over the floor's", xlim=(0, LONGEST + 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
