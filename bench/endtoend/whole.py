@@ -30,7 +30,7 @@ from .models import Case, gpt, wide
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "whole.csv"
 FIELDS = ("case", "contender", "extraction_s", "rest_s", "whole_s", "times_ours", "commit")
-QUERIES, BATCH = 16, 128
+QUERIES = BATCH = 16
 Times = tuple[float, float]  # CPU seconds of the extraction, and of the rest
 
 
