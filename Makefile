@@ -23,7 +23,7 @@ test-long: $(READY)
 
 # Each adapter against its installed toolkit, in an environment of its own: ten minutes the first time.
 test-interop: $(READY)
-	$(BIN)/python tests/interop/run.py
+	$(BIN)/python -m tests.interop.run
 
 # Every kernel with the oldest and the newest Triton that is supported; torch's own is in `test`.
 test-triton: $(READY)
@@ -59,7 +59,7 @@ bench-traffic: $(READY)
 
 # On a GPU: medians in the terminal, and each row with its own baseline in bench/results/gpu.json.
 bench-gpu: $(READY)
-	@if $(HAS_CUDA); then $(BIN)/python -m pytest bench/gpu $(COLUMNS) --benchmark-timer=time.process_time --benchmark-json=bench/results/gpu.json; \
+	@if $(HAS_CUDA); then $(BIN)/python -m pytest bench/gpu $(COLUMNS) --benchmark-json=bench/results/gpu.json; \
 	else $(BIN)/python -m pytest -rs bench/gpu; fi
 
 # torch is named on the command line so that the pinned build is chosen before anything can ask for another.

@@ -11,13 +11,14 @@ exit status is 1 where something got slower.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
 from pathlib import Path
 
 import matplotlib as mpl
+
+from bench.fidelity.files import read_rows, write_rows
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -87,15 +88,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = measured(options.run)
     if options.write:
-        temporary = RESULTS.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(RESULTS)
+        write_rows(RESULTS, FIELDS, rows)
         plot(rows, RESULTS.with_suffix(".png"))
         return
-    machine, found = changes(times(list(csv.DictReader(RESULTS.open()))), times(rows))
+    machine, found = changes(times(read_rows(RESULTS)), times(rows))
     print(f"this machine takes {machine:.2f} times as long; beyond that and noise:")
     for ratio, (group, name) in found:
         print(f"{'slower' if ratio > 1 else 'faster'} {max(ratio, 1 / ratio):.2f}x  {group}: {name}")

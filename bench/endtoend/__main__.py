@@ -9,7 +9,6 @@ rounds of its ratio to the floor in the same round, ``peak_mb`` what torch held 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
+from bench.fidelity.files import read_rows, write_rows
 from tests.interop.run import environment
 
 from .contenders import CONTENDERS, FLOOR
@@ -133,17 +133,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     for case in options.cases:
         new = measure(case, options.rounds, commit)
-        rows = [row for row in rows if row["case"] != case] + new  # type: ignore[operator]
-        temporary = RESULTS.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(RESULTS)
-        rows = list(csv.DictReader(RESULTS.open()))
+        rows = [row for row in rows if row["case"] != case] + new
+        write_rows(RESULTS, FIELDS, rows)
+        rows = read_rows(RESULTS)
     plot(rows, RESULTS.with_suffix(".png"))
     print(table(rows))
 

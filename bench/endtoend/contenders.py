@@ -67,33 +67,26 @@ def training_step(case: Case) -> Job:
     return job
 
 
-def _dropinf(**options: Any) -> Callable[[Case], Job]:
-    def make(case: Case) -> Job:
-        import dropinf
+def _compressor(case: Case, sketch: str, **options: Any) -> Any:
+    import dropinf
 
-        sketch = dropinf.Dropout(case.dim, **options)
-        compressor = dropinf.Compressor(case.model, sketch, case.loss_fn, layers=[f"{n}.weight" for n in case.linears])
+    layers = [f"{name}.weight" for name in case.linears]
+    return dropinf.Compressor(case.model, getattr(dropinf, sketch)(case.dim, **options), case.loss_fn, layers=layers)
+
+
+def _dropinf(sketch: str, **options: Any) -> Callable[[Case], Job]:
+    def make(case: Case) -> Job:
+        compressor = _compressor(case, sketch, **options)
         return lambda: compressor.compress([case.batch]).flat
 
     return make
 
 
-def dropinf_gaussian(case: Case) -> Job:
-    import dropinf
-
-    layers = [f"{n}.weight" for n in case.linears]
-    compressor = dropinf.Compressor(case.model, dropinf.Gaussian(case.dim), case.loss_fn, layers=layers)
-    return lambda: compressor.compress([case.batch]).flat
-
-
 def vmap_grad(case: Case) -> Job:
     """torch.func's per-sample gradients, whole, and a gather."""
-    import dropinf
-
-    layers = [f"{n}.weight" for n in case.linears]
-    plans = dropinf.Compressor(case.model, dropinf.Dropout(case.dim), case.loss_fn, layers=layers).layers
+    plans = _compressor(case, "Dropout").layers
     values = {n: p.detach() for n, p in case.model.named_parameters()}
-    tracked = {n: values.pop(n) for n in layers}
+    tracked = {plan.parameter: values.pop(plan.parameter) for plan in plans.values()}
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -282,9 +275,9 @@ CONTENDERS = {
     "forward": Contender(forward, package="torch"),
     "floor: forward, backward to the activations": Contender(floor, package="torch"),
     "training step": Contender(training_step, package="torch"),
-    "dropinf, mask": Contender(_dropinf()),
-    "dropinf, mask in runs of 16": Contender(_dropinf(group=16)),
-    "dropinf, Gaussian factors": Contender(dropinf_gaussian),
+    "dropinf, mask": Contender(_dropinf("Dropout")),
+    "dropinf, mask in runs of 16": Contender(_dropinf("Dropout", group=16)),
+    "dropinf, Gaussian factors": Contender(_dropinf("Gaussian")),
     "dattri, mask": Contender(_dattri("random_mask"), "dattri", "dattri"),
     "dattri, Gaussian factors": Contender(_dattri("normal"), "dattri", "dattri"),
     "dattri-llm, mask": Contender(_dattri_llm("mask"), "dattri_llm", "dattri-llm"),

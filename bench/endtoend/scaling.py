@@ -9,7 +9,6 @@ bench/results/scaling.csv and .png.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 
 import dropinf
 import dropinf_kernels as ops
+from bench.fidelity.files import write_rows
 from bench.peak import peak_mb
 
 from .contenders import CONTENDERS, FLOOR
@@ -110,12 +110,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [extraction(swept, value) for swept, values in SWEEPS.items() for value in values]
     rows += [scoring(n) for n in (4096, 16384, 65536, 262144)]
-    temporary = RESULTS.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(RESULTS)
+    write_rows(RESULTS, FIELDS, rows)
     plot(rows, RESULTS.with_suffix(".png"))
     for swept in dict.fromkeys(row["swept"] for row in rows):
         here = [row for row in rows if row["swept"] == swept]

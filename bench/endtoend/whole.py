@@ -9,7 +9,6 @@ of its own, one thread, CPU seconds. Writes bench/results/whole.csv.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -23,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from bench.fidelity.files import read_rows, write_rows
 
 from .contenders import bergson_collector, dattri_attributor
 from .models import Case, gpt, wide
@@ -162,15 +163,10 @@ def measure(case: str, commit: str) -> list[dict[str, str]]:
 
 def main(cases: list[str]) -> None:
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     for case in cases:
         rows = [row for row in rows if row["case"] != case] + measure(case, commit)
-    temporary = RESULTS.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(RESULTS)
+    write_rows(RESULTS, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run the adapters' tests, each against its installed toolkit, in an environment of its own; print a table.
 
-python tests/interop/run.py [TOOLKIT ...]
+python -m tests.interop.run [TOOLKIT ...]
 
 An environment lies over the main one (torch and dropinf are not installed twice), holds what a toolkit pins, and is kept
 until its pins change. Rows that tests record go to bench/results/interop.csv.
@@ -8,13 +8,14 @@ until its pins change. Rows that tests record go to bench/results/interop.csv.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+from bench.fidelity.files import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venv-interop"
@@ -77,7 +78,7 @@ def run(name: str) -> tuple[int, list[dict[str, str]]]:
 
 def main() -> None:
     names = sys.argv[1:] or list(PINS)
-    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    old = read_rows(RESULTS)
     rows = [row for row in old if row["toolkit"] not in names]
     failed = []
     for name in names:
@@ -85,12 +86,7 @@ def main() -> None:
         rows += found
         failed += [name] * (code != 0)
     rows.sort(key=lambda row: list(PINS).index(row["toolkit"]))
-    temporary = RESULTS.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(RESULTS)
+    write_rows(RESULTS, FIELDS, rows)
     print(" | ".join(FIELDS))
     for row in rows:
         print(" | ".join(str(row.get(field, "")) for field in FIELDS))
