@@ -14,7 +14,8 @@ from ._checks import check_float
 from .reference import BUFFER_BYTES, accumulator, exact
 
 P = ParamSpec("P")
-_GRAM_BLOCK = 256  # wider strips multiply more of the lower triangle, wider tiles miss the cache when turned
+_GRAM_BLOCK = 256  # rows of a strip: wider ones multiply more of the lower triangle
+_PAD = 16  # entries between the rows of a strip: a line of the cache
 _INT8_COLUMNS = 131072  # products of int8 that 32 bits hold
 
 
@@ -45,6 +46,7 @@ def check_gram(F: Tensor, C: Tensor, c_scale: Tensor | None) -> None:
 def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
     check_gram(F, C, c_scale)
     rows = C.shape[0]
+    buffer = F.new_empty(_GRAM_BLOCK * (F.shape[0] + _PAD))
     if C.dtype != F.dtype or c_scale is not None:
         rows = max(1, BUFFER_BYTES // max(1, C.shape[1] * F.element_size()))
     for n in range(0, C.shape[0], max(1, rows)):
@@ -52,19 +54,23 @@ def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
         if c_scale is not None:
             part = part * c_scale[n : n + rows].to(F.dtype).unsqueeze(1)
         for i in range(0, F.shape[0], _GRAM_BLOCK):
-            # The upper triangle alone: half the multiplications.
-            F[i : i + _GRAM_BLOCK, i:].addmm_(part[:, i : i + _GRAM_BLOCK].t(), part[:, i:])
-    _mirror_upper(F)
+            _add_strip(F, part, i, buffer, mirror=n + rows >= C.shape[0])
 
 
-def _mirror_upper(F: Tensor) -> None:
-    """Copy the upper triangle onto the lower: a product's two halves need not round alike."""
-    for i in range(0, F.shape[0], _GRAM_BLOCK):
-        stop = min(i + _GRAM_BLOCK, F.shape[0])
-        corner = F[i:stop, i:stop]
-        corner.copy_(corner.triu() + corner.triu(1).t())
-        for j in range(stop, F.shape[0], _GRAM_BLOCK):
-            F[j : j + _GRAM_BLOCK, i:stop].copy_(F[i:stop, j : j + _GRAM_BLOCK].t())
+def _add_strip(F: Tensor, part: Tensor, i: int, buffer: Tensor, mirror: bool) -> None:
+    """Add rows i.. of the upper triangle of `part^T part` to F, whose columns i.. are their mirror image: a product's
+    two halves need not round alike.
+    """
+    j = min(i + _GRAM_BLOCK, F.shape[0])
+    width = F.shape[0] - i
+    # A copy whose rows do not start a power of two apart, which would put a column of them in few sets of the cache.
+    strip = buffer.as_strided((j - i, width), (width + _PAD, 1))
+    strip.copy_(F[i:j, i:]).addmm_(part[:, i:j].t(), part[:, i:])
+    corner = strip[:, : j - i]
+    corner.copy_(corner.triu() + corner.triu(1).t())
+    F[i:j, i:].copy_(strip)
+    if mirror:
+        F[j:, i:j].copy_(strip[:, j - i :].t())
 
 
 def check_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None) -> None:

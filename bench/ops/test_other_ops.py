@@ -16,7 +16,7 @@ from torch import Tensor
 import dropinf
 import dropinf_kernels as ops
 
-N, K = 2048, 4096  # rows of compressed gradients
+K, SEARCHED = 4096, 16_384  # numbers of a compressed gradient; rows that are searched
 QUERIES, TOP = 16, 10
 
 
@@ -51,10 +51,11 @@ def grams(c: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
+@pytest.mark.parametrize("rows", [2048, 10_000])
 @pytest.mark.parametrize("method", grams(torch.zeros(1, K)))
-def test_gram(benchmark, method: str) -> None:
-    benchmark.group = f"gram of {N} rows of {K}"
-    benchmark.pedantic(grams(random(N, K))[method], rounds=7, warmup_rounds=1)
+def test_gram(benchmark, method: str, rows: int) -> None:
+    benchmark.group = f"gram of {rows} rows of {K}"
+    benchmark.pedantic(grams(random(rows, K))[method], rounds=7, warmup_rounds=1)
 
 
 def searches(q: Tensor, c: Tensor) -> dict[str, Callable[[], object]]:
@@ -71,8 +72,8 @@ def searches(q: Tensor, c: Tensor) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("method", ["score_topk", "score_topk, int8", "matmul, then topk", "FAISS flat"])
 def test_score(benchmark, method: str) -> None:
-    benchmark.group = f"top {TOP} of {8 * N} rows of {K}, {QUERIES} queries"
-    benchmark.pedantic(searches(random(QUERIES, K, seed=1), random(8 * N, K))[method], rounds=7, warmup_rounds=1)
+    benchmark.group = f"top {TOP} of {SEARCHED} rows of {K}, {QUERIES} queries"
+    benchmark.pedantic(searches(random(QUERIES, K, seed=1), random(SEARCHED, K))[method], rounds=7, warmup_rounds=1)
 
 
 def convolutions(x: Tensor, g: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
