@@ -7,6 +7,7 @@ autocast and records no autograd graph.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import ParamSpec, TypeVar
@@ -57,13 +58,20 @@ def gather_columns(x: Tensor, columns: Tensor, group: int) -> Tensor:
     lead = x.shape[:-1]
     if x.dim() > 1 and x.stride(-1) != 1 and x.stride(-2) == 1:
         return x.mT.index_select(-2, columns).mT  # turned: its columns are rows in memory
+    # Of two or three dimensions index_select takes half to three quarters of the time, but on one thread alone.
+    alone = torch.get_num_threads() == 1 and x.is_contiguous()
     if group == 1:
+        if alone and x.element_size() == 4:
+            return x.view(math.prod(lead), x.shape[-1]).index_select(1, columns).view(*lead, columns.numel())
         # Twice as fast as index_select on the last axis of a CPU tensor.
         return x.gather(-1, columns.long().expand(*lead, -1))
     runs = columns[::group].long() // group
     wide = _WIDE.get(group * x.element_size())
     if wide is not None and _can_widen(x, group):
         return x.view(wide).gather(-1, runs.expand(*lead, -1)).view(x.dtype)
+    if alone:
+        kept = x.view(math.prod(lead), x.shape[-1] // group, group).index_select(1, runs)
+        return kept.view(*lead, columns.numel())
     return x.view(*lead, x.shape[-1] // group, group).index_select(-2, runs).flatten(-2)
 
 

@@ -11,6 +11,15 @@ from tests.reference.helpers import dense, layouts, make_table
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
+def _threads(request):
+    """Columns are gathered by other calls where PyTorch has one thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize(("fan_in", "weighted"), [(1, False), (1, True), (3, False), (4, True)])
