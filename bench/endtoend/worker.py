@@ -16,7 +16,7 @@ import torch
 
 from bench.peak import peak_mb
 
-from .contenders import CONTENDERS, Unfit
+from .contenders import CONTENDERS, Job, Unfit
 from .models import CASES
 
 WARM = 10.0  # seconds above which a job is not run twice to time it once
@@ -33,9 +33,7 @@ def main(case: str, name: str) -> None:
     contender = CONTENDERS[name]
     try:
         job = contender.make(CASES[case]())
-        start = time.process_time()
-        job()
-        slow = time.process_time() - start > WARM
+        seconds = timed(job)
     except Unfit as reason:
         say(unfit=str(reason))
         return
@@ -44,11 +42,16 @@ def main(case: str, name: str) -> None:
         if line.strip() == "memory":
             say(mb=peak_mb(job))
         else:
-            if not slow:
+            if seconds < WARM:
                 job()  # the others ran meanwhile: its pages and caches are cold
-            start = time.process_time()
-            job()
-            say(seconds=time.process_time() - start)
+            seconds = timed(job)
+            say(seconds=seconds)
+
+
+def timed(job: Job) -> float:
+    start = time.process_time()
+    job()
+    return time.process_time() - start
 
 
 if __name__ == "__main__":
