@@ -18,7 +18,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from bench.fidelity.files import read_rows, write_rows
+from bench.files import read_rows, write_rows
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

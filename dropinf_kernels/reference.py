@@ -6,9 +6,10 @@ autocast and records no autograd graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import ParamSpec, TypeVar
 
@@ -26,17 +27,25 @@ BUFFER_BYTES = 16 << 20
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
+@contextlib.contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def quietly(device: str) -> contextlib.AbstractContextManager[object]:
+    """No autograd and no autocast inside. Entering either costs microseconds, asking does not."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return _without_autocast(device)
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
 def exact(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run `fn` without autograd and with autocast off on the device of its first tensor."""
+    """Run `fn` quietly on the device of its first tensor."""
 
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(v for v in chain(args, kwargs.values()) if isinstance(v, Tensor)).device.type
-        with torch.no_grad():
-            # Entering a context costs microseconds, asking does not.
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return fn(*args, **kwargs)
+        with quietly(next(v for v in chain(args, kwargs.values()) if isinstance(v, Tensor)).device.type):
             return fn(*args, **kwargs)
 
     return run
@@ -65,10 +74,10 @@ def gather_columns(x: Tensor, columns: Tensor, group: int) -> Tensor:
             return x.view(math.prod(lead), x.shape[-1]).index_select(1, columns).view(*lead, columns.numel())
         # Twice as fast as index_select on the last axis of a CPU tensor.
         return x.gather(-1, columns.long().expand(*lead, -1))
-    runs = columns[::group].long() // group
+    runs = columns[::group] // group
     wide = _WIDE.get(group * x.element_size())
     if wide is not None and _can_widen(x, group):
-        return x.view(wide).gather(-1, runs.expand(*lead, -1)).view(x.dtype)
+        return x.view(wide).gather(-1, runs.long().expand(*lead, -1)).view(x.dtype)
     if alone:
         kept = x.view(math.prod(lead), x.shape[-1] // group, group).index_select(1, runs)
         return kept.view(*lead, columns.numel())

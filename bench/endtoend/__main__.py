@@ -18,7 +18,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from bench.fidelity.files import read_rows, write_rows
+from bench.files import read_rows, write_rows
 from tests.interop.run import environment
 
 from .contenders import CONTENDERS, FLOOR
@@ -113,20 +113,23 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Time above, memory below, both over the floor's."""
     cases = [case for case in CASES if any(row["case"] == case for row in rows)]
-    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(2, len(cases), figsize=(5 * len(cases), 8), sharey=True, squeeze=False)
     names = list(CONTENDERS)[::-1]
-    for axis, case in zip(axes[0], cases, strict=True):
-        found = {
-            row["contender"]: float(row["over_floor"]) for row in rows if row["case"] == case and row["over_floor"]
-        }
-        colors = ["tab:blue" if n.startswith("dropinf") else "lightgray" for n in names]
-        bars = axis.barh(names, [min(found.get(n, 0), LONGEST) for n in names], color=colors)
-        axis.bar_label(bars, [f"{found[n]:.2f}" if n in found else "cannot" for n in names], padding=2, fontsize=8)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=case, xlabel="CPU seconds over the floor's", xlim=(0, LONGEST + 1))
+    colors = ["tab:blue" if name.startswith("dropinf") else "lightgray" for name in names]
+    for field, label, line in zip(("cpu_seconds", "peak_mb"), ("CPU seconds", "peak memory"), axes, strict=True):
+        for axis, case in zip(line, cases, strict=True):
+            here = {row["contender"]: row for row in rows if row["case"] == case and row["over_floor"]}
+            over = {n: float(row[field]) / float(here[FLOOR][field]) for n, row in here.items()}
+            if field == "cpu_seconds":
+                over = {n: float(row["over_floor"]) for n, row in here.items()}
+            bars = axis.barh(names, [min(over.get(n, 0), LONGEST) for n in names], color=colors)
+            axis.bar_label(bars, [f"{over[n]:.2f}" if n in over else "cannot" for n in names], padding=2, fontsize=8)
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set(title=case, xlabel=f"{label} over the floor's", xlim=(0, LONGEST + 1))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

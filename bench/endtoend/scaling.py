@@ -20,7 +20,7 @@ import torch
 
 import dropinf
 import dropinf_kernels as ops
-from bench.fidelity.files import write_rows
+from bench.files import write_rows
 from bench.peak import peak_mb
 from dropinf.layers import Layer
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.fidelity.files import read_rows, write_rows
+from bench.files import read_rows, write_rows
 
 from .contenders import bergson_collector, dattri_attributor
 from .models import Case, gpt, wide

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import dropinf
+from bench.files import read_rows, save, write_rows
 from dropinf import metrics
 
 from .baselines import bm25, similarity
 from .evaluate import METHODS, RESULTS, calibration
-from .files import read_rows, save, write_rows
 from .tasks import Task, task
 
 OUT = Path("out/fidelity")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import dropinf
+from bench.files import read_rows, write_rows
 from dropinf import metrics
 
 from .baselines import similarity
-from .files import read_rows, write_rows
 from .retrain import losses_of
 from .tasks import NAMES, Task, task
 

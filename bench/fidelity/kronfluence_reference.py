@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import dropinf
+from bench.files import read_rows, write_rows
 from dropinf.exact import LossFn
 from dropinf.interop.kronfluence import Plan, prepare_model
 
 from .evaluate import CALIBRATION, FIELDS, MODELS, RESULTS, compressed, evaluate
-from .files import read_rows, write_rows
 from .retrain import losses_of
 from .tasks import NAMES, task
 

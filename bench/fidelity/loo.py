@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dropinf
+from bench.files import read_rows, save, write_rows
 from dropinf import metrics
 
 from .evaluate import KINDS, RESULTS
-from .files import read_rows, save, write_rows
 from .tasks import classification, task
 
 CACHE = Path("out/fidelity/digits-loo.npy")

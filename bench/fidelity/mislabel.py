@@ -20,12 +20,12 @@ from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging
 
 import dropinf
+from bench.files import read_rows, replacing, slug, write_rows
 from dropinf import metrics
 
 from . import data
 from .evaluate import METHODS as ALL
 from .evaluate import RESULTS, stored
-from .files import read_rows, replacing, slug, write_rows
 from .tasks import Batch, classification
 
 OUT = Path("out/fidelity/mislabel")

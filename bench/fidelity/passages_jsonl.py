@@ -10,8 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
+from bench.files import replacing
+
 from . import data
-from .files import replacing
 
 GENRES = {
     "a": "press: reportage", "b": "press: editorial", "c": "press: reviews", "d": "religion", "e": "skills and hobbies",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.files import save
 from dropinf.metrics import sample_subsets
 
-from .files import save
 from .tasks import NAMES, task
 
 OUT = Path("out/fidelity")

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import dropinf
+from bench.files import read_rows, replacing, slug, write_rows
 from dropinf import metrics
 
 from . import data
 from .baselines import bm25
 from .evaluate import METHODS, RESULTS
-from .files import read_rows, replacing, slug, write_rows
 
 OUT = Path("out/fidelity/retrieval")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import dropinf
-from bench.fidelity.files import replacing
+from bench.files import replacing
 from dropinf.storage import file_checksum
 
 RESULTS = Path("bench/results/sizing.json")

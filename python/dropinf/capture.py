@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dropinf_kernels.reference import quietly
+
 from . import sharded
 from .checks import untied_message
 from .layers import Layer
@@ -80,7 +82,8 @@ class UseGuard(TorchFunctionMode):
         if isinstance(result, Tensor | tuple | list):
             for value in (*args, *(kwargs or {}).values()):
                 for item in value if isinstance(value, list | tuple) else (value,):
-                    if isinstance(item, nn.Parameter):
+                    # An id first: asking what a parameter is costs more.
+                    if (id(item) in self.owners or self.shards) and isinstance(item, nn.Parameter):
                         self._note(item)
         return result
 
@@ -153,7 +156,7 @@ class Capture:
 
     def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor:
         current.calls += 1
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with quietly(x.device.type):
             try:
                 saved = current.save(use, x.detach(), out.detach())
             except Untied:
@@ -175,7 +178,7 @@ class Capture:
                     f"layer {use.name}: its input was modified in place after the layer read it, so its gradient "
                     "would be wrong; use an out-of-place operation (inplace=False, x = x + y) after this layer"
                 )
-            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            with quietly(g.device.type):
                 try:
                     current.sink(use, saved, g, current.samples)
                 except Untied:

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from bench.fidelity.files import read_rows, write_rows
+from bench.files import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venv-interop"
