@@ -22,6 +22,7 @@ METHODS: dict[str, Callable[[int], dropinf.Sketch]] = {
     "gaussian factors": lambda k: dropinf.Gaussian(k),
     "pca factors": lambda k: dropinf.PCA(k),
     "dropout": lambda k: dropinf.Dropout(k),
+    "dropout, runs of 8": lambda k: dropinf.Dropout(k, group=8),
     "dropout, runs of 16": lambda k: dropinf.Dropout(k, group=16),
     "dropout, whitened": lambda k: dropinf.Dropout(k, whiten=True),
     "dropout, energy": lambda k: dropinf.Dropout(k, sampling="energy"),
