@@ -23,6 +23,7 @@ from tests.interop.run import environment
 
 from .contenders import CONTENDERS, FLOOR
 from .models import CASES
+from .worker import SETTINGS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -51,7 +52,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, **SETTINGS},
         )
         self.name, self.seconds = name, list[float]()
         self.about = self.read()

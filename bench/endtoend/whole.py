@@ -27,6 +27,7 @@ from bench.files import read_rows, write_rows
 
 from .contenders import bergson_collector, dattri_attributor
 from .models import Case, gpt, wide
+from .worker import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "whole.csv"
@@ -150,8 +151,8 @@ def measure(case: str, commit: str) -> list[dict[str, str]]:
             continue
         python = str(environment(where)) if where else sys.executable
         command = [python, "-m", "bench.endtoend.whole", case, name]
-        limits = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=limits, stdout=subprocess.PIPE, check=True, text=True)
+        settings = {**os.environ, **SETTINGS}
+        done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, check=True, text=True)
         extraction, rest = json.loads(done.stdout)
         whole = extraction + rest
         ours = whole if not rows else float(rows[0]["whole_s"])
