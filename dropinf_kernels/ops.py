@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import bodies, reference_conv
+from .launch import runs_triton
 from .reference import accumulator
 
 _SKETCH = "Tensor x, Tensor index, Tensor? weight=None, int group=1"
@@ -92,8 +93,10 @@ def _fake_sketch_patches(
     index: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    out = reference_conv.conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    return x.new_empty(x.shape[0], math.prod(out), index.shape[1])
+    positions = math.prod(reference_conv.conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+    if runs_triton([x, index] if weight is None else [x, index, weight]):
+        return x.new_empty(x.shape[0], positions, index.shape[1])
+    return x.new_empty(x.shape[0], index.shape[1], positions).mT
 
 
 def _fake_compress_embedding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -264,13 +264,38 @@ def _grouped(g: Tensor, rows: _OutputRows, out_weight: Tensor | None, taps: _Tap
     return _sketch_rows(product.flatten(1, 2), rows.position, out_weight, taps.dtype)
 
 
-def _used_channels(x: Tensor, geometry: Geometry, index: Tensor) -> tuple[Tensor, Geometry, Tensor]:
-    """Leave out the channels of `x` that no tap is of, before it is padded; where they are few, nothing changes."""
-    window = math.prod(geometry.kernel_size)
-    used, place = torch.unique(index // window, return_inverse=True)
-    if 2 * used.numel() > x.shape[1]:
-        return x, geometry, index
-    return x.index_select(1, used), replace(geometry, channels=used.numel()), place * window + index % window
+def _tap_by_tap(x: Tensor, geometry: Geometry, taps: Sequence[int]) -> Tensor:
+    """Return the patches' `taps`, [N, taps, T]: of each what lies inside the image, which no copy pads first."""
+    make = x.new_zeros if any(geometry.padding) else x.new_empty
+    out = make(x.shape[0], len(taps), *geometry.out)
+    axes = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.out, x.shape[2:])
+    for row, tap in enumerate(taps):
+        source: list[slice] = []
+        target: list[slice] = []
+        for kernel, step, padding, dilation, length, size in zip(*(reversed(axis) for axis in axes), strict=True):
+            tap, at = divmod(tap, kernel)
+            first = at * dilation - padding  # where window 0 has this tap
+            low = max(0, -(first // step))
+            high = max(low, min(length, (size - 1 - first) // step + 1))
+            source.append(slice(first + low * step, first + high * step, step))
+            target.append(slice(low, high))
+        out[(slice(None), row, *reversed(target))] = x[(slice(None), tap, *reversed(source))]
+    return out.flatten(2)
+
+
+def _patches(x: Tensor, geometry: Geometry, index: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the sketched patches [N, k, T]; of few taps, or of many positions, one tap at a time."""
+    k, dtype = index.shape[1], accumulator(x)
+    if x.device.type == "cpu" and len(index) == 1 and (k <= 32 or x.shape[0] * geometry.positions >= 4096):
+        plain = _tap_by_tap(x, geometry, index[0].tolist())
+        return plain if weight is None else plain.to(dtype).mul_(weight[0].to(dtype).unsqueeze(1)).to(x.dtype)
+    taps = _Taps(geometry, index, weight, torch.zeros(1, dtype=torch.int64, device=x.device), dtype)
+    out = x.new_empty(x.shape[0], k, geometry.positions)
+    samples = max(1, BUFFER_BYTES // (max(1, k) * geometry.positions * dtype.itemsize))
+    for n in range(0, x.shape[0], samples):
+        for _, columns, patches in taps.chunks(x[n : n + samples]):
+            out[n : n + samples, columns] = patches.squeeze(1)
+    return out
 
 
 @exact
@@ -286,13 +311,4 @@ def sketch_patches(
     geometry = check_patches(x, kernel_size, stride, padding, dilation, index, weight)
     if not index.is_cuda:
         check_bounds("index", index, geometry.taps)
-    x, geometry, index = _used_channels(x, geometry, index)
-    present = torch.zeros(1, dtype=torch.int64, device=x.device)
-    taps = _Taps(geometry, index, weight, present, accumulator(x))
-    out = x.new_empty(x.shape[0], geometry.positions, taps.width)
-    row_bytes = max(1, taps.width) * geometry.positions * taps.dtype.itemsize
-    samples = max(1, BUFFER_BYTES // row_bytes)
-    for n in range(0, x.shape[0], samples):
-        for _, columns, patches in taps.chunks(x[n : n + samples]):
-            out[n : n + samples, :, columns] = patches.squeeze(1).transpose(1, 2)
-    return out
+    return _patches(x, geometry, index, weight).mT

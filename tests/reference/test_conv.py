@@ -148,11 +148,34 @@ def test_sketch_patches_equals_a_sketched_unfold(dtype, fan_in, weighted):
     index, weight = make_table(18, 5, fan_in, weighted)
     got = kernels.sketch_patches(x, *args, index, weight)
     assert got.dtype == dtype
-    assert got.is_contiguous()
     columns = nn.functional.unfold(x.double(), args[0], args[3], args[2], args[1])
     want = columns.transpose(1, 2) @ dense(index, weight, 18).T
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), want, rtol=eps, atol=8 * eps if dtype.itemsize > 2 else 1e-6)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 40])  # few taps are copied one by one, many gathered
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding", "dilation"),
+    [
+        ((1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
+        ((3, 2, 2), (2, 1, 3), (1, 2, 0), (1, 2, 1)),
+        ((2, 3, 1), (1, 2, 1), (3, 0, 1), (3, 1, 2)),
+        ((2, 1, 2), (3, 4, 2), (7, 9, 8), (2, 1, 1)),  # windows wholly outside
+    ],
+)
+def test_every_tap_of_a_patch(spatial, channels, weighted, kernel_size, stride, padding, dilation):
+    args = window(kernel_size[:spatial], stride[:spatial], padding[:spatial], dilation[:spatial])
+    x = torch.randn(2, channels, *SIZES[spatial], dtype=torch.float64)
+    taps = channels * math.prod(args[0])
+    index, weight = make_table(taps, taps, 1, weighted)
+    convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[spatial - 1]
+    units = torch.eye(taps, dtype=torch.float64).view(taps, channels, *args[0])
+    patches = convolve(x, units, None, *args[1:3], args[3]).flatten(2).mT
+    want = patches @ dense(index, weight, taps).T
+    torch.testing.assert_close(kernels.sketch_patches(x, *args, index, weight), want)
 
 
 class LargestTensor(TorchDispatchMode):
