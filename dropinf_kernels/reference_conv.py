@@ -270,16 +270,18 @@ def _tap_by_tap(x: Tensor, geometry: Geometry, taps: Sequence[int]) -> Tensor:
     out = make(x.shape[0], len(taps), *geometry.out)
     axes = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.out, x.shape[2:])
     for row, tap in enumerate(taps):
-        source: list[slice] = []
-        target: list[slice] = []
+        source: tuple[slice, ...] = ()
+        target: tuple[slice, ...] = ()
         for kernel, step, padding, dilation, length, size in zip(*(reversed(axis) for axis in axes), strict=True):
             tap, at = divmod(tap, kernel)
             first = at * dilation - padding  # where window 0 has this tap
             low = max(0, -(first // step))
             high = max(low, min(length, (size - 1 - first) // step + 1))
-            source.append(slice(first + low * step, first + high * step, step))
-            target.append(slice(low, high))
-        out[(slice(None), row, *reversed(target))] = x[(slice(None), tap, *reversed(source))]
+            source = (slice(first + low * step, first + high * step, step), *source)
+            target = (slice(low, high), *target)
+        inside: tuple[slice | int, ...] = (slice(None), row, *target)
+        wanted: tuple[slice | int, ...] = (slice(None), tap, *source)
+        out[inside] = x[wanted]
     return out.flatten(2)
 
 

@@ -27,7 +27,6 @@ from bench.files import read_rows, write_rows
 
 from .contenders import bergson_collector, dattri_attributor
 from .models import Case, gpt, wide
-from .worker import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "whole.csv"
@@ -151,7 +150,7 @@ def measure(case: str, commit: str) -> list[dict[str, str]]:
             continue
         python = str(environment(where)) if where else sys.executable
         command = [python, "-m", "bench.endtoend.whole", case, name]
-        settings = {**os.environ, **SETTINGS}
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, check=True, text=True)
         extraction, rest = json.loads(done.stdout)
         whole = extraction + rest
@@ -167,7 +166,7 @@ def main(cases: list[str]) -> None:
     rows = read_rows(RESULTS)
     for case in cases:
         rows = [row for row in rows if row["case"] != case] + measure(case, commit)
-    write_rows(RESULTS, FIELDS, rows)
+        write_rows(RESULTS, FIELDS, rows)
 
 
 if __name__ == "__main__":
