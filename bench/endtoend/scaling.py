@@ -3,7 +3,7 @@
 python -m bench.endtoend.scaling      # three minutes
 
 One value at a time, around 16 passages of 128 tokens, 4 layers of width 256, k 32; scattered masks, one thread. An
-exponent is the slope of a line through the logarithms. Scores: the top ten of 16 queries, in rows of 1,024 numbers.
+exponent is the slope of a line through the logarithms. Scores: the top ten of 16 queries, in rows of 64 numbers.
 Writes bench/results/scaling.csv and .png.
 """
 
@@ -88,7 +88,7 @@ def extraction(swept: str, value: int) -> Row:
 
 
 def scoring(samples: int) -> Row:
-    query, train = torch.randn(16, 1024), torch.randn(samples, 1024)
+    query, train = torch.randn(16, 64), torch.randn(samples, 64)
     job = lambda: ops.score_topk(query, train, 10)  # noqa: E731
     return {"swept": "rows scored", "value": str(samples), "floor_s": "", "floor_mb": "",
             "compression_s": f"{seconds(job):.4g}", "extraction_mb": f"{peak_mb(job):.4g}"}  # fmt: skip
@@ -121,7 +121,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     rows = [extraction(swept, value) for swept, values in SWEEPS.items() for value in values]
-    rows += [scoring(n) for n in (4096, 16384, 65536, 262144)]
+    rows += [scoring(n) for n in (2**20, 2**21, 2**22)]
     write_rows(RESULTS, FIELDS, rows)
     plot(rows, RESULTS.with_suffix(".png"))
     print("| swept | compression, CPU s | exponent | floor, CPU s | extraction, MB | exponent | floor, MB |")

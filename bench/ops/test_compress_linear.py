@@ -84,10 +84,10 @@ def flat(sketch: dropinf.Sketch, a: Tensor, g: Tensor, k: int) -> Callable[[Tens
     return lambda a, g: ops.compress_flat(a, g, *pairs)
 
 
+@pytest.mark.parametrize("method", METHODS)  # first: what is compared runs one after the other
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", [64, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("method", METHODS)
 def test_compress_linear(benchmark, method: str, shape: tuple[int, int], k: int, dtype: str) -> None:
     benchmark.group = f"{shape[0]}x{shape[1]}, k {k}, {dtype}"
     a, g = (rows(size, side, getattr(torch, dtype)) for size, side in zip(shape, ("in", "out"), strict=True))
