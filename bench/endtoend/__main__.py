@@ -23,7 +23,7 @@ from tests.interop.run import environment
 
 from .contenders import CONTENDERS, FLOOR
 from .models import CASES
-from .worker import SETTINGS
+from .worker import SETTINGS, SLOW
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,7 +35,6 @@ FIELDS = (
     "commit", "note",
 )  # fmt: skip
 Row = dict[str, object]
-SLOW = 10.0  # seconds of a job that is timed once
 LONGEST = 6  # bars end here; their labels do not
 
 
@@ -119,12 +118,11 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     figure, axes = plt.subplots(2, len(cases), figsize=(5 * len(cases), 8), sharey=True, squeeze=False)
     names = list(CONTENDERS)[::-1]
     colors = ["tab:blue" if name.startswith("dropinf") else "lightgray" for name in names]
-    for field, label, line in zip(("cpu_seconds", "peak_mb"), ("CPU seconds", "peak memory"), axes, strict=True):
+    for field, label, line in zip(("over_floor", "peak_mb"), ("CPU seconds", "peak memory"), axes, strict=True):
         for axis, case in zip(line, cases, strict=True):
             here = {row["contender"]: row for row in rows if row["case"] == case and row["over_floor"]}
-            over = {n: float(row[field]) / float(here[FLOOR][field]) for n, row in here.items()}
-            if field == "cpu_seconds":
-                over = {n: float(row["over_floor"]) for n, row in here.items()}
+            scale = float(here[FLOOR][field])
+            over = {n: float(row[field]) / scale for n, row in here.items()}
             bars = axis.barh(names, [min(over.get(n, 0), LONGEST) for n in names], color=colors)
             axis.bar_label(bars, [f"{over[n]:.2f}" if n in over else "cannot" for n in names], padding=2, fontsize=8)
             axis.axvline(1, color="black", linewidth=0.8)

@@ -67,7 +67,7 @@ def training_step(case: Case) -> Job:
     return job
 
 
-def _compressor(case: Case, sketch: str, **options: Any) -> Any:
+def make_compressor(case: Case, sketch: str, **options: Any) -> Any:
     import dropinf
 
     layers = [f"{name}.weight" for name in case.linears]
@@ -76,7 +76,7 @@ def _compressor(case: Case, sketch: str, **options: Any) -> Any:
 
 def _dropinf(sketch: str, **options: Any) -> Callable[[Case], Job]:
     def make(case: Case) -> Job:
-        compressor = _compressor(case, sketch, **options)
+        compressor = make_compressor(case, sketch, **options)
         return lambda: compressor.compress([case.batch]).flat
 
     return make
@@ -84,7 +84,7 @@ def _dropinf(sketch: str, **options: Any) -> Callable[[Case], Job]:
 
 def vmap_grad(case: Case) -> Job:
     """torch.func's per-sample gradients, whole, and a gather."""
-    plans = _compressor(case, "Dropout").layers
+    plans = make_compressor(case, "Dropout").layers
     values = {n: p.detach() for n, p in case.model.named_parameters()}
     tracked = {plan.parameter: values.pop(plan.parameter) for plan in plans.values()}
 

@@ -18,13 +18,12 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-import dropinf
 import dropinf_kernels as ops
 from bench.files import write_rows
 from bench.peak import peak_mb
 from dropinf.layers import Layer
 
-from .contenders import CONTENDERS, FLOOR
+from .contenders import CONTENDERS, FLOOR, make_compressor
 from .models import GPT, Case, next_word
 
 mpl.use("Agg")
@@ -78,8 +77,7 @@ def seconds(job: Callable[[], object]) -> float:
 def extraction(swept: str, value: int) -> Row:
     found = case(**{**BASE, swept: value})
     floor = CONTENDERS[FLOOR].make(found)
-    names = [f"{name}.weight" for name in found.linears]
-    compressor = dropinf.Compressor(found.model, dropinf.Dropout(found.dim), found.loss_fn, layers=names)
+    compressor = make_compressor(found, "Dropout")
     job = lambda: compressor.compress([found.batch])  # noqa: E731
     job()  # the first checks whose gradient is whose
     numbers = {"floor_s": seconds(floor), "compression_s": seconds(compression(found, compressor.layers))}

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench.files import read_rows, write_rows
 
-from .contenders import bergson_collector, dattri_attributor
+from .contenders import bergson_collector, dattri_attributor, make_compressor
 from .models import Case, gpt, wide
+from .worker import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "whole.csv"
@@ -38,8 +39,7 @@ Times = tuple[float, float]  # CPU seconds of the extraction, and of the rest
 def dropinf_job(case: Case) -> Times:
     import dropinf
 
-    layers = [f"{name}.weight" for name in case.linears]
-    compressor = dropinf.Compressor(case.model, dropinf.Dropout(case.dim, group=16), case.loss_fn, layers=layers)
+    compressor = make_compressor(case, "Dropout", group=16)
     start = time.process_time()
     train = compressor.compress(batches(case))
     query = compressor.compress([queries(case)])
@@ -150,7 +150,7 @@ def measure(case: str, commit: str) -> list[dict[str, str]]:
             continue
         python = str(environment(where)) if where else sys.executable
         command = [python, "-m", "bench.endtoend.whole", case, name]
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        settings = {**os.environ, **ONE_THREAD}
         done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, check=True, text=True)
         extraction, rest = json.loads(done.stdout)
         whole = extraction + rest

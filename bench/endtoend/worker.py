@@ -21,15 +21,11 @@ from bench.peak import peak_mb
 from .contenders import CONTENDERS, Job, Unfit
 from .models import CASES
 
-# One thread; and what is freed stays with the process: pages given back and taken again are up to a fifth of the time,
-# more in one run than in the next.
-SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-}
-WARM = 10.0  # seconds above which a job is not run twice to time it once
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# What is freed stays with the process: pages given back and taken again are up to a fifth of the time, more in one run
+# than in the next.
+SETTINGS = {**ONE_THREAD, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+SLOW = 10.0  # seconds of a job that is timed once, without a run before it
 
 
 def main(case: str, name: str) -> None:
@@ -52,7 +48,7 @@ def main(case: str, name: str) -> None:
         if line.strip() == "memory":
             say(mb=peak_mb(job))
         else:
-            if seconds < WARM:
+            if seconds < SLOW:
                 job()  # the others ran meanwhile: its pages and caches are cold
             seconds = timed(job)
             say(seconds=seconds)

@@ -148,6 +148,7 @@ def test_sketch_patches_equals_a_sketched_unfold(dtype, fan_in, weighted):
     index, weight = make_table(18, 5, fan_in, weighted)
     got = kernels.sketch_patches(x, *args, index, weight)
     assert got.dtype == dtype
+    assert got.mT.is_contiguous()
     columns = nn.functional.unfold(x.double(), args[0], args[3], args[2], args[1])
     want = columns.transpose(1, 2) @ dense(index, weight, 18).T
     eps = torch.finfo(dtype).eps
