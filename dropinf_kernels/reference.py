@@ -126,17 +126,34 @@ def compress_linear(
     check_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
     check_output_dtype(dtype)
     wide = accumulator(a, g)
+    k_in, k_out = (x.shape[-1] if index is None else index.shape[1] for x, index in ((a, in_index), (g, out_index)))
+    samples = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Weights of one survivor per output commute with the product: they scale it where it has fewer values.
+    smaller = samples * k_in * k_out < math.prod(g.shape[:-1]) * (k_in + k_out)
+    (in_weight, in_scale), (out_weight, out_scale) = (
+        (None, w) if smaller and w is not None and w.shape[0] == 1 else (w, None) for w in (in_weight, out_weight)
+    )
     kept_a = sketch_columns(a, in_index, in_weight, group, wide)
     kept_g = sketch_columns(g, out_index, out_weight, group, wide)
+    out = _outer_products(kept_a, kept_g, cu_seqlens)
+    if in_scale is not None:
+        out.mul_(in_scale.to(wide))
+    if out_scale is not None:
+        out.mul_(out_scale.to(wide).mT)
+    return out.to(dtype or wide)
+
+
+def _outer_products(a: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return each sample's sum over its rows of g a^T."""
     if cu_seqlens is None:
-        return torch.bmm(kept_g.transpose(1, 2), kept_a).to(dtype or wide)
-    kept_a, kept_g = kept_a.flatten(0, -2), kept_g.flatten(0, -2)
-    bounds = document_bounds(cu_seqlens, kept_g.shape[0])
-    out = kept_g.new_empty(len(bounds) - 1, kept_g.shape[1], kept_a.shape[1])
+        return torch.bmm(g.transpose(1, 2), a)
+    a, g = a.flatten(0, -2), g.flatten(0, -2)
+    bounds = document_bounds(cu_seqlens, g.shape[0])
+    out = g.new_empty(len(bounds) - 1, g.shape[1], a.shape[1])
     for n in range(len(bounds) - 1):
         rows = slice(bounds[n], bounds[n + 1])
-        torch.mm(kept_g[rows].t(), kept_a[rows], out=out[n])
-    return out.to(dtype or wide)
+        torch.mm(g[rows].t(), a[rows], out=out[n])
+    return out
 
 
 @exact
