@@ -32,7 +32,8 @@ from .worker import ONE_THREAD
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "whole.csv"
 FIELDS = ("case", "contender", "extraction_s", "rest_s", "whole_s", "times_ours", "commit")
-QUERIES = BATCH = 16
+QUERIES = 16
+BATCH = {"gpt": 16, "wide": 500}  # LogIX takes more than 24 GB for the wide job in batches of 16
 Times = tuple[float, float]  # CPU seconds of the extraction, and of the rest
 
 
@@ -58,7 +59,7 @@ def dattri_job(case: Case) -> Times:
         return compute(*args, **options)
 
     attributor.compute_preconditioners = preconditioners
-    train, query = (DataLoader(TensorDataset(*batch), BATCH) for batch in (case.batch, queries(case)))
+    train, query = (DataLoader(TensorDataset(*batch), BATCH[case.name]) for batch in (case.batch, queries(case)))
     start = time.process_time()
     attributor.cache(train)
     scores = attributor.attribute(train, query)
@@ -75,7 +76,7 @@ def logix_job(case: Case) -> Times:
     start = time.process_time()
     for _ in logix.LogIXScheduler(run, lora="none", hessian="raw", save="grad"):
         for n, batch in enumerate(batches(case)):
-            with run(data_id=[str(n * BATCH + i) for i in range(len(batch[0]))]):
+            with run(data_id=[str(n * BATCH[case.name] + i) for i in range(len(batch[0]))]):
                 case.loss_fn(case.model, batch).sum().backward()
                 case.model.zero_grad()
     done = time.process_time()
@@ -110,7 +111,7 @@ def bergson_job(case: Case) -> Times:
 
 
 def batches(case: Case) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(x.split(BATCH) for x in case.batch), strict=True))
+    return list(zip(*(x.split(BATCH[case.name]) for x in case.batch), strict=True))
 
 
 def queries(case: Case) -> tuple[Tensor, Tensor]:
