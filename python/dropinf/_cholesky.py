@@ -38,13 +38,18 @@ class Cholesky:
 
     def solve(self, v: Tensor) -> Tensor:
         if self.rows is None:
-            direct: Tensor = torch.cholesky_solve(v.T, self.lower).T
-            return direct.mul_(self.scale)
-        x: Tensor = torch.cholesky_solve(project(self.rows, v), self.lower)  # [N, n]
+            return self._divide(v.T).T.mul_(self.scale)
+        x = self._divide(project(self.rows, v))  # [N, n]
         solved = v.clone()
         for cols in spans(v.shape[1], len(self.rows)):
             solved[:, cols] -= x.T @ self.rows[:, cols].to(v.dtype)
         return solved.mul_(self.scale / self.damping)
+
+    def _divide(self, x: Tensor) -> Tensor:
+        """Return `(lower lower^T)^{-1} x`. cholesky_solve copies the factor, four times the work for a few columns."""
+        half = torch.linalg.solve_triangular(self.lower, x, upper=False)
+        whole: Tensor = torch.linalg.solve_triangular(self.lower.T, half, upper=True)
+        return whole
 
     def quadratic(self, v: Tensor) -> Tensor:
         inner = v.T if self.rows is None else project(self.rows, v)

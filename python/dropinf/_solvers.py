@@ -80,7 +80,7 @@ class Block(ABC):
 
     def _fourths(self, c: Tensor) -> float:
         """Return `sum_n |c_n|^4`, and each coordinate's own where coordinates are known apart."""
-        return float(c.square().sum(1).double().square().sum())
+        return float(torch.linalg.vector_norm(c, dim=1).double().pow(4).sum())
 
     def _chosen(self, mean_diagonal: float, squares: float, fourths: float) -> float:
         return ledoit_wolf(self.count, self.width, mean_diagonal, squares, fourths)
