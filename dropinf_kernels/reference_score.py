@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 import torch
@@ -14,8 +14,9 @@ from ._checks import check_float
 from .reference import BUFFER_BYTES, accumulator, exact
 
 P = ParamSpec("P")
-_GRAM_BLOCK = 256  # rows of a strip: wider ones multiply more of the lower triangle
-_PAD = 16  # entries between the rows of a strip: a line of the cache
+_GRAM_WIDE = 768  # rows of a tile right of the diagonal: products of few rows are slower
+_GRAM_NARROW = 256  # rows of a tile on the diagonal, whose lower triangle is multiplied for nothing
+_PAD = 16  # entries between the rows of a tile: a line of the cache
 _INT8_COLUMNS = 131072  # products of int8 that 32 bits hold
 
 
@@ -46,31 +47,38 @@ def check_gram(F: Tensor, C: Tensor, c_scale: Tensor | None) -> None:
 def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
     check_gram(F, C, c_scale)
     rows = C.shape[0]
-    buffer = F.new_empty(_GRAM_BLOCK * (F.shape[0] + _PAD))
+    buffer = F.new_empty(_GRAM_WIDE * (F.shape[0] + _PAD))
     if C.dtype != F.dtype or c_scale is not None:
         rows = max(1, BUFFER_BYTES // max(1, C.shape[1] * F.element_size()))
     for n in range(0, C.shape[0], max(1, rows)):
         part = C[n : n + rows].to(F.dtype)
         if c_scale is not None:
             part = part * c_scale[n : n + rows].to(F.dtype).unsqueeze(1)
-        for i in range(0, F.shape[0], _GRAM_BLOCK):
-            _add_strip(F, part, i, buffer, mirror=n + rows >= C.shape[0])
+        for tile in _upper_tiles(F.shape[0]):
+            _add_tile(F, part, *tile, buffer, mirror=n + rows >= C.shape[0])
 
 
-def _add_strip(F: Tensor, part: Tensor, i: int, buffer: Tensor, mirror: bool) -> None:
-    """Add rows i.. of the upper triangle of `part^T part` to F, whose columns i.. are their mirror image: a product's
-    two halves need not round alike.
-    """
-    j = min(i + _GRAM_BLOCK, F.shape[0])
-    width = F.shape[0] - i
+def _upper_tiles(size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield rows i:j and columns a:b that cover the upper triangle: on the diagonal (a = i) or right of it (a = j)."""
+    for i in range(0, size, _GRAM_WIDE):
+        j = min(i + _GRAM_WIDE, size)
+        for u in range(i, j, _GRAM_NARROW):
+            yield u, min(u + _GRAM_NARROW, j), u, j
+        if j < size:
+            yield i, j, j, size
+
+
+def _add_tile(F: Tensor, part: Tensor, i: int, j: int, a: int, b: int, buffer: Tensor, mirror: bool) -> None:
+    """Add rows i:j and columns a:b of `part^T part` to F and mirror them: its own two halves need not round alike."""
     # A copy whose rows do not start a power of two apart, which would put a column of them in few sets of the cache.
-    strip = buffer.as_strided((j - i, width), (width + _PAD, 1))
-    strip.copy_(F[i:j, i:]).addmm_(part[:, i:j].t(), part[:, i:])
-    corner = strip[:, : j - i]
-    corner.copy_(corner.triu() + corner.triu(1).t())
-    F[i:j, i:].copy_(strip)
+    tile = buffer.as_strided((j - i, b - a), (b - a + _PAD, 1))
+    tile.copy_(F[i:j, a:b]).addmm_(part[:, i:j].t(), part[:, a:b])
+    if a == i:
+        corner = tile[:, : j - i]
+        corner.copy_(corner.triu() + corner.triu(1).t())
+    F[i:j, a:b].copy_(tile)
     if mirror:
-        F[j:, i:j].copy_(strip[:, j - i :].t())
+        F[j:b, i:j].copy_(tile[:, j - a :].t())
 
 
 def check_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None) -> None:

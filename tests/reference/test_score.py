@@ -13,7 +13,8 @@ import dropinf_kernels as kernels
 @pytest.mark.parametrize("f_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("c_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gram_update_adds_in_place(f_dtype, c_dtype, monkeypatch):
-    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_BLOCK", 5)
+    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_WIDE", 5)
+    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_NARROW", 2)
     monkeypatch.setattr("dropinf_kernels.reference_score.BUFFER_BYTES", 3 * 13 * 8)
     F = torch.eye(13, dtype=f_dtype)
     want = torch.eye(13, dtype=torch.float64)
@@ -149,7 +150,8 @@ def test_bad_input_names_the_argument(call, error, message):
 @pytest.mark.parametrize("f_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("c_dtype", [torch.int8, torch.float16, torch.float32])
 def test_gram_update_of_scaled_rows(f_dtype, c_dtype, monkeypatch):
-    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_BLOCK", 5)
+    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_WIDE", 5)
+    monkeypatch.setattr("dropinf_kernels.reference_score._GRAM_NARROW", 2)
     monkeypatch.setattr("dropinf_kernels.reference_score.BUFFER_BYTES", 3 * 13 * 8)
     C, c_scale = torch.randint(-127, 128, (20, 13)).to(c_dtype), torch.rand(20)
     F = torch.eye(13, dtype=f_dtype)
