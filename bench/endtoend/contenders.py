@@ -273,8 +273,8 @@ def trak_projector(case: Case) -> Job:
 
 CONTENDERS = {
     "forward": Contender(forward, package="torch"),
-    "floor: forward, backward to the activations": Contender(floor, package="torch"),
     "training step": Contender(training_step, package="torch"),
+    "floor: forward, backward to the activations": Contender(floor, package="torch"),  # right before ours
     "dropinf, mask": Contender(_dropinf("Dropout")),
     "dropinf, mask in runs of 16": Contender(_dropinf("Dropout", group=16)),
     "dropinf, Gaussian factors": Contender(_dropinf("Gaussian")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import dropinf
 from dropinf.batches import map_tensors
@@ -138,3 +139,22 @@ def test_a_tensor_that_only_looks_like_samples():
     rows = [torch.autograd.grad(loss_fn(model, (x, shared))[n], model.position)[0] for n in range(N)]
     got = compressor.compress([(x, shared)])["position"]
     torch.testing.assert_close(got, torch.stack(rows).flatten(1), rtol=1e-10, atol=1e-12)
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of its own, as quantized ones are."""
+
+
+def test_another_use_of_a_parameter_of_its_own_class_is_seen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[0].weight = Marked(model[0].weight.detach())
+
+    def loss_fn(model, x):
+        return model(x @ model[0].weight).square().sum(1)
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    got = dropinf.compress(model, [x], loss_fn, dropinf.Dropout(4), layers=["0.weight"])
+    want = [torch.autograd.grad(loss_fn(model, row[None]).sum(), model[0].weight)[0].flatten() for row in x]
+    assert type(model[0].weight) is Marked
+    torch.testing.assert_close(got.flat, torch.stack(want))

@@ -49,7 +49,7 @@ def snapshot(model):
         n: (m.training, sorted(m.__dict__), [len(getattr(m, h)) for h in HOOKS], id(m.forward))
         for n, m in model.named_modules()
     }
-    identities = [id(p) for p in model.parameters()] + [id(b) for b in model.buffers()]
+    identities = [(id(p), type(p), sorted(p.__dict__)) for p in model.parameters()] + [id(b) for b in model.buffers()]
     switches = (
         torch.get_rng_state(),
         torch.backends.mha.get_fastpath_enabled(),
