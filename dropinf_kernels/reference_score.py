@@ -47,7 +47,7 @@ def check_gram(F: Tensor, C: Tensor, c_scale: Tensor | None) -> None:
 def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
     check_gram(F, C, c_scale)
     rows = C.shape[0]
-    buffer = F.new_empty(_GRAM_WIDE * (F.shape[0] + _PAD))
+    buffer = F.new_empty(min(_GRAM_WIDE, F.shape[0]) * (F.shape[0] + _PAD))
     if C.dtype != F.dtype or c_scale is not None:
         rows = max(1, BUFFER_BYTES // max(1, C.shape[1] * F.element_size()))
     for n in range(0, C.shape[0], max(1, rows)):
