@@ -1,4 +1,4 @@
-"""Hooks that compress per-sample gradients as they are formed.
+"""Hooks that compress per-sample gradients as they are formed, and the guards that keep them honest.
 
 The forward hook keeps only the compressed input; a hook on the output's gradient calls the fused op. State
 travels in closures on the autograd graph, so modules called twice, activation checkpointing and nested
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dropinf_kernels.reference import quietly
 
@@ -60,6 +61,45 @@ class Pass:
     unfit: set[str] = field(default_factory=set)
     shared: bool = False  # some output was expanded to one copy per sample
     calls: int = 0
+
+
+class UseGuard(TorchFunctionMode):
+    """Finds tracked parameters that are used by anything but their own module's forward."""
+
+    def __init__(
+        self,
+        owners: Mapping[int, set[nn.Module]],
+        active: Counter[nn.Module],
+        shards: Mapping[tuple[nn.Module, str], int],
+    ) -> None:
+        super().__init__()
+        self.owners, self.active, self.shards = owners, active, shards
+        self.found: set[int] = set()
+        self._gathered: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list):
+            for value in (*args, *(kwargs or {}).values()):
+                for item in value if isinstance(value, list | tuple) else (value,):
+                    # An id first: asking what a parameter is costs more.
+                    if (id(item) in self.owners or self.shards) and isinstance(item, nn.Parameter):
+                        self._note(item)
+        return result
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        key = self._shard_of(parameter) if self.shards else id(parameter)
+        modules = self.owners.get(key)
+        if modules is not None and not any(self.active[m] for m in modules):
+            self.found.add(key)
+
+    def _shard_of(self, parameter: nn.Parameter) -> int:
+        """A gathered parameter is another object than its shard, known by the place that it takes."""
+        if id(parameter) not in self._gathered:
+            places = self.shards.items()
+            self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}
+            self._gathered.setdefault(id(parameter), id(parameter))
+        return self._gathered[id(parameter)]
 
 
 class Capture:

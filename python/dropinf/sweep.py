@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 
 from . import sharded
 from .batches import batch_size_hint
-from .capture import Capture, Pass, accumulate
+from .capture import Capture, Pass, UseGuard, accumulate
 from .checks import check_batchnorm, check_finite, check_losses, explain, untied_message
 from .exact import ExactGradients, LossFn
-from .guard import UseGuard
 from .layers import Layer, Target, clean_name, module_kind
 from .statistics import Moments
 from .uses import USES, Samples, Use
@@ -137,7 +136,7 @@ class Sweep:
         if any(sharded.is_sharded(t.tensor) for t in self.targets.values()):
             places = ((m, name, p) for m in self.model.modules() for name, p in m.named_parameters(recurse=False))
             shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
-        return UseGuard([t.tensor for t in self.targets.values()], owners, capture.active, shards)
+        return UseGuard(owners, capture.active, shards)
 
     def _losses(
         self, batch: Any, guard: UseGuard, cu: Tensor | None, suspects: Mapping[str, tuple[int, ...]]
@@ -145,7 +144,7 @@ class Sweep:
         """The losses of a batch, under the guard. ``suspects``: modules whose output was just taken to be shared by
         all samples, which is what a failure here then disproves."""
         try:
-            with guard.watching(), torch.enable_grad():
+            with guard, torch.enable_grad():
                 losses = self.loss_fn(self.model, batch)
             check_losses(losses, batch, cu)
         except (RuntimeError, ValueError, IndexError) as error:

@@ -158,3 +158,19 @@ def test_another_use_of_a_parameter_of_its_own_class_is_seen():
     want = [torch.autograd.grad(loss_fn(model, row[None]).sum(), model[0].weight)[0].flatten() for row in x]
     assert type(model[0].weight) is Marked
     torch.testing.assert_close(got.flat, torch.stack(want))
+
+
+class Noted(torch.Tensor):
+    """An input of a class of its own."""
+
+
+def test_what_a_model_makes_of_a_tensor_subclass_keeps_its_class():
+    model, seen = nn.Linear(4, 3).double(), []
+
+    def loss_fn(model, x):
+        seen.append(type(model.weight @ x.mT))
+        return model(x).square().sum(1)
+
+    x = torch.randn(5, 4, dtype=torch.float64).as_subclass(Noted)
+    dropinf.compress(model, [x], loss_fn, dropinf.Dropout(2))
+    assert seen[0] is Noted
