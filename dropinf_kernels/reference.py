@@ -29,23 +29,26 @@ _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 @contextlib.contextmanager
 def _without_autocast(device: str) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        yield
-
-
-def quietly(device: str) -> contextlib.AbstractContextManager[object]:
-    """No autograd and no autocast inside. Entering either costs microseconds, asking does not."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return _without_autocast(device)
-    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+    with torch.no_grad():
+        if not torch.amp.is_autocast_available(device):
+            yield
+            return
+        with torch.autocast(device, enabled=False):
+            yield
 
 
 def exact(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run `fn` quietly on the device of its first tensor."""
+    """Run `fn` without autograd, and without the autocast of its first tensor's device."""
 
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with quietly(next(v for v in chain(args, kwargs.values()) if isinstance(v, Tensor)).device.type):
+        # Leaving either costs ten times what asking for it does.
+        autocast = torch._C._is_any_autocast_enabled()
+        tensors = (v for v in chain(args, kwargs.values()) if isinstance(v, Tensor))
+        if not autocast and not (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
+            return fn(*args, **kwargs)
+        device = next(v.device.type for v in chain(args, kwargs.values()) if isinstance(v, Tensor))
+        with _without_autocast(device) if autocast else torch.no_grad():
             return fn(*args, **kwargs)
 
     return run
@@ -57,6 +60,11 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x.to(dtype)`. A call of `to` that changes nothing costs microseconds, asking does not."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _can_widen(x: Tensor, ratio: int) -> bool:
     aligned = all(s % ratio == 0 for s in x.stride()[:-1]) and x.storage_offset() % ratio == 0
     return x.stride(-1) == 1 and aligned
@@ -64,31 +72,42 @@ def _can_widen(x: Tensor, ratio: int) -> bool:
 
 def gather_columns(x: Tensor, columns: Tensor, group: int) -> Tensor:
     """Return `x[..., columns]`, as whole runs when `columns` is made of aligned runs of `group`."""
+    return gather_runs(x, runs_of(columns, group), group)
+
+
+def runs_of(columns: Tensor, group: int) -> Tensor:
+    """Return which aligned runs of `group` columns `columns` is made of."""
+    return columns if group == 1 else columns[::group] // group
+
+
+def gather_runs(x: Tensor, runs: Tensor, group: int) -> Tensor:
+    """Return the columns of `x` in each of `runs`: `runs[0] * group`, ..., `runs[0] * group + group - 1`, ..."""
     lead = x.shape[:-1]
-    if x.dim() > 1 and x.stride(-1) != 1 and x.stride(-2) == 1:
-        return x.mT.index_select(-2, columns).mT  # turned: its columns are rows in memory
+    if x.dim() > 1 and x.stride(-1) != 1 and x.stride(-2) == 1:  # turned: its columns are rows in memory
+        if group == 1:
+            return x.mT.index_select(-2, runs).mT
+        return x.mT.unflatten(-2, (-1, group)).index_select(-3, runs).flatten(-3, -2).mT
     # Of two or three dimensions index_select takes half to three quarters of the time, but on one thread alone.
     alone = torch.get_num_threads() == 1 and x.is_contiguous()
     if group == 1:
         if alone and x.element_size() == 4:
-            return x.view(math.prod(lead), x.shape[-1]).index_select(1, columns).view(*lead, columns.numel())
+            return x.view(math.prod(lead), x.shape[-1]).index_select(1, runs).view(*lead, runs.numel())
         # Twice as fast as index_select on the last axis of a CPU tensor.
-        return x.gather(-1, columns.long().expand(*lead, -1))
-    runs = columns[::group] // group
+        return x.gather(-1, runs.long().expand(*lead, -1))
     wide = _WIDE.get(group * x.element_size())
     if wide is not None and _can_widen(x, group):
         return x.view(wide).gather(-1, runs.long().expand(*lead, -1)).view(x.dtype)
     if alone:
         kept = x.view(math.prod(lead), x.shape[-1] // group, group).index_select(1, runs)
-        return kept.view(*lead, columns.numel())
+        return kept.view(*lead, runs.numel() * group)
     return x.view(*lead, x.shape[-1] // group, group).index_select(-2, runs).flatten(-2)
 
 
 def sketch_columns(x: Tensor, index: Tensor | None, weight: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
     """Sketch the last axis of `x` in `dtype`; no index keeps the axis whole."""
     if index is None:
-        return x.to(dtype)
-    return fold(lambda f: gather_columns(x, index[f], group).to(dtype), index.shape[0], weight)
+        return cast(x, dtype)
+    return fold(lambda f: cast(gather_columns(x, index[f], group), dtype), index.shape[0], weight)
 
 
 def fold(part: Callable[[int], Tensor], fan_in: int, weight: Tensor | None) -> Tensor:
@@ -108,7 +127,7 @@ def fold(part: Callable[[int], Tensor], fan_in: int, weight: Tensor | None) -> T
 @exact
 def sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
     check_sketch(x, index, weight, group)
-    return sketch_columns(x, index, weight, group, accumulator(x)).to(x.dtype)
+    return cast(sketch_columns(x, index, weight, group, accumulator(x)), x.dtype)
 
 
 @exact
@@ -135,16 +154,18 @@ def compress_linear(
     )
     kept_a = sketch_columns(a, in_index, in_weight, group, wide)
     kept_g = sketch_columns(g, out_index, out_weight, group, wide)
-    out = _outer_products(kept_a, kept_g, cu_seqlens)
+    out = outer_products(kept_a, kept_g, cu_seqlens)
     if in_scale is not None:
         out.mul_(in_scale.to(wide))
     if out_scale is not None:
         out.mul_(out_scale.to(wide).mT)
-    return out.to(dtype or wide)
+    return cast(out, dtype or wide)
 
 
-def _outer_products(a: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return each sample's sum over its rows of g a^T."""
+def outer_products(a: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return each sample's sum over its rows of g a^T, in the dtype that it accumulates in."""
+    wide = accumulator(a, g)
+    a, g = cast(a, wide), cast(g, wide)
     if cu_seqlens is None:
         return torch.bmm(g.transpose(1, 2), a)
     a, g = a.flatten(0, -2), g.flatten(0, -2)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dropinf_kernels import sketch as _gather
+from dropinf_kernels.reference import gather_runs, runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,12 @@ class Axis:
         """Plain dropout: each output is one input, so the sketch commutes with elementwise products."""
         return self.matrix is None and self.weight is None
 
+    @cached_property
+    def _runs(self) -> Tensor:
+        """Which runs of ``group`` a gather keeps."""
+        assert self.index is not None
+        return runs_of(self.index[0], self.group)
+
     @property
     def table(self) -> tuple[Tensor | None, Tensor | None]:
         """(index, weight) as the ops take them: (None, None) where the axis is whole."""
@@ -59,6 +67,9 @@ class Axis:
         """[..., size] -> [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
         if self.is_whole:
             return x
+        if self.is_gather and not x.is_cuda:
+            # The op without its checks.
+            return gather_runs(x.detach() if x.requires_grad else x, self._runs, self.group)
         if self.index is not None:
             x = _gather(x, self.index, self.weight, self.group)
         return self.rotate(x)

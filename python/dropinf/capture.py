@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from dropinf_kernels.reference import quietly
+from dropinf_kernels.reference import exact
 
 from . import sharded
 from .checks import untied_message
@@ -27,6 +28,7 @@ from .uses import NormUse, Samples, Untied, Use
 
 # Called in backward with the module's use, its saved input, the output gradient and the samples.
 Sink = Callable[[Use, "Tensor | None", Tensor, Samples], None]
+_SEQUENCES = (list, tuple)
 
 
 class _Tap(torch.autograd.Function):
@@ -78,19 +80,20 @@ class UseGuard(TorchFunctionMode):
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor | tuple | list):
-            for value in (*args, *(kwargs or {}).values()):
-                for item in value if isinstance(value, list | tuple) else (value,):
-                    # An id first: asking what a parameter is costs more.
-                    if (id(item) in self.owners or self.shards) and isinstance(item, nn.Parameter):
-                        self._note(item)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            for item in value if isinstance(value, _SEQUENCES) else (value,):
+                # The ids of every call of the model: nothing but a look-up until one is found.
+                if id(item) in self.owners or self.shards:
+                    self._note(item, result)
         return result
 
-    def _note(self, parameter: nn.Parameter) -> None:
+    def _note(self, parameter: Any, result: Any) -> None:
+        if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
+            return  # its shape was asked for, say
         key = self._shard_of(parameter) if self.shards else id(parameter)
         modules = self.owners.get(key)
-        if modules is not None and not any(self.active[m] for m in modules):
+        if modules is not None and not any(self.active[m] > 0 for m in modules):
             self.found.add(key)
 
     def _shard_of(self, parameter: nn.Parameter) -> int:
@@ -119,8 +122,8 @@ class Capture:
             try:
                 for use in self.uses.values():
                     handles.append(use.module.register_forward_pre_hook(self._enter))
-                    handles.append(use.module.register_forward_hook(self._hook(use), with_kwargs=True))
-                    handles.append(use.module.register_forward_hook(self._leave, always_call=True))
+                    hook = self._hook(use)
+                    handles.append(use.module.register_forward_hook(hook, with_kwargs=True, always_call=True))
                 yield
             finally:
                 for handle in handles:
@@ -140,33 +143,25 @@ class Capture:
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.active[module] += 1
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        self.active[module] -= 1
-
     def _hook(self, use: Use) -> Callable[..., Tensor | None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None) -> Tensor | None:
+            self.active[module] -= 1
             current = self._pass
-            if current is None or not torch.is_grad_enabled():
-                return None
+            if out is None or current is None or not torch.is_grad_enabled():
+                return None  # no output where the module raised an error
             x = args[0] if args else next(iter(kwargs.values()))
             with torch._C.DisableTorchFunction():  # the guard watches the model, not us
                 return self._tap(use, current, x, out)
 
         return hook
 
-    def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor:
+    def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor | None:
+        """Have the output's gradient compressed in backward. Returns what takes the output's place, if anything."""
         current.calls += 1
-        with quietly(x.device.type):
-            try:
-                saved = current.save(use, x.detach(), out.detach())
-            except Untied:
-                raise ValueError(untied_message(use.name, tuple(x.shape), current.samples.n)) from None
-            if isinstance(use, NormUse) and use.name not in current.unfit:
-                fits = use.is_scale_of(x.detach(), out.detach())
-                current.unfit |= set() if fits else {use.name}
+        saved = _save(use, current, x.detach(), out.detach())
         version = None if saved is None or saved.is_inference() else saved._version
         n = current.samples.n
-        shared = use.name in self.shared and n > 1
+        shared, node = use.name in self.shared and n > 1, out.grad_fn
         if shared:
             current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
@@ -178,14 +173,46 @@ class Capture:
                     f"layer {use.name}: its input was modified in place after the layer read it, so its gradient "
                     "would be wrong; use an out-of-place operation (inplace=False, x = x + y) after this layer"
                 )
-            with quietly(g.device.type):
-                try:
-                    current.sink(use, saved, g, current.samples)
-                except Untied:
-                    current.untied[use.name] = tuple(g.shape)
+            _emit(use, current, saved, g)
 
+        # Modified in place, a view loses its node to a new history; any other output keeps it.
+        if node is not None and not shared and out is not x and not out._is_view():
+            _listen(node, out.output_nr, backward)
+            return None
         tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], backward)
         return tapped
+
+
+def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:
+    """``call`` on the gradient of one output of a node, for half of what a node of its own costs."""
+
+    def hook(gradients: tuple[Tensor | None, ...]) -> None:
+        g = gradients[output]
+        if g is not None:
+            call(g)
+
+    node.register_prehook(hook)
+
+
+@exact
+def _save(use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor | None:
+    """What one call of a module keeps for backward."""
+    try:
+        saved = current.save(use, x, out)
+    except Untied:
+        raise ValueError(untied_message(use.name, tuple(x.shape), current.samples.n)) from None
+    if isinstance(use, NormUse) and use.name not in current.unfit and not use.is_scale_of(x, out):
+        current.unfit.add(use.name)
+    return saved
+
+
+@exact
+def _emit(use: Use, current: Pass, saved: Tensor | None, g: Tensor) -> None:
+    """What one call of a module gives in backward."""
+    try:
+        current.sink(use, saved, g, current.samples)
+    except Untied:
+        current.untied[use.name] = tuple(g.shape)
 
 
 def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .batches import tensors
@@ -43,9 +44,17 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
         )
 
 
-def check_finite(name: str, c: Tensor, where: Callable[[int], str]) -> None:
-    if bool(c.sum().isfinite()):
-        return
+def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str]) -> None:
+    """Raise ValueError where a batch's gradients are not finite. Waits for each device once, not once a layer."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for c in store.values():
+        sums.setdefault(c.device, []).append(c.sum().float())
+    if not all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values()):
+        for name, c in store.items():
+            _check_layer(name, c, where)
+
+
+def _check_layer(name: str, c: Tensor, where: Callable[[int], str]) -> None:
     bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
     if len(bad):
         raise ValueError(

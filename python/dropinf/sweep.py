@@ -58,8 +58,7 @@ class Sweep:
         with capture.attached(), tqdm(batches, disable=not progress, desc="compress", unit="batch") as bar:
             for batch in bar:
                 store, n = self._batch(capture, layers, batch, moments)
-                for name, c in store.items():
-                    check_finite(name, c, where or (lambda row, done=done: f"sample {done + row}"))  # type: ignore[misc]
+                check_finite(store, where or (lambda row, done=done: f"sample {done + row}"))  # type: ignore[misc]
                 done += n
                 take(store, n)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropinf_kernels as ops
+from dropinf_kernels.reference import outer_products
 
 from .axis import Axis
 from .layers import Layer, rms_epsilon
@@ -31,6 +32,8 @@ class Samples:
 
     def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
         """[*lead, *features] -> ([N, T, *features], None); where packed ([rows, *features], cu_seqlens)."""
+        if self.cu_seqlens is None and x.ndim == 2 + features and x.shape[0] == self.n:
+            return x, None
         lead = x.shape[: x.ndim - features]
         kept = x.shape[x.ndim - features :]
         rows = lead.numel()
@@ -109,6 +112,9 @@ def _vector(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor
 
 def _outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
     """sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
+    if axis.is_gather and not g.is_cuda:
+        (a, cu), (g, _) = samples.tie(a), samples.tie(axis.apply(g))
+        return outer_products(a, g, cu)  # the op without its checks
     if axis.matrix is not None:
         g = axis.apply(g)
     index, weight = (None, None) if axis.matrix is not None else axis.table
