@@ -86,7 +86,8 @@ def gather_runs(x: Tensor, runs: Tensor, group: int) -> Tensor:
     if x.dim() > 1 and x.stride(-1) != 1 and x.stride(-2) == 1:  # turned: its columns are rows in memory
         if group == 1:
             return x.mT.index_select(-2, runs).mT
-        return x.mT.unflatten(-2, (-1, group)).index_select(-3, runs).flatten(-3, -2).mT
+        runs_as_rows: Tensor = x.mT.unflatten(-2, (-1, group))
+        return runs_as_rows.index_select(-3, runs).flatten(-3, -2).mT
     # Of two or three dimensions index_select takes half to three quarters of the time, but on one thread alone.
     alone = torch.get_num_threads() == 1 and x.is_contiguous()
     if group == 1:

@@ -174,3 +174,74 @@ def test_what_a_model_makes_of_a_tensor_subclass_keeps_its_class():
     x = torch.randn(5, 4, dtype=torch.float64).as_subclass(Noted)
     dropinf.compress(model, [x], loss_fn, dropinf.Dropout(2))
     assert seen[0] is Noted
+
+
+class Overwritten(nn.Module):
+    """The output of a linear layer is overwritten, through itself and through a view, as inplace=True does."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4, bias=bias), nn.Linear(4, 3, bias=bias)
+
+    def forward(self, x):
+        h = self.first(x)
+        h.mul_(2.0)
+        h.view(-1, 4)[:, 1:].tanh_()
+        return self.second(h).relu_()
+
+
+@pytest.mark.parametrize("shape", [(N, 5), (N, 3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_overwritten_later_has_the_gradient_of_what_it_was(bias, shape):
+    torch.manual_seed(0)
+    model, x = Overwritten(bias=bias).double(), torch.randn(shape, dtype=torch.float64)
+
+    def loss_fn(model, x):
+        return model(x).square().flatten(1).sum(1)
+
+    compressor = dropinf.Compressor(model, dropinf.Gaussian(3), loss_fn)
+    assert_equal_gradients(compressor, compressor.compress([x]), oracle(model, loss_fn, x, N))
+
+
+class FusedRMSNorm(nn.Module):
+    """Its output is the second of a function that has two, as fused kernels have."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, eps):
+            inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            ctx.save_for_backward(x, weight, inverse)
+            return inverse, x * inverse * weight
+
+        @staticmethod
+        def backward(ctx, of_inverse, g):
+            x, weight, inverse = ctx.saved_tensors
+            of_inverse = of_inverse + (g * x * weight).sum(-1, keepdim=True)
+            of_x = g * inverse * weight - of_inverse * inverse**3 * x / x.shape[-1]
+            return of_x, (g * x * inverse).sum(0), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(4)), 1e-6
+
+    def forward(self, x):
+        self.inverse, out = self.Function.apply(x, self.weight, self.eps)
+        return out
+
+
+@pytest.mark.parametrize("used", ["both", "the other"])
+def test_an_output_among_others_of_its_node(used):
+    """``the other``: the module's own output has no gradient, though its node has one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), FusedRMSNorm()).double()
+
+    def loss_fn(model, x):
+        out = model(x)
+        return model[1].inverse.sum(1) + (out.sin().sum(1) if used == "both" else 0.0)
+
+    x = torch.randn(N, 5, dtype=torch.float64)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    compressed, expected = compressor.compress([x]), oracle(model, loss_fn, x, N)
+    assert compressor.layers["1"].route == "hook"
+    assert bool(compressed["1"].any()) == (used == "both")
+    assert_equal_gradients(compressor, compressed, expected)
