@@ -1,6 +1,6 @@
 """Hooks that compress per-sample gradients as they are formed, and the guards that keep them honest.
 
-The forward hook keeps only the compressed input; a hook on the output's gradient calls the fused op. State
+The forward hook keeps only the compressed input; a hook on the output's gradient compresses that and multiplies. State
 travels in closures on the autograd graph, so modules called twice, activation checkpointing and nested
 calls are right by construction. Weights need no gradient, and none is computed.
 """
