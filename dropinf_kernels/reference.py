@@ -29,12 +29,9 @@ _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 @contextlib.contextmanager
 def _without_autocast(device: str) -> Iterator[None]:
-    with torch.no_grad():
-        if not torch.amp.is_autocast_available(device):
-            yield
-            return
-        with torch.autocast(device, enabled=False):
-            yield
+    available = torch.amp.is_autocast_available(device)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if available else contextlib.nullcontext():
+        yield
 
 
 def exact(fn: Callable[P, R]) -> Callable[P, R]:
@@ -44,11 +41,12 @@ def exact(fn: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # Leaving either costs ten times what asking for it does.
         autocast = torch._C._is_any_autocast_enabled()
-        tensors = (v for v in chain(args, kwargs.values()) if isinstance(v, Tensor))
-        if not autocast and not (torch.is_grad_enabled() and any(v.requires_grad for v in tensors)):
+        if not autocast and not torch.is_grad_enabled():
             return fn(*args, **kwargs)
-        device = next(v.device.type for v in chain(args, kwargs.values()) if isinstance(v, Tensor))
-        with _without_autocast(device) if autocast else torch.no_grad():
+        tensors = [v for v in chain(args, kwargs.values()) if isinstance(v, Tensor)]
+        if not autocast and not any(v.requires_grad for v in tensors):
+            return fn(*args, **kwargs)
+        with _without_autocast(tensors[0].device.type) if autocast else torch.no_grad():
             return fn(*args, **kwargs)
 
     return run

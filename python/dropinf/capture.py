@@ -161,7 +161,7 @@ class Capture:
         saved = _save(use, current, x.detach(), out.detach())
         version = None if saved is None or saved.is_inference() else saved._version
         n = current.samples.n
-        shared, node = use.name in self.shared and n > 1, out.grad_fn
+        shared = use.name in self.shared and n > 1
         if shared:
             current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
@@ -176,8 +176,8 @@ class Capture:
             _emit(use, current, saved, g)
 
         # Modified in place, a view loses its node to a new history; any other output keeps it.
-        if node is not None and not shared and out is not x and not out._is_view():
-            _listen(node, out.output_nr, backward)
+        if out.grad_fn is not None and not shared and out is not x and not out._is_view():
+            _listen(out.grad_fn, out.output_nr, backward)
             return None
         tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], backward)
         return tapped

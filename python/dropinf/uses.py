@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropinf_kernels as ops
-from dropinf_kernels.reference import outer_products
+from dropinf_kernels.reference import exact, outer_products
 
 from .axis import Axis
 from .layers import Layer, rms_epsilon
@@ -110,6 +110,7 @@ def _vector(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor
     return ops.compress_norm(a, g, index, weight, axis.group if index is not None else 1, cu)
 
 
+@exact
 def _outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
     """sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
     if axis.is_gather and not g.is_cuda:

@@ -9,6 +9,7 @@ from torch import nn
 import dropinf
 from dropinf.batches import map_tensors
 from dropinf.compressor import unwrap
+from dropinf.uses import LinearUse, Samples
 from models import HUGGING_FACE, PLAIN, N, build
 from oracle import assert_equal_gradients, oracle
 
@@ -125,6 +126,20 @@ def test_autocast_around_the_call_changes_nothing():
 
     outside = dropinf.Compressor(model, dropinf.Gaussian(3), autocast_loss).compress([batch])
     assert torch.equal(inside.flat, outside.flat)
+
+
+def test_autocast_around_the_product_alone_changes_nothing():
+    """Adapters call a module's use from hooks of their own, wherever their toolkit runs them."""
+    torch.manual_seed(0)
+    module = nn.Linear(8, 8)
+    compressor = dropinf.Compressor(module, dropinf.Dropout(4), lambda m, x: m(x).sum(1), layers=nn.Linear)
+    layer = next(layer for layer in compressor.layers.values() if layer.kind == "linear")
+    use, samples = LinearUse("", module, layer, None), Samples(3)
+    x, g = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    outside = use.emit_weight(layer, use.save(x, g), g, samples)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = use.emit_weight(layer, use.save(x, g), g, samples)
+    assert torch.equal(inside, outside)
 
 
 def test_a_tensor_that_only_looks_like_samples():
