@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .storage import checksum
+
+Ids = Callable[[Any], Sequence[str]]
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -58,3 +64,27 @@ def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
 def batch_size_hint(batch: Any) -> int | None:
     """The leading size of the batch's first tensor that has one."""
     return next((len(t) for t in tensors(batch) if t.ndim), None)
+
+
+def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """Return the first batch, and the batches with it."""
+    if isinstance(batches, Sequence):
+        if not len(batches):
+            raise ValueError("batches: it is empty; pass at least one batch")
+        return batches[0], batches
+    iterator = iter(batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch") from None
+    return first, itertools.chain([first], iterator) if iterator is batches else batches
+
+
+def batch_checksum(batch: Any) -> str:
+    """Return a checksum of a batch's tensors."""
+    return checksum(b"".join(repr(tuple(t.shape)).encode() + tensor_bytes(t) for t in tensors(batch)))
+
+
+def tensor_bytes(x: Tensor) -> bytes:
+    """Return the values of a tensor as bytes, row-major."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -301,7 +302,7 @@ def _sketch(options: Mapping[str, list[_Option]], whiten: bool, group: int, seed
     dims, ranks, samplings = {}, {}, {}
     for name, chosen in options.items():
         out, in_ = (*chosen, _Option(1, 1, "uniform", 1.0))[:2]  # the second of a vector counts nothing
-        key = _literal(name)
+        key = glob.escape(name)
         dims[key] = (out.dim, in_.dim)
         ranks[key] = (out.rank, in_.rank)
         samplings[key] = (out.sampling, in_.sampling)
@@ -310,8 +311,3 @@ def _sketch(options: Mapping[str, list[_Option]], whiten: bool, group: int, seed
 
 def _mean_square(gradient: Tensor) -> float:
     return float(gradient.double().flatten(1).square().sum(1).mean())
-
-
-def _literal(name: str) -> str:
-    """A name as a pattern that matches nothing else."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shlex
 import sys
@@ -13,10 +14,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .budget import _literal
 from .compressor import Compressor
 from .console import Found, note, print_json, print_table, size_text
-from .fisher import Fisher, Kind, build_fisher
+from .fisher import Fisher, FisherKind, build_fisher
 from .gradients import Gradients
 from .index import FISHER, PASSAGES, SKETCH, Index
 from .indexing import parse_damping
@@ -78,7 +78,7 @@ def query(
             passages = [Passage(str(i), t, label[i] if label else None) for i, t in enumerate(text or ())]
         text_model = replace(recipe, model=model or recipe.model).text_model(pick_device(device))
         work = text_model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, loss=recipe.loss)
-    layers = [_literal(name) for name in train.shapes] if recipe is None else recipe.layers
+    layers = [glob.escape(name) for name in train.shapes] if recipe is None else recipe.layers
     ids, rows = _compressed(work, train, layers)
     if passages is not None:  # batches are in the order of their lengths
         at = {name: i for i, name in enumerate(ids)}
@@ -152,7 +152,7 @@ def self_influence(
 
 def fisher(
     index: Place,
-    kind: Annotated[Kind, Option(help="Of its blocks.")] = "block",
+    kind: Annotated[FisherKind, Option(help="Of its blocks.")] = "block",
     damping: Annotated[str, Option(help="auto, or a number such as 0.1.")] = "auto",
 ) -> None:
     """Build the Fisher matrix of an index, and keep it there in place of the one before."""

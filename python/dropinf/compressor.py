@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from . import sharded
 from .axis import Axis
+from .batches import Ids
 from .checks import check_arguments
 from .exact import LossFn
-from .fisher import Fisher, Kind
+from .fisher import Fisher, FisherKind
 from .gradients import Gradients, GradientsBuilder
 from .index import Index
 from .layers import Layer, LayerFilter, Target, axis_statistics, find_targets, make_layer
-from .masks import load_masks, save_masks
+from .masks import fingerprint, load_masks, save_masks
 from .sketch import Sketch
 from .statistics import Moments
 from .sweep import CuSeqlens, Sweep
-
-Ids = Callable[[Any], Sequence[str]]
+from .writer import write_index
 
 
 class Compressor:
@@ -81,7 +81,7 @@ class Compressor:
         *,
         out: str | os.PathLike[str],
         dtype: torch.dtype | None = ...,
-        fisher: Kind | Fisher | None = ...,
+        fisher: FisherKind | Fisher | None = ...,
         ids: Ids | None = ...,
         append: bool = ...,
         group: dist.ProcessGroup | None = ...,
@@ -93,7 +93,7 @@ class Compressor:
         *,
         out: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
-        fisher: Kind | Fisher | None = None,
+        fisher: FisherKind | Fisher | None = None,
         ids: Ids | None = None,
         append: bool = False,
         group: dist.ProcessGroup | None = None,
@@ -112,8 +112,6 @@ class Compressor:
         ``progress`` shows a bar on standard error.
         """
         if out is not None:
-            from .writer import write_index
-
             made = Fisher(fisher) if isinstance(fisher, str) else fisher
             return write_index(
                 self, batches, out, dtype=dtype, fisher=made, ids=ids, append=append, group=group, progress=progress
@@ -128,11 +126,10 @@ class Compressor:
         def take(store: dict[str, Tensor], n: int) -> None:
             nonlocal builder
             if builder is None:
-                shapes = {name: layer.stored_shape for name, layer in layers.items()}
                 capacity = n * len(batches) if isinstance(batches, Sized) else n
                 first = next(iter(store.values()))
                 builder = GradientsBuilder(
-                    shapes, self.digest(), capacity=capacity, dtype=first.dtype, device=first.device
+                    self.shapes, self.digest(), capacity=capacity, dtype=first.dtype, device=first.device
                 )
             builder.append(store)
 
@@ -152,7 +149,7 @@ class Compressor:
         """Call ``take`` with the compressed gradients [n, K] of each batch, on the CPU. ``where`` names a sample of the
         current batch in errors."""
         layers = {n: _on_device(layer, self._targets[n]) for n, layer in self.layers.items()}
-        shapes, digest = {name: layer.stored_shape for name, layer in layers.items()}, self.digest()
+        shapes, digest = self.shapes, self.digest()
 
         def lay_out(store: dict[str, Tensor], n: int) -> None:
             builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
@@ -190,6 +187,20 @@ class Compressor:
     def moments(self, name: str) -> Mapping[str, Tensor]:
         """What calibration found of a layer: "out", "in" or "flat" -> E[x_j^2] [d] or E[x x^T] [d, d], float64."""
         return self._moments.of(name)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Layer name -> the shape of one compressed gradient."""
+        return {name: layer.stored_shape for name, layer in self.layers.items()}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters of the model are shards (FSDP2): every rank must then run every batch."""
+        return any(sharded.is_sharded(p) for p in self.model.parameters())
+
+    def fingerprint(self) -> str:
+        """Return a checksum of the model's weights: rows of equal ones belong together."""
+        return fingerprint(self.model)
 
     def digest(self) -> dict[str, str]:
         """Layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""

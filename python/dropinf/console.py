@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .writer import Ids
+from .batches import Ids
 
 _EVERY = 30.0  # seconds between two lines where there is no terminal for a bar
 _WIDTH = 120  # of tables that are not shown by a terminal

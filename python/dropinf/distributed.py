@@ -13,12 +13,6 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
-from ._cholesky import solver_dtype
-from ._solvers import Block, DenseBlock, DiagonalBlock, KroneckerBlock
-from .fisher import Fisher
-from .gradients import GradientSource
-from .index import Index
-
 T = TypeVar("T")
 # A rank beats once a second; one that was not heard of for this long is taken for dead.
 BEAT, PATIENCE = 1.0, 15.0
@@ -90,14 +84,6 @@ class Ranks:
         with self._together():
             dist.all_gather_object(found, value, group=self.group)
         return found
-
-    def share(self, source: GradientSource) -> GradientSource:
-        """Return what this rank reads of a source: its own shards of an index."""
-        if self.world == 1:
-            return source
-        if not isinstance(source, Index):
-            raise ValueError(f"group: ranks share an Index, and this is {source!r}; compress into one with out=")
-        return source.share(self.rank, self.world)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -178,56 +164,3 @@ def _serial() -> int:
     global _calls
     _calls += 1
     return _calls
-
-
-def merge_fisher(fisher: Fisher, like: GradientSource, ranks: Ranks) -> Fisher:
-    """Add up the sums of all ranks' Fisher matrices in place, each of its own samples; the same on all then.
-
-    `like` gives the layers to a rank that had no samples.
-    """
-    if ranks.world == 1:
-        return fisher
-    fisher._adopt(like, "fisher and index")
-    fisher._count = int(ranks.sum(torch.tensor(fisher._count)))
-    for _, block in fisher._blocks:
-        _merge_block(block, ranks, solver_dtype(like.dtype))
-    return fisher
-
-
-def correct_fisher(fisher: Fisher, index: GradientSource, ranks: Ranks) -> Fisher:
-    """EK-FAC's second pass: every rank over its own samples, in the eigenbasis of rank 0."""
-    for _, block in fisher._blocks:
-        if isinstance(block, KroneckerBlock) and ranks.world > 1:
-            # Bases of equal matrices can differ where eigenvalues are close: all ranks take one.
-            block._basis = tuple(ranks.sum(x if ranks.rank == 0 else torch.zeros_like(x)) for x in block._eigen())  # type: ignore[assignment]
-    fisher.correct(index)
-    for _, block in fisher._blocks:
-        if isinstance(block, KroneckerBlock) and ranks.world > 1:
-            moments = torch.zeros_like(block._eigen()[2]) if block.moments is None else block.moments
-            block.moments = ranks.sum(moments)
-            block.corrected = int(ranks.sum(torch.tensor(block.corrected)))
-    return fisher
-
-
-def _merge_block(block: Block, ranks: Ranks, dtype: torch.dtype) -> None:
-    block.count = int(ranks.sum(torch.tensor(block.count)))
-
-    def total(x: Tensor | None, *shape: int) -> Tensor:
-        return ranks.sum(torch.zeros(shape, dtype=dtype) if x is None else x)
-
-    if isinstance(block, DenseBlock):
-        block._factor, block._inner = None, {}
-        folded = int(ranks.sum(torch.tensor(int(block.gram is not None))))
-        if folded or block.count >= block.width:
-            block._fold_rows()
-            block.gram = total(block.gram, block.width, block.width)
-        else:  # fewer rows than columns, of all ranks together
-            rows = torch.cat([torch.empty(0, block.width, dtype=dtype), *block.rows])
-            block.rows = [torch.cat(ranks.gather(rows))]
-    elif isinstance(block, DiagonalBlock):
-        block.squares = total(block.squares, block.width)
-    elif isinstance(block, KroneckerBlock):
-        block._changed()
-        block.left = total(block.left, block.shape[0], block.shape[0])
-        block.right = total(block.right, block.shape[1], block.shape[1])
-    block.fourths = float(ranks.sum(torch.tensor(block.fourths, dtype=torch.float64)))

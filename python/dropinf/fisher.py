@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dropinf._cholesky import solver_dtype
-from dropinf._damping import Damping
-from dropinf._solvers import Block, DenseBlock, DiagonalBlock, Form, KroneckerBlock
-from dropinf.fisher_file import load_fisher, save_fisher
-from dropinf.gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch
+from ._blocks import Block, DiagonalBlock
+from ._cholesky import solver_dtype
+from ._damping import Damping
+from ._dense import DenseBlock, Form
+from ._kronecker import KroneckerBlock
+from .distributed import Ranks
+from .gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, share_of
+from .storage import checksum, read_header, serialize, whole_number, write_whole
 
-Kind = Literal["block", "joint", "diagonal", "kronecker"]
+FORMAT = "dropinf.fisher-1"
+FisherKind = Literal["block", "joint", "diagonal", "kronecker"]
 
 
 class Fisher:
@@ -45,14 +50,14 @@ class Fisher:
 
     def __init__(
         self,
-        kind: Kind = "block",
+        kind: FisherKind = "block",
         damping: float | Literal["auto"] = 0.1,
         absolute: bool = False,
         *,
         _form: Form | None = None,
     ) -> None:
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(Kind)))}")
+        if kind not in get_args(FisherKind):
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, get_args(FisherKind)))}")
         if damping == "auto":
             if absolute:
                 raise ValueError('damping is "auto" and absolute is True; "auto" chooses a share of mean(diag F)')
@@ -60,7 +65,7 @@ class Fisher:
             raise ValueError(
                 f'damping is {damping!r}; it must be a finite number of at least 0, for instance 0.1, or "auto"'
             )
-        self.kind: Kind = kind
+        self.kind: FisherKind = kind
         self.damping = damping
         self.absolute = absolute
         self._form = _form
@@ -141,6 +146,31 @@ class Fisher:
                     block.correct(part.flat[:, columns])
         return self
 
+    def all_reduce(self, like: GradientSource, ranks: Ranks) -> Fisher:
+        """Add up the sums of all ranks in place, each of its own samples; the same on all then. Returns self.
+
+        `like` gives the layers to a rank that had no samples.
+        """
+        if ranks.world == 1:
+            return self
+        self._adopt(like, "fisher and index")
+        self._count = int(ranks.sum(torch.tensor(self._count)))
+        for _, block in self._blocks:
+            block.all_reduce(ranks, solver_dtype(like.dtype))
+        return self
+
+    def correct_together(self, mine: GradientSource, ranks: Ranks) -> Fisher:
+        """`correct` with every rank's own samples, in the eigenbasis of rank 0; the same on all then. Returns self."""
+        blocks = [block for _, block in self._blocks if isinstance(block, KroneckerBlock)]
+        if ranks.world > 1:
+            for block in blocks:
+                block.share_basis(ranks)
+        self.correct(mine)
+        if ranks.world > 1:
+            for block in blocks:
+                block.all_reduce_correction(ranks)
+        return self
+
     def with_damping(self, damping: float | Literal["auto"], *, absolute: bool = False) -> Fisher:
         """Return a Fisher of the same sums with another damping: a sweep reads the training gradients once.
 
@@ -196,7 +226,24 @@ class Fisher:
 
         A dense block of N < K samples is its N rows.
         """
-        return save_fisher(self, Path(path))
+        tensors: dict[str, Tensor] = {}
+        blocks = []
+        for i, (_, block) in enumerate(self._blocks):
+            plain, held = block.state()
+            tensors |= {f"{i}.{name}": tensor for name, tensor in held.items()}
+            blocks.append(plain)
+        header = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "damping": self.damping,
+            "absolute": self.absolute,
+            "count": self.count,
+            "layers": [[name, shape, self.digest[name]] for name, shape in self.shapes.items()],
+            "blocks": blocks,
+        }
+        data = serialize(tensors, header)
+        write_whole(Path(path), data)
+        return checksum(data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
@@ -206,7 +253,32 @@ class Fisher:
             FileNotFoundError: no such file.
             ValueError: another kind of file, or a damaged one.
         """
-        return load_fisher(Path(path), cls)
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = read_header(file.metadata(), path, FORMAT)
+                try:
+                    return cls._read(header, file.get_tensor)
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                    raise ValueError(f"{path}: its header is damaged ({error}); save it again") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated or damaged ({error}); save it again") from error
+
+    @classmethod
+    def _read(cls, header: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Fisher:
+        if isinstance(header["damping"], bool) or not isinstance(header["absolute"], bool):
+            raise ValueError(f"damping is {header['damping']!r}, absolute {header['absolute']!r}")
+        fisher = cls(header["kind"], header["damping"], header["absolute"])
+        shapes, digest = {}, {}
+        for name, shape, found in header["layers"]:
+            if not (isinstance(name, str) and isinstance(found, str)) or name in shapes or len(shape) not in (1, 2):
+                raise ValueError(f"a layer is {name!r}, {shape!r}, {found!r}")
+            shapes[name], digest[name] = tuple(whole_number(size, "a size", 1) for size in shape), found
+        fisher._lay_out(shapes, digest)
+        fisher._count = whole_number(header["count"], "count", 0)
+        for i, ((_, block), plain) in enumerate(zip(fisher._blocks, header["blocks"], strict=True)):
+            block.load_state(plain, fisher.count, lambda name, i=i: tensor(f"{i}.{name}"))  # type: ignore[misc]
+        return fisher
 
     def check(self, gradients: GradientSource, what: str = "fisher and gradients") -> None:
         """Raise ValueError if no samples were added, or if `gradients` were compressed differently.
@@ -253,7 +325,7 @@ class Fisher:
 
 def build_fisher(
     train: GradientSource,
-    kind: Kind = "block",
+    kind: FisherKind = "block",
     damping: float | Literal["auto"] = 0.1,
     *,
     absolute: bool = False,
@@ -267,15 +339,13 @@ def build_fisher(
     Raises:
         ValueError: `train` is empty, or an argument that `Fisher` refuses.
     """
-    from dropinf.distributed import Ranks, correct_fisher, merge_fisher
-
     fisher = Fisher(kind, damping, absolute)
     if len(train) == 0:
         raise ValueError("train has 0 samples; a Fisher matrix needs at least 1")
     ranks = Ranks(group)
-    mine = ranks.share(train)
-    merge_fisher(fisher.update(mine), train, ranks)
-    return correct_fisher(fisher, mine, ranks) if kind == "kronecker" else fisher
+    mine = share_of(train, ranks.rank, ranks.world)
+    fisher.update(mine).all_reduce(train, ranks)
+    return fisher.correct_together(mine, ranks) if kind == "kronecker" else fisher
 
 
 def _parts(source: GradientSource) -> Iterator[Gradients]:

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dropinf.storage import replacing
+from .storage import replacing
 
 FORMAT = "dropinf.gradients"
 FORMAT_VERSION = 1
@@ -45,6 +45,26 @@ class GradientSource(Sketched, Protocol):
 
     def __len__(self) -> int: ...
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]: ...
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A source that ranks can share: each reads a part of it."""
+
+    def share(self, rank: int, world: int) -> GradientSource: ...
+
+
+def share_of(source: GradientSource, rank: int, world: int) -> GradientSource:
+    """Return what one of `world` ranks reads of a source: its own shards of an index.
+
+    Raises:
+        ValueError: several ranks, and a source that cannot be shared.
+    """
+    if world == 1:
+        return source
+    if not isinstance(source, Shareable):
+        raise ValueError(f"group: ranks share an Index, and this is {source!r}; compress into one with out=")
+    return source.share(rank, world)
 
 
 def block_rows(source: GradientSource) -> int:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._cholesky import solver_dtype
 from .fisher import Fisher
 from .gradients import Gradients, Rows, Shapes, block_rows
 from .manifest import Manifest, ShardEntry
@@ -205,7 +204,7 @@ class Index:
         if suffix == ".faiss":
             write_faiss(out, self._codec.width, (rows for _, rows in white))
             return
-        with new_array(out, (len(self), self._codec.width), solver_dtype(self.dtype)) as rows:
+        with new_array(out, (len(self), self._codec.width), torch.promote_types(self.dtype, torch.float32)) as rows:
             for offset, part in white:
                 rows.write(offset, 0, part)
 

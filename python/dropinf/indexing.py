@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import typer
 
+from .batches import Ids, batch_checksum
 from .budget import choose
 from .compressor import Compressor
 from .console import Meter, is_first, note, size_text
@@ -30,7 +31,7 @@ from .recipe import ModelDtype, Recipe, StoredDtype, check_weights, load_workloa
 from .sketch import Dropout
 from .storage import DTYPES, Codec, checksum, write_whole
 from .transformer import Reduction, Task, Workload
-from .writer import Ids, batch_checksum, check_free, find_run, locked, write_index
+from .writer import check_free, find_run, locked, write_index
 
 FisherKind = Literal["block", "joint", "diagonal", "kronecker", "none"]
 Option = typer.Option

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .axis import Axis
 from .sketch import Sketch, Statistics
 
-Kind = Literal["linear", "conv", "embedding", "norm", "bias", "tied", "flat"]
+LayerKind = Literal["linear", "conv", "embedding", "norm", "bias", "tied", "flat"]
 LayerFilter = str | type | Iterable["str | type"] | None
 
 # A covariance has size^2 entries; longer axes use their diagonal.
@@ -38,7 +38,7 @@ class Layer:
     """
 
     name: str
-    kind: Kind
+    kind: LayerKind
     parameter: str
     shape: tuple[int, ...]
     transposed: bool
@@ -109,7 +109,7 @@ class Target:
     """A parameter to track, before its axes are made."""
 
     name: str
-    kind: Kind
+    kind: LayerKind
     parameter: str
     tensor: nn.Parameter
     transposed: bool
@@ -126,7 +126,7 @@ class Target:
         return Layer(self.name, self.kind, self.parameter, self.shape, self.transposed, out_axis, in_axis, self.route)
 
 
-def module_kind(module: nn.Module) -> Kind | None:
+def module_kind(module: nn.Module) -> LayerKind | None:
     """How a module's ``weight`` is captured, or None. By ``forward``, not by class: a subclass that overrides
     ``forward`` may compute anything."""
     forward = type(module).forward

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .gradients import Shapes
-from .storage import DTYPES, Codec, checksum, is_checksum, write_whole
+from .storage import DTYPES, Codec, checksum, is_checksum, whole_number, write_whole
 
 NAME = "manifest.json"
 FORMAT = "dropinf.index"
@@ -54,7 +53,7 @@ class Manifest:
     about: Mapping[str, str] = field(default_factory=dict)  # what the command line wants to know again
 
     @property
-    def shapes(self) -> Shapes:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {layer.name: layer.shape for layer in self.layers}
 
     @property
@@ -162,7 +161,7 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerEntry:
-    shape = tuple(_whole(size, "a layer's shape", 1) for size in _list(entry["shape"], "shape"))
+    shape = tuple(whole_number(size, "a layer's shape", 1) for size in _list(entry["shape"], "shape"))
     if len(shape) not in (1, 2) or math.prod(shape) > 1 << 40:
         raise ValueError(f"a layer's shape is {shape}")
     size = entry["size"]
@@ -178,8 +177,8 @@ def _run(entry: Mapping[str, Any]) -> Run:
     batches = entry["batches"]
     return Run(
         _string(entry["first"]),
-        None if batches is None else _whole(batches, "batches", 1),
-        _whole(entry["shard_batches"], "shard_batches", 1),
+        None if batches is None else whole_number(batches, "batches", 1),
+        whole_number(entry["shard_batches"], "shard_batches", 1),
         shards,
     )
 
@@ -187,13 +186,7 @@ def _run(entry: Mapping[str, Any]) -> Run:
 def _shard(entry: Mapping[str, Any]) -> ShardEntry:
     if not is_checksum(entry["checksum"]):
         raise ValueError(f"a shard's checksum is {entry['checksum']!r}")
-    return ShardEntry(entry["checksum"], _whole(entry["rows"], "rows", 1))
-
-
-def _whole(value: object, what: str, least: int) -> int:
-    if type(value) is not int or not least <= value < 1 << 48:
-        raise ValueError(f"{what} is {value!r}")
-    return value
+    return ShardEntry(entry["checksum"], whole_number(entry["rows"], "rows", 1))
 
 
 def _list(value: object, what: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Masks on disk: what a compressor drew, with what calibration found, in one safetensors file."""
+"""Masks on disk: what a compressor drew and what calibration found, in one safetensors file; which model it was."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .axis import Axis
-from .layers import Layer
-from .storage import read_header, serialize, write_whole
+from .batches import tensor_bytes
+from .layers import Layer, clean_name
+from .sharded import is_sharded
+from .storage import checksum, read_header, serialize, write_whole
 
 FORMAT = "dropinf-masks-1"
 Sums = dict[tuple[str, str], Tensor]
@@ -85,3 +87,14 @@ def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str
                 f"path: the masks in {path} are of another model: layer {name} is {rows} x {columns} here and "
                 f"{' x '.join(map(str, sizes))} there; {way_out}"
             )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
+    parts = []
+    for prefix, module in model.named_modules():
+        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
+            about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
+            parts.append(about + (b"" if is_sharded(x) else checksum(tensor_bytes(x)).encode()))
+    return checksum(b"\n".join(sorted(parts)))

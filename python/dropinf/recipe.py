@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from .masks import fingerprint
 from .passages import need_package
 from .transformer import Reduction, Task, TextModel, Workload
-from .writer import fingerprint
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16", "int8"]

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dropinf._cholesky import solver_dtype
-from dropinf.distributed import Ranks
-from dropinf.fisher import Fisher
-from dropinf.gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch
-from dropinf.index import Index
-from dropinf.storage import new_array, open_array
 from dropinf_kernels import score_topk
 from dropinf_kernels.reference_score import dot_rows
+
+from .distributed import Ranks
+from .fisher import Fisher
+from .gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch, share_of
+from .index import Index
+from .storage import new_array, open_array
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
 
@@ -97,7 +97,7 @@ def score(
     reads_fisher = kind in ("influence", "relative")
     if fisher is not None and reads_fisher:
         fisher.check(train, "fisher and train")
-    dtype = solver_dtype(torch.promote_types(query.dtype, train.dtype))
+    dtype = torch.promote_types(torch.promote_types(query.dtype, train.dtype), torch.float32)
     q = _query_side(_in_memory(query), fisher, kind).to(dtype)
     ranks = Ranks(group)
     if top is not None:
@@ -125,7 +125,7 @@ def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.Process
     """
     fisher.check(train, "fisher and train")
     ranks = Ranks(group)
-    return ranks.sum(fisher.quadratic(ranks.share(train)))
+    return ranks.sum(fisher.quadratic(share_of(train, ranks.rank, ranks.world)))
 
 
 def _columns(
@@ -149,7 +149,7 @@ def _blocks(q: Tensor, train: GradientSource, kind: ScoreKind, ranks: Ranks) -> 
 
     Where nothing but the product reads them, an index's rows are taken as they are stored: without the gradients.
     """
-    mine = ranks.share(train)
+    mine = share_of(train, ranks.rank, ranks.world)
     if isinstance(mine, Index) and kind in ("influence", "dot"):
         factors = mine.factors()
         stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks())
@@ -184,7 +184,7 @@ def _query_side(query: Gradients, fisher: Fisher | None, kind: ScoreKind) -> Ten
     if fisher is not None and kind in ("influence", "relative"):
         return fisher.solve(query).flat
     if kind == "cosine":
-        flat = query.flat.to(solver_dtype(query.dtype))
+        flat = query.flat.to(torch.promote_types(query.dtype, torch.float32))
         return flat * _reciprocal(_norm(flat, flat.dtype)).unsqueeze(1)
     return query.flat
 

@@ -404,6 +404,17 @@ def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> by
     return data
 
 
+def whole_number(value: object, what: str, least: int) -> int:
+    """Return a whole number that was read from a file.
+
+    Raises:
+        ValueError: it is none, or lies below `least` or at 2^48 or above; `what` names it.
+    """
+    if type(value) is not int or not least <= value < 1 << 48:
+        raise ValueError(f"{what} is {value!r}")
+    return value
+
+
 def read_header(metadata: Mapping[str, str] | None, path: Path, expected: str) -> dict[str, Any]:
     """Return the header that `serialize` wrote, of the format `expected`.
 

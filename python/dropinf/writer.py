@@ -9,7 +9,6 @@ many runs, the bytes are the same.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import math
 import os
 import re
@@ -18,20 +17,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from .batches import tensors
-from .distributed import Ranks, correct_fisher, merge_fisher
+from .batches import Ids, batch_checksum, first_batch
+from .distributed import Ranks
 from .fisher import Fisher
 from .index import FISHER, PARTS, PASSAGES, SHARDS, SKETCH, Index, shard_path
-from .layers import clean_name
 from .manifest import LayerEntry, Manifest, Run, ShardEntry
-from .sharded import is_sharded
 from .storage import (
     DTYPES,
     SUFFIX,
@@ -45,15 +42,32 @@ from .storage import (
     write_whole,
 )  # fmt: skip
 
-if TYPE_CHECKING:
-    from .compressor import Compressor
-
-Ids = Callable[[Any], Sequence[str]]
 _PART = re.compile(r"(\d{9,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _SHARD = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
 _SHARD_BYTES = 1 << 26
 _LEAST_SHARDS = 64  # if there are as many batches: what ranks share
+
+
+class RowSource(Protocol):
+    """What the rows of an index come from: a compressor."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def is_sharded(self) -> bool: ...
+
+    def digest(self) -> Mapping[str, str]: ...
+    def fingerprint(self) -> str: ...
+    def save(self, path: str | os.PathLike[str]) -> None: ...
+    def stream(
+        self,
+        batches: Iterable[Any],
+        take: Callable[[Tensor], None],
+        *,
+        progress: bool = ...,
+        where: Callable[[int], str] | None = ...,
+    ) -> None: ...
 
 
 class Work:
@@ -94,10 +108,8 @@ class Work:
 class Writer:
     """One compression into a folder, as one rank sees it."""
 
-    def __init__(
-        self, compressor: Compressor, batches: Iterable[Any], folder: Path, ranks: Ranks, ids: Ids | None
-    ) -> None:
-        self.compressor, self.batches, self.folder, self.ranks, self.ids = compressor, batches, folder, ranks, ids
+    def __init__(self, source: RowSource, batches: Iterable[Any], folder: Path, ranks: Ranks, ids: Ids | None) -> None:
+        self.source, self.batches, self.folder, self.ranks, self.ids = source, batches, folder, ranks, ids
 
     def run(
         self, dtype: torch.dtype | None, fisher: Fisher | None, append: bool, about: Mapping[str, str], progress: bool
@@ -169,7 +181,7 @@ class Writer:
     def _check_same(self, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Raise ValueError where the index is of another sketch, model or dtype."""
         way_out = "use the same model and sketch (compressor.load(folder / 'sketch.safetensors')), or another folder"
-        digest, shapes = self.compressor.digest(), self._shapes()
+        digest, shapes = self.source.digest(), self.source.shapes
         for layer in manifest.layers:
             if digest.get(layer.name) != layer.digest or shapes[layer.name] != layer.shape:
                 raise ValueError(f"out: {self.folder} was made with another sketch of layer {layer.name!r}; {way_out}")
@@ -177,7 +189,7 @@ class Writer:
             raise ValueError(f"out: {self.folder} has no layer {name!r}; {way_out}")
         if list(shapes) != list(manifest.shapes):
             raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
-        if manifest.model != fingerprint(self.compressor.model):
+        if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
             raise ValueError(
@@ -188,18 +200,14 @@ class Writer:
                 f"ids: {self.folder} was begun {'with' if manifest.ids else 'without'} ids; do the same again"
             )
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: layer.stored_shape for name, layer in self.compressor.layers.items()}
-
     def _create(self, first: Any, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
-        everywhere = any(is_sharded(p) for p in self.compressor.model.parameters())
-        flat = self._rows(first) if everywhere or self.ranks.rank == 0 else None
+        flat = self._rows(first) if self.source.is_sharded or self.ranks.rank == 0 else None
         return self.ranks.first(lambda: self._write_first(first, flat, dtype, about))
 
     def _rows(self, batch: Any) -> Tensor:
         found: list[Tensor] = []
-        self.compressor.stream([batch], found.append)
+        self.source.stream([batch], found.append)
         return found[0]
 
     def _write_first(
@@ -207,19 +215,19 @@ class Writer:
     ) -> Manifest:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
-        shapes = self._shapes()
+        shapes = self.source.shapes
         sizes = [1.0] * len(shapes)
         if name == "int8":
             parts = flat.split([math.prod(s) for s in shapes.values()], 1)
             sizes = [float(part.square().mean().sqrt()) or 1.0 for part in parts]
-        digest = self.compressor.digest()
+        digest = self.source.digest()
         layers = [LayerEntry(n, s, digest[n], size) for (n, s), size in zip(shapes.items(), sizes, strict=True)]
         count = len(self.batches) if isinstance(self.batches, Sized) else None
-        manifest = Manifest(tuple(layers), name, fingerprint(self.compressor.model), self.ids is not None, about=about)
+        manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
         a_shard = max(1, _SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if count is not None:
             a_shard = min(a_shard, -(-count // _LEAST_SHARDS))
-        self.compressor.save(self.folder / SKETCH)
+        self.source.save(self.folder / SKETCH)
         for kept in (SKETCH, PASSAGES):
             if (self.folder / kept).exists():
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))
@@ -252,14 +260,14 @@ class Writer:
             return shard % world == self.ranks.rank and shard not in self.done and b not in self._parts
 
         rounds = None
-        if world > 1 and any(is_sharded(p) for p in self.compressor.model.parameters()):
+        if world > 1 and self.source.is_sharded:
             if not isinstance(self.batches, Sized):
                 raise ValueError("batches: a sharded model needs a list or a DataLoader, whose length is known")
             mine = sum(map(wanted, range(len(self.batches))))
             rounds = max(self.ranks.everyone(mine))
         self.work = Work(self.batches, wanted, rounds)
         self._advance()
-        self.compressor.stream(self.work, self._take, progress=progress, where=self._where)
+        self.source.stream(self.work, self._take, progress=progress, where=self._where)
         self._advance()
 
     def _where(self, row: int) -> str:
@@ -344,9 +352,9 @@ class Writer:
         manifest = replace(self.manifest, runs=tuple(runs))
         if self.fisher is not None:
             index = Index.of_shards(self.folder, manifest, every).share(self.ranks.rank, self.ranks.world)
-            merge_fisher(self.fisher, index, self.ranks)
+            self.fisher.all_reduce(index, self.ranks)
             if self.fisher.kind == "kronecker":
-                correct_fisher(self.fisher, index, self.ranks)
+                self.fisher.correct_together(index, self.ranks)
         self.ranks.first(lambda: self._conclude(manifest))
 
     def _conclude(self, manifest: Manifest) -> None:
@@ -358,7 +366,7 @@ class Writer:
 
 
 def write_index(
-    compressor: Compressor,
+    source: RowSource,
     batches: Iterable[Any],
     path: str | os.PathLike[str],
     *,
@@ -379,7 +387,7 @@ def write_index(
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
     ranks, folder = Ranks(group), Path(path)
     with ranks.watched(), locked(folder, ranks):
-        Writer(compressor, batches, folder, ranks, ids).run(dtype, fisher, append, about or {}, progress)
+        Writer(source, batches, folder, ranks, ids).run(dtype, fisher, append, about or {}, progress)
     return Index(folder)
 
 
@@ -422,37 +430,3 @@ def find_run(manifest: Manifest, first: str, count: int | None) -> int | None:
         if run.first == first and (None in (count, run.batches) or count == run.batches):
             return number
     return None
-
-
-def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Return the first batch, and the batches with it."""
-    if isinstance(batches, Sequence):
-        if not len(batches):
-            raise ValueError("batches: it is empty; pass at least one batch")
-        return batches[0], batches
-    iterator = iter(batches)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch") from None
-    return first, itertools.chain([first], iterator) if iterator is batches else batches
-
-
-def batch_checksum(batch: Any) -> str:
-    """Return a checksum of a batch's tensors."""
-    return checksum(b"".join(repr(tuple(t.shape)).encode() + _bytes(t) for t in tensors(batch)))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
-    parts = []
-    for prefix, module in model.named_modules():
-        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
-            about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
-            parts.append(about + (b"" if is_sharded(x) else checksum(_bytes(x)).encode()))
-    return checksum(b"\n".join(sorted(parts)))
-
-
-def _bytes(x: Tensor) -> bytes:
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -7,10 +7,10 @@ import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from dropinf import _damping
-from dropinf.fisher import Fisher, Kind, build_fisher
+from dropinf.fisher import Fisher, FisherKind, build_fisher
 from dropinf.gradients import Gradients
 
-KINDS: list[Kind] = ["block", "joint", "diagonal", "kronecker"]
+KINDS: list[FisherKind] = ["block", "joint", "diagonal", "kronecker"]
 
 
 def gradients(flat: torch.Tensor) -> Gradients:

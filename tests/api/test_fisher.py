@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropinf._solvers import Form
-from dropinf.fisher import Fisher, Kind, build_fisher
+from dropinf._dense import Form
+from dropinf.fisher import Fisher, FisherKind, build_fisher
 from dropinf.gradients import Gradients, Shapes
 
 SHAPES: Shapes = {"fc": (3, 4), "bias": (3,), "head": (2, 5)}
 DIGEST = {"fc": "aa", "bias": "bb", "head": "cc"}
 K = 25
-KINDS: list[Kind] = ["block", "joint", "diagonal", "kronecker"]
+KINDS: list[FisherKind] = ["block", "joint", "diagonal", "kronecker"]
 SIZES = [2, 8, 60]  # below every width, between them, above all of them
 
 
@@ -64,7 +64,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> Non
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_solve_and_quadratic_follow_the_definition(kind: Kind, n: int, absolute: bool) -> None:
+def test_solve_and_quadratic_follow_the_definition(kind: FisherKind, n: int, absolute: bool) -> None:
     train, query = make(n), make(5, seed=1)
     fisher = build_fisher(train, kind, 0.3, absolute=absolute)
     inverse = oracle(train, kind, 0.3, absolute)
@@ -90,7 +90,7 @@ def test_without_correction_kronecker_is_kfac(n: int) -> None:
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", ["block", "joint"])
-def test_primal_and_dual_agree(kind: Kind, n: int) -> None:
+def test_primal_and_dual_agree(kind: FisherKind, n: int) -> None:
     train, query = make(n), make(5, seed=1)
     primal, dual = (Fisher(kind, _form=form).update(train) for form in ("primal", "dual"))
     assert_near(primal.solve(query).flat, dual.solve(query).flat)
@@ -109,7 +109,7 @@ def test_the_smaller_form_is_held() -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2, 1), (8, 30), (30, 8, 1, 2), (20, 20)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_updates_in_any_order_and_merges_equal_one_build(kind: Kind, sizes: tuple[int, ...]) -> None:
+def test_updates_in_any_order_and_merges_equal_one_build(kind: FisherKind, sizes: tuple[int, ...]) -> None:
     parts = [make(n, seed=i) for i, n in enumerate(sizes)]
     whole, query = Gradients.cat(parts), make(5, seed=50)
     expected = build_fisher(whole, kind).solve(query).flat
@@ -158,7 +158,7 @@ class Stream:
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_gives_what_memory_gives(kind: Kind, n: int) -> None:
+def test_a_stream_gives_what_memory_gives(kind: FisherKind, n: int) -> None:
     train = make(n)
     fisher, streamed = build_fisher(train, kind), build_fisher(Stream(train, 3), kind)
     assert_near(streamed.quadratic(Stream(train, 5)), fisher.quadratic(train))
@@ -167,7 +167,7 @@ def test_a_stream_gives_what_memory_gives(kind: Kind, n: int) -> None:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
-def test_low_precision_gradients(kind: Kind, n: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_low_precision_gradients(kind: FisherKind, n: int, dtype: torch.dtype, tolerance: float) -> None:
     train, query = make(n, dtype=dtype), make(5, seed=1, dtype=dtype)
     exact, exact_query = train.to(torch.float64), query.to(torch.float64)
     solved = build_fisher(train, kind).solve(query)
@@ -202,7 +202,7 @@ def test_fp32_falls_back_to_fp64_where_it_must(form: Form) -> None:
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", ["block", "diagonal", "kronecker"])
-def test_a_zero_layer_solves_to_zero(kind: Kind, n: int, damping: float, absolute: bool) -> None:
+def test_a_zero_layer_solves_to_zero(kind: FisherKind, n: int, damping: float, absolute: bool) -> None:
     shapes, digest = {"a": (2,), "dead": (2, 2)}, {"a": "a", "dead": "d"}
     flat = torch.randn(n, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     flat[:, 2:] = 0
@@ -239,7 +239,7 @@ def test_singular_blocks_are_named(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "kronecker"])
-def test_a_dead_unit_is_singular_without_damping(kind: Kind) -> None:
+def test_a_dead_unit_is_singular_without_damping(kind: FisherKind) -> None:
     flat = make(60).flat.clone()
     flat[:, 0:4] = 0  # the first row of fc
     train = Gradients(flat, SHAPES, DIGEST)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import dropinf
 from dropinf.compressor import unwrap
 from dropinf.index import read_ahead, verify
+from dropinf.masks import fingerprint
 from dropinf.storage import Codec
-from dropinf.writer import fingerprint
 
 KINDS = ("block", "joint", "diagonal", "kronecker")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropinf.gradients
-from dropinf.fisher import Fisher, Kind, build_fisher
+from dropinf.fisher import Fisher, FisherKind, build_fisher
 from dropinf.gradients import Gradients, Shapes
 from dropinf.score import ScoreKind, TopK, score, self_influence
 from dropinf_kernels import score_topk
@@ -19,7 +19,7 @@ from dropinf_kernels import score_topk
 SHAPES: Shapes = {"fc": (3, 4), "bias": (3,), "head": (2, 5)}
 DIGEST = {"fc": "aa", "bias": "bb", "head": "cc"}
 K = 25
-KINDS: list[Kind] = ["block", "joint", "diagonal", "kronecker"]
+KINDS: list[FisherKind] = ["block", "joint", "diagonal", "kronecker"]
 SCORES: list[ScoreKind] = ["influence", "dot", "cosine", "relative"]
 SIZES = [2, 8, 60]  # below every width, between them, above all of them
 
@@ -84,7 +84,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("fisher_kind", KINDS)
-def test_every_kind_follows_its_definition(fisher_kind: Kind, kind: ScoreKind, n: int) -> None:
+def test_every_kind_follows_its_definition(fisher_kind: FisherKind, kind: ScoreKind, n: int) -> None:
     train, query = make(n), make(5, seed=1)
     fisher = build_fisher(train, fisher_kind, damping=0.2)
     expected = expected_scores(query.flat, train, fisher_kind, kind, 0.2)
@@ -102,7 +102,7 @@ def test_every_kind_follows_its_definition(fisher_kind: Kind, kind: ScoreKind, n
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("fisher_kind", KINDS)
-def test_self_influence_is_the_diagonal(fisher_kind: Kind, n: int) -> None:
+def test_self_influence_is_the_diagonal(fisher_kind: FisherKind, n: int) -> None:
     train = make(n)
     fisher = build_fisher(train, fisher_kind)
     assert_near(self_influence(train, fisher), score(train, train, fisher).diagonal())

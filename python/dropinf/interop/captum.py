@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..compressor import Compressor
-from ..fisher import Fisher, Kind, build_fisher
+from ..fisher import Fisher, FisherKind, build_fisher
 from ..gradients import Gradients
 from ..score import score, self_influence
 from ..sketch import Dropout, Sketch
@@ -108,7 +108,7 @@ class CompressedInfluenceFunction(_Compressed, _functions.IntermediateQuantities
         self,
         *args: Any,
         sketch: Sketch | None = None,
-        kind: Kind = "block",
+        kind: FisherKind = "block",
         damping: float | Literal["auto"] = 0.1,
         absolute: bool = False,
         **kwargs: Any,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compressor import Compressor
-from ..fisher import Fisher, Kind, build_fisher
+from ..fisher import Fisher, FisherKind, build_fisher
 from ..layers import LayerFilter
 from ..score import score, self_influence
 from ..sketch import Dropout, Sketch
@@ -53,7 +53,7 @@ class CompressedInfluence(_base.Explainer):
         checkpoints_load_func: Callable[[nn.Module, str], float] | None = None,
         *,
         sketch: Sketch | None = None,
-        kind: Kind | None = "block",
+        kind: FisherKind | None = "block",
         damping: float | Literal["auto"] = 0.1,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         layers: LayerFilter = None,
