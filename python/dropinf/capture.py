@@ -1,8 +1,8 @@
 """Hooks that compress per-sample gradients as they are formed, and the guards that keep them honest.
 
-The forward hook keeps only the compressed input; a hook on the output's gradient compresses that and multiplies. State
-travels in closures on the autograd graph, so modules called twice, activation checkpointing and nested
-calls are right by construction. Weights need no gradient, and none is computed.
+The forward hook keeps only the compressed input; a hook on the output's gradient compresses that and multiplies. Each
+call of a module hangs its own `Call` on the autograd graph, so modules called twice, activation checkpointing and
+nested calls are right by construction. Weights need no gradient, and none is computed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from dropinf_kernels.reference import exact
 
 from . import sharded
 from .checks import untied_message
-from .layers import Layer
-from .uses import NormUse, Samples, Untied, Use
+from .recorders import Recorder
+from .samples import Samples, Untied
+from .use import Use
+from .uses import NormUse
 
-# Called in backward with the module's use, its saved input, the output gradient and the samples.
-Sink = Callable[[Use, "Tensor | None", Tensor, Samples], None]
 _SEQUENCES = (list, tuple)
 
 
@@ -52,17 +53,60 @@ class _Tap(torch.autograd.Function):
 
 @dataclass
 class Pass:
-    """One forward and backward of one batch."""
+    """One forward of one batch, and its backwards."""
 
+    recorder: Recorder  # of the forward
     samples: Samples
-    save: Callable[[Use, Tensor, Tensor], Tensor | None]
-    sink: Sink
     anchor: Tensor
-    known: bool = False  # samples.n is known from the loss, not guessed from the batch
-    untied: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    unfit: set[str] = field(default_factory=set)
+    untied: dict[str, tuple[int, ...]] = field(default_factory=dict)  # modules whose gradient has no sample dimension
+    unfit: set[str] = field(default_factory=set)  # modules that are not what their class says
     shared: bool = False  # some output was expanded to one copy per sample
     calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.into = self.recorder  # of the backward that runs
+
+    @exact
+    def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
+        """Return what one call of a module keeps for backward."""
+        try:
+            saved = self.recorder.save(use, x, out)
+        except Untied:
+            raise ValueError(untied_message(use.name, tuple(x.shape), self.samples.n)) from None
+        if isinstance(use, NormUse) and use.name not in self.unfit and not use.is_scale_of(x, out):
+            self.unfit.add(use.name)
+        return saved
+
+    @exact
+    def emit(self, use: Use, saved: Tensor | None, g: Tensor) -> None:
+        """Take what one call of a module gives in backward."""
+        try:
+            self.into.emit(use, saved, g, self.samples)
+        except Untied:
+            self.untied[use.name] = tuple(g.shape)
+
+    def backward(self, losses: Tensor, weights: Tensor, into: Recorder, *, retain_graph: bool = False) -> None:
+        """Backpropagate the losses, each times its weight [N], into a recorder."""
+        self.into = into
+        losses.backward(weights, retain_graph=retain_graph)
+
+
+@dataclass
+class Call:
+    """One call of a module: what it keeps of its input, until its output's gradient comes."""
+
+    current: Pass
+    use: Use
+    saved: Tensor | None
+    version: int | None
+
+    def __call__(self, g: Tensor) -> None:
+        if self.saved is not None and self.version is not None and self.saved._version != self.version:
+            raise RuntimeError(
+                f"layer {self.use.name}: its input was modified in place after the layer read it, so its gradient "
+                "would be wrong; use an out-of-place operation (inplace=False, x = x + y) after this layer"
+            )
+        self.current.emit(self.use, self.saved, g)
 
 
 class UseGuard(TorchFunctionMode):
@@ -122,8 +166,8 @@ class Capture:
             try:
                 for use in self.uses.values():
                     handles.append(use.module.register_forward_pre_hook(self._enter))
-                    hook = self._hook(use)
-                    handles.append(use.module.register_forward_hook(hook, with_kwargs=True, always_call=True))
+                    leave = partial(self._leave, use)
+                    handles.append(use.module.register_forward_hook(leave, with_kwargs=True, always_call=True))
                 yield
             finally:
                 for handle in handles:
@@ -143,22 +187,21 @@ class Capture:
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.active[module] += 1
 
-    def _hook(self, use: Use) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None) -> Tensor | None:
-            self.active[module] -= 1
-            current = self._pass
-            if out is None or current is None or not torch.is_grad_enabled():
-                return None  # no output where the module raised an error
-            x = args[0] if args else next(iter(kwargs.values()))
-            with torch._C.DisableTorchFunction():  # the guard watches the model, not us
-                return self._tap(use, current, x, out)
-
-        return hook
+    def _leave(
+        self, use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None
+    ) -> Tensor | None:
+        self.active[module] -= 1
+        current = self._pass
+        if out is None or current is None or not torch.is_grad_enabled():
+            return None  # no output where the module raised an error
+        x = args[0] if args else next(iter(kwargs.values()))
+        with torch._C.DisableTorchFunction():  # the guard watches the model, not us
+            return self._tap(use, current, x, out)
 
     def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor | None:
-        """Have the output's gradient compressed in backward. Returns what takes the output's place, if anything."""
+        """Have the output's gradient compressed in backward. Return what takes the output's place, if anything."""
         current.calls += 1
-        saved = _save(use, current, x.detach(), out.detach())
+        saved = current.save(use, x.detach(), out.detach())
         version = None if saved is None or saved.is_inference() else saved._version
         n = current.samples.n
         shared = use.name in self.shared and n > 1
@@ -166,20 +209,12 @@ class Capture:
             current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
             out = _per_sample(out, n, one=out.shape[0] == 1)
-
-        def backward(g: Tensor) -> None:
-            if saved is not None and version is not None and saved._version != version:
-                raise RuntimeError(
-                    f"layer {use.name}: its input was modified in place after the layer read it, so its gradient "
-                    "would be wrong; use an out-of-place operation (inplace=False, x = x + y) after this layer"
-                )
-            _emit(use, current, saved, g)
-
+        call = Call(current, use, saved, version)
         # Modified in place, a view loses its node to a new history; any other output keeps it.
         if out.grad_fn is not None and not shared and out is not x and not out._is_view():
-            _listen(out.grad_fn, out.output_nr, backward)
+            _listen(out.grad_fn, out.output_nr, call)
             return None
-        tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], backward)
+        tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], call)
         return tapped
 
 
@@ -194,38 +229,9 @@ def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:
     node.register_prehook(hook)
 
 
-@exact
-def _save(use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor | None:
-    """What one call of a module keeps for backward."""
-    try:
-        saved = current.save(use, x, out)
-    except Untied:
-        raise ValueError(untied_message(use.name, tuple(x.shape), current.samples.n)) from None
-    if isinstance(use, NormUse) and use.name not in current.unfit and not use.is_scale_of(x, out):
-        current.unfit.add(use.name)
-    return saved
-
-
-@exact
-def _emit(use: Use, current: Pass, saved: Tensor | None, g: Tensor) -> None:
-    """What one call of a module gives in backward."""
-    try:
-        current.sink(use, saved, g, current.samples)
-    except Untied:
-        current.untied[use.name] = tuple(g.shape)
-
-
 def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
     """A tensor that all samples share, as one (unmaterialised) copy per sample."""
     return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
-
-
-def accumulate(store: dict[str, Tensor], layer: Layer, gradient: Tensor) -> None:
-    """Add one call's compressed gradient: a module called twice sums its calls."""
-    if layer.name in store:
-        store[layer.name] = store[layer.name] + gradient
-    else:
-        store[layer.name] = gradient
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import closing
+from functools import partial
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -22,6 +24,7 @@ from .gradients import Gradients, GradientsBuilder
 from .index import Index
 from .layers import Layer, LayerFilter, Target, axis_statistics, find_targets, make_layer
 from .masks import fingerprint, load_masks, save_masks
+from .recorders import Calibration, Compression
 from .sketch import Sketch
 from .statistics import Moments
 from .sweep import CuSeqlens, Sweep
@@ -120,20 +123,16 @@ class Compressor:
             raise ValueError(
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
-        layers = {n: _on_device(layer, self._targets[n]) for n, layer in self.layers.items()}
         builder: GradientsBuilder | None = None
-
-        def take(store: dict[str, Tensor], n: int) -> None:
-            nonlocal builder
-            if builder is None:
-                capacity = n * len(batches) if isinstance(batches, Sized) else n
-                first = next(iter(store.values()))
-                builder = GradientsBuilder(
-                    self.shapes, self.digest(), capacity=capacity, dtype=first.dtype, device=first.device
-                )
-            builder.append(store)
-
-        self._sweep.run(batches, layers, None, take, progress)
+        with closing(self._sweep.passes(batches, self._placed(), Compression, progress=progress)) as found:
+            for store, n in found:
+                if builder is None:
+                    capacity = n * len(batches) if isinstance(batches, Sized) else n
+                    first = next(iter(store.values()))
+                    builder = GradientsBuilder(
+                        self.shapes, self.digest(), capacity=capacity, dtype=first.dtype, device=first.device
+                    )
+                builder.append(store)
         if builder is None:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         return builder.finish()
@@ -148,15 +147,16 @@ class Compressor:
     ) -> None:
         """Call ``take`` with the compressed gradients [n, K] of each batch, on the CPU. ``where`` names a sample of the
         current batch in errors."""
-        layers = {n: _on_device(layer, self._targets[n]) for n, layer in self.layers.items()}
         shapes, digest = self.shapes, self.digest()
+        with closing(self._sweep.passes(batches, self._placed(), Compression, progress=progress, where=where)) as found:
+            for store, n in found:
+                builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
+                builder.append(store)
+                take(builder.finish().flat)
 
-        def lay_out(store: dict[str, Tensor], n: int) -> None:
-            builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
-            builder.append(store)
-            take(builder.finish().flat)
-
-        self._sweep.run(batches, layers, None, lay_out, progress, where)
+    def _placed(self) -> dict[str, Layer]:
+        """Return the plans with their tables where their parameters are."""
+        return {name: layer.to(self._targets[name].tensor.device) for name, layer in self.layers.items()}
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> None:
         """Gather the statistics that the sketch needs. A second call adds to the first."""
@@ -164,12 +164,8 @@ class Compressor:
             return
         plain = {n: _whole(t) for n, t in self._targets.items()}
         counted = 0
-
-        def take(_: dict[str, Tensor], n: int) -> None:
-            nonlocal counted
+        for _, n in self._sweep.passes(batches, plain, partial(Calibration, self._moments), progress=progress):
             counted += n
-
-        self._sweep.run(batches, plain, self._moments, take, progress)
         if not counted:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         self._draw()
@@ -254,10 +250,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _whole(target: Target) -> Layer:
     """A plan that keeps everything: what calibration runs with."""
     return target.plan(Axis(1), Axis(1))
-
-
-def _on_device(layer: Layer, target: Target) -> Layer:
-    return layer if target.tensor.device.type == "cpu" else layer.to(target.tensor.device)
 
 
 def _layer_digest(layer: Layer) -> str:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import dropinf_kernels as ops
-
-from .axis import Axis
 from .layers import Layer, Need
-from .uses import ConvUse, EmbeddingUse, NormUse, Samples, Use
-
-_SPAN = 1 << 20  # elements of the largest part of an unfold
 
 Needs = Mapping[str, Mapping[str, Need]]
 
@@ -65,82 +58,38 @@ class Moments:
             )
         self.samples += len(losses)
 
-    def _needs(self, layer: Layer, side: str) -> bool:
-        return side in self.needs.get(layer.name, {})
+    def need(self, layer: Layer, side: str) -> Need | None:
+        """Return what is gathered of a layer's side, or None."""
+        return self.needs.get(layer.name, {}).get(side)
 
-    def _put(self, layer: Layer, side: str, total: Tensor) -> None:
+    def add(self, layer: Layer, side: str, total: Tensor) -> None:
+        """Add a sum that the caller formed."""
         key = (layer.name, side)
         total = total.cpu()
         self.sums[key] = self.sums[key] + total if key in self.sums else total
 
-    def _rows(self, layer: Layer, side: str, x: Tensor) -> None:
-        """Add the second moment of the rows of x [..., d]."""
-        if self._needs(layer, side):
-            kept = self.needs[layer.name][side].kept
-            self._moment(layer, side, x if kept is None else kept.to(x.device).apply(x))
+    def add_rows(self, layer: Layer, side: str, x: Tensor) -> None:
+        """Add the second moment of the rows of x [..., d], or of what the side keeps of them, where it is needed."""
+        need = self.need(layer, side)
+        if need is not None:
+            self.add_moment(layer, side, x if need.kept is None else need.kept.to(x.device).apply(x))
 
-    def _moment(self, layer: Layer, side: str, x: Tensor) -> None:
+    def add_moment(self, layer: Layer, side: str, x: Tensor) -> None:
+        """Add the second moment of the rows of x [..., size], of a side that is needed."""
         rows = x.reshape(-1, x.shape[-1])
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         energy = self.needs[layer.name][side].kind == "energy"
-        self._put(layer, side, (rows.square().sum(0) if energy else rows.T @ rows).double())
+        self.add(layer, side, (rows.square().sum(0) if energy else rows.T @ rows).double())
 
-    def add(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
-        """One call of one module: its whole input and its output gradient."""
-        assert saved is not None
-        rows = use.rows(g)
-        samples.tie(rows)
-        if use.bias is not None:
-            self._vector(use.bias, None, rows, samples)
-        layer = use.weight
-        if layer is None:
-            return
-        if isinstance(use, NormUse):
-            self._vector(layer, saved, rows, samples)
-        elif isinstance(use, EmbeddingUse):
-            if layer.kind != "tied":  # a tied weight is judged by its output layer
-                self._rows(layer, "out", rows)
-                self._tokens(layer, saved, use)
-        else:
-            self._rows(layer, "out", rows)
-            if isinstance(use, ConvUse):
-                self._patches(layer, saved, use)
-            else:
-                self._rows(layer, "in", saved)
-
-    def _vector(self, layer: Layer, a: Tensor | None, g: Tensor, samples: Samples) -> None:
-        g, cu = samples.tie(g)
-        a = a if a is None else samples.tie(a)[0]
-        self._rows(layer, "out", ops.compress_norm(a, g, cu_seqlens=cu))
-
-    def _tokens(self, layer: Layer, ids: Tensor, use: EmbeddingUse) -> None:
-        if self._needs(layer, "in"):
-            counts = torch.bincount(ids.flatten(), minlength=layer.matrix_shape[1]).double()
-            if use.padding_idx >= 0:
-                counts[use.padding_idx] = 0
-            self._put(layer, "in", counts)
-
-    def _patches(self, layer: Layer, x: Tensor, use: ConvUse) -> None:
-        """A few samples and one group at a time, so that no full unfold exists."""
-        if not self._needs(layer, "in"):
-            return
-        kept = (self.needs[layer.name]["in"].kept or Axis.identity(layer.matrix_shape[1])).to(x.device)
-        assert kept.index is not None
-        step = max(1, _SPAN // (kept.dim * math.prod(x.shape[2:])))
-        for samples in x.split(step):
-            for part in samples.chunk(use.groups, 1):
-                window = (use.kernel, use.stride, use.padding, use.dilation)
-                self._moment(layer, "in", ops.sketch_patches(part, *window, kept.index, kept.weight))
-
-    def add_exact(self, layer: Layer, gradient: Tensor) -> None:
-        """Whole per-sample gradients [n, *shape] of a parameter that no hook covers."""
+    def add_whole(self, layer: Layer, gradient: Tensor) -> None:
+        """Add whole per-sample gradients [n, *shape] of a parameter that no hook covers."""
         matrix = layer.as_matrix(gradient)
-        if "in" in self.needs.get(layer.name, {}) or matrix.shape[2] > 1:
-            self._rows(layer, "out", matrix.mT)
-            self._rows(layer, "in", matrix)
-            self._rows(layer, "flat", matrix.reshape(len(matrix), -1))
+        if self.need(layer, "in") is not None or matrix.shape[2] > 1:
+            self.add_rows(layer, "out", matrix.mT)
+            self.add_rows(layer, "in", matrix)
+            self.add_rows(layer, "flat", matrix.reshape(len(matrix), -1))
         else:
-            self._rows(layer, "out", matrix.reshape(len(matrix), -1))
+            self.add_rows(layer, "out", matrix.reshape(len(matrix), -1))
 
 
 def _zeros(need: Need) -> Tensor:

@@ -4,7 +4,7 @@ change."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 
 from . import sharded
 from .batches import batch_size_hint
-from .capture import Capture, Pass, UseGuard, accumulate
+from .capture import Capture, Pass, UseGuard
 from .checks import check_batchnorm, check_finite, check_losses, explain, untied_message
 from .exact import ExactGradients, LossFn
 from .layers import Layer, Target, clean_name, module_kind
-from .statistics import Moments
-from .uses import USES, Samples, Use
+from .recorders import Attribution, Recorder
+from .samples import Samples
+from .use import Use
+from .uses import USES
 
 CuSeqlens = Callable[[Any], Tensor]
 
@@ -40,15 +42,17 @@ class Sweep:
         self._attribution_checked = False
         self._warned = False
 
-    def run(
+    def passes(
         self,
         batches: Iterable[Any],
         layers: Mapping[str, Layer],
-        moments: Moments | None,
-        take: Callable[[dict[str, Tensor], int], None],
+        recorder: Callable[[], Recorder],
+        *,
         progress: bool,
         where: Callable[[int], str] | None = None,
-    ) -> None:
+    ) -> Generator[tuple[dict[str, Tensor], int]]:
+        """Yield what a new recorder makes of each batch, and the batch's number of samples. Close it, and the model is
+        as it was before. ``where`` names a sample of the current batch in errors."""
         check_batchnorm(self.model)
         self._warn_train_mode()
         sharded.reshard(self.model)
@@ -57,10 +61,10 @@ class Sweep:
         done = 0
         with capture.attached(), tqdm(batches, disable=not progress, desc="compress", unit="batch") as bar:
             for batch in bar:
-                store, n = self._batch(capture, layers, batch, moments)
+                store, n = self._batch(capture, layers, batch, recorder)
                 check_finite(store, where or (lambda row, done=done: f"sample {done + row}"))  # type: ignore[misc]
                 done += n
-                take(store, n)
+                yield store, n
 
     def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
         """The hooked modules, with the plans of their weight and bias."""
@@ -79,7 +83,7 @@ class Sweep:
         return uses
 
     def _batch(
-        self, capture: Capture, layers: Mapping[str, Layer], batch: Any, moments: Moments | None
+        self, capture: Capture, layers: Mapping[str, Layer], batch: Any, recorder: Callable[[], Recorder]
     ) -> tuple[dict[str, Tensor], int]:
         """One batch. Runs again where the first run shows that the plan must change: a parameter used outside its
         module, or an output that all samples share."""
@@ -89,9 +93,9 @@ class Sweep:
         suspects: dict[str, tuple[int, ...]] = {}
         losses = torch.empty(0)
         while True:
-            store: dict[str, Tensor] = {}
             sharded.reshard(self.model)
-            current = self._pass(store, Samples(n or 1, cu), moments)
+            anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
+            current = Pass(recorder(), Samples(n or 1, cu), anchor)
             guard = self._guard(capture)
             with capture.running(current):
                 before, losses = losses, self._losses(batch, guard, cu, suspects)
@@ -108,22 +112,8 @@ class Sweep:
                     break
         exact = [layer for name, layer in layers.items() if name in self.exact_names]
         if exact:
-            self._exact(exact, batch, losses.detach(), store, moments)
-        if moments is not None:
-            moments.count(losses)
-            return {}, len(losses)
-        return self._complete(layers, store, losses), len(losses)
-
-    def _pass(self, store: dict[str, Tensor], samples: Samples, moments: Moments | None) -> Pass:
-        anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
-
-        def sink(use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
-            for layer, c in use.emit(saved, g, samples):
-                accumulate(store, layer, c)
-
-        if moments is None:
-            return Pass(samples, lambda use, x, out: use.save(x, out), sink, anchor)
-        return Pass(samples, lambda use, x, out: use.inputs(x, out), moments.add, anchor)
+            self._exact(exact, batch, losses.detach(), current.recorder)
+        return current.recorder.finish(layers, losses), len(losses)
 
     def _guard(self, capture: Capture) -> UseGuard:
         owners: dict[int, set[nn.Module]] = {id(t.tensor): set() for t in self.targets.values()}
@@ -190,7 +180,8 @@ class Sweep:
         if len(losses) > 1 and not self._attribution_checked:
             self._check_attribution(current, losses)
         if not current.untied:
-            losses.backward(torch.ones_like(losses))  # not losses.sum(): the caller may have gradients off
+            # Not losses.sum(): the caller may have gradients off.
+            current.backward(losses, torch.ones_like(losses), current.recorder)
         if not current.untied:
             self._attribution_checked |= len(losses) > 1
             return {}
@@ -202,50 +193,18 @@ class Sweep:
 
     def _check_attribution(self, current: Pass, losses: Tensor) -> None:
         """Backpropagate every other loss: the rows of the samples between must see no gradient. Then the others'."""
-        sink = current.sink
         for chosen in (0, 1):
-
-            def check(use: Use, _: Tensor | None, g: Tensor, samples: Samples, chosen: int = chosen) -> None:
-                others = samples.select(use.rows(g), 1 - chosen)
-                # A NaN is not proof: 0 * NaN is NaN within its own sample. It gets its own error.
-                if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
-                    current.untied[use.name] = tuple(g.shape)
-
-            current.sink = check
             every_other = torch.zeros_like(losses)
             every_other[chosen::2] = 1
-            losses.backward(every_other, retain_graph=True)
-        current.sink = sink
+            current.backward(losses, every_other, Attribution(1 - chosen), retain_graph=True)
 
-    def _exact(
-        self,
-        layers: list[Layer],
-        batch: Any,
-        losses: Tensor,
-        store: dict[str, Tensor],
-        moments: Moments | None,
-    ) -> None:
+    def _exact(self, layers: list[Layer], batch: Any, losses: Tensor, recorder: Recorder) -> None:
         wanted = {x.name: self.targets[x.name].tensor for x in layers}
         if self._exact_gradients is None or self._exact_gradients.parameters.keys() != wanted.keys():
             self._exact_gradients = ExactGradients(self.model, self.loss_fn, wanted)
-        parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         for chunk in self._exact_gradients(batch, losses):
             for layer in layers:
-                if moments is not None:
-                    moments.add_exact(layer, chunk[layer.name])
-                else:
-                    wide = torch.promote_types(chunk[layer.name].dtype, torch.float32)
-                    parts[layer.name].append(layer.compress_exact(chunk[layer.name].to(wide)))
-        if moments is None:
-            store.update({name: torch.cat(rows) for name, rows in parts.items()})
-
-    def _complete(self, layers: Mapping[str, Layer], store: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
-        """A layer that a batch does not reach has a zero gradient."""
-        dtype = torch.promote_types(losses.dtype, torch.float32)
-        return {
-            name: store[name] if name in store else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
-            for name, layer in layers.items()
-        }
+                recorder.emit_whole(layer, chunk[layer.name])
 
     def _warn_train_mode(self) -> None:
         random = [n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]

@@ -1,127 +1,19 @@
-"""How each kind of module gives its compressed gradient: what to keep in forward, what to emit in backward."""
+"""How each kind of module gives its compressed gradient."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropinf_kernels as ops
-from dropinf_kernels.reference import exact, outer_products
 
 from .axis import Axis
+from .convolution import ConvUse
 from .layers import Layer, rms_epsilon
-
-# Flat masks of convolutions form the gradients of this many bytes of samples at a time.
-CHUNK_BYTES = 1 << 24
-
-
-class Untied(ValueError):  # noqa: N818
-    """A tensor whose leading dimensions cannot be tied to samples."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Which rows of a batch belong to which sample: ``n`` samples, or documents packed at ``cu_seqlens``."""
-
-    n: int
-    cu_seqlens: Tensor | None = None
-
-    def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
-        """[*lead, *features] -> ([N, T, *features], None); where packed ([rows, *features], cu_seqlens)."""
-        if self.cu_seqlens is None and x.ndim == 2 + features and x.shape[0] == self.n:
-            return x, None
-        lead = x.shape[: x.ndim - features]
-        kept = x.shape[x.ndim - features :]
-        rows = lead.numel()
-        if self.cu_seqlens is not None:
-            if rows == int(self.cu_seqlens[-1]):
-                return x.reshape(rows, *kept), self.cu_seqlens
-            if rows == self.n:
-                return x.reshape(rows, 1, *kept), None
-            # Heads beside the positions, before or behind them: each position is several rows.
-            positions = [i for i, size in enumerate(lead) if size == int(self.cu_seqlens[-1])]
-            if len(positions) == 1:
-                several = rows // lead[positions[0]]
-                return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
-        elif self.n and (lead[0] if lead else 1) % self.n == 0:
-            return x.reshape(self.n, rows // self.n, *kept), None
-        raise Untied
-
-    def select(self, x: Tensor, start: int) -> Tensor:
-        """The rows of every second sample from ``start`` on."""
-        rows, cu = self.tie(x)
-        if cu is None:
-            return rows[start::2]
-        return rows[(torch.repeat_interleave(cu.diff()) % 2 == start % 2).to(rows.device)]
-
-    def sum_parts(self, parts: Tensor) -> Tensor:
-        """[N * m, ...] -> [N, ...]: the sum over the m parts of each sample."""
-        if len(parts) == self.n:
-            return parts
-        if self.n == 0 or len(parts) % self.n:
-            raise Untied
-        return parts.view(self.n, -1, *parts.shape[1:]).sum(1)
-
-
-class Use:
-    """One module's capture. ``weight`` and ``bias`` are the plans of what is tracked of it."""
-
-    def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
-        self.name, self.module, self.weight, self.bias = name, module, weight, bias
-
-    def inputs(self, x: Tensor, out: Tensor) -> Tensor:
-        """What the weight multiplies, uncompressed: [..., d_in]."""
-        return x.to(out.dtype) if out.dtype.itemsize < x.dtype.itemsize else x  # autocast: as the layer saw it
-
-    def save(self, x: Tensor, out: Tensor) -> Tensor | None:
-        """What backward needs of the input: the compressed input, and no more."""
-        raise NotImplementedError
-
-    def emit(self, saved: Tensor | None, g: Tensor, samples: Samples) -> Iterator[tuple[Layer, Tensor]]:
-        """The compressed gradients of this call, from what was saved and the output gradient."""
-        if self.bias is not None:
-            yield self.bias, _vector(None, self.rows(g), self.bias.out_axis, samples)
-        if self.weight is not None:
-            assert saved is not None
-            yield self.weight, self.emit_weight(self.weight, saved, g, samples)
-
-    def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
-        raise NotImplementedError
-
-    def rows(self, g: Tensor) -> Tensor:
-        """The output gradient as [*lead, d_out]."""
-        return g
-
-
-def _vector(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """Sketch of sum_t a_t * g_t; ``a`` None is all ones, and is gathered already where the sketch is a gather."""
-    g, cu = samples.tie(g)
-    if a is not None:
-        a, _ = samples.tie(a)
-        if axis.is_gather:
-            return ops.compress_norm(a, axis.apply(g), cu_seqlens=cu)
-    if axis.matrix is not None:
-        return axis.apply(ops.compress_norm(a, g, cu_seqlens=cu))
-    index, weight = axis.table
-    return ops.compress_norm(a, g, index, weight, axis.group if index is not None else 1, cu)
-
-
-@exact
-def _outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
-    if axis.is_gather and not g.is_cuda:
-        (a, cu), (g, _) = samples.tie(a), samples.tie(axis.apply(g))
-        return outer_products(a, g, cu)  # the op without its checks
-    if axis.matrix is not None:
-        g = axis.apply(g)
-    index, weight = (None, None) if axis.matrix is not None else axis.table
-    group = axis.group if index is not None else 1
-    (a, cu), (g, _) = samples.tie(a), samples.tie(g)
-    return ops.compress_linear(a, g, None, None, index, weight, group, cu)
+from .samples import Samples
+from .statistics import Moments
+from .use import Use, sketched_outer, sketched_sum, summed
 
 
 def _pairs(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -153,9 +45,13 @@ class LinearUse(Use):
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         if not self.is_flat:
-            return _outer(saved, g, layer.out_axis, samples)
+            return sketched_outer(saved, g, layer.out_axis, samples)
         (a, cu), (g, _) = samples.tie(saved), samples.tie(g)
         return layer.out_axis.fold(ops.compress_flat(a, g, self.pair_rows, self.pair_columns, cu))
+
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:  # noqa: ARG002
+        moments.add_rows(layer, "out", rows)
+        moments.add_rows(layer, "in", saved)
 
 
 class EmbeddingUse(Use):
@@ -184,6 +80,16 @@ class EmbeddingUse(Use):
         vocabulary, hidden = (layer.out_axis, layer.in_axis) if tied else (layer.in_axis, layer.out_axis)
         c = self._factorized(ids, g, cu, vocabulary, hidden)
         return c.mT if tied else c
+
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:  # noqa: ARG002
+        if layer.kind == "tied":  # judged by its output layer
+            return
+        moments.add_rows(layer, "out", rows)
+        if moments.need(layer, "in") is not None:
+            counts = torch.bincount(saved.flatten(), minlength=layer.matrix_shape[1]).double()
+            if self.padding_idx >= 0:
+                counts[self.padding_idx] = 0
+            moments.add(layer, "in", counts)
 
     def _factorized(self, ids: Tensor, g: Tensor, cu: Tensor | None, vocabulary: Axis, hidden: Axis) -> Tensor:
         if hidden.matrix is not None:
@@ -252,95 +158,10 @@ class NormUse(Use):
         )
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
-        return _vector(saved, self.rows(g), layer.out_axis, samples)
+        return sketched_sum(saved, self.rows(g), layer.out_axis, samples)
 
-
-class ConvUse(Use):
-    """Conv1d, Conv2d, Conv3d: the inputs are patches, gathered, never unfolded in memory."""
-
-    def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
-        super().__init__(name, module, weight, bias)
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        self.conv = module
-        self.kernel, self.stride = list(module.kernel_size), list(module.stride)
-        self.dilation, self.groups = list(module.dilation), module.groups
-        # F.pad's amounts, last dimension first; "same" may pad the two sides differently.
-        self.pads: list[int] = list(module._reversed_padding_repeated_twice)
-        uneven = any(a != b for a, b in zip(self.pads[::2], self.pads[1::2], strict=True))
-        self.pad_first = uneven or module.padding_mode != "zeros"
-        self.padding = [0] * len(self.kernel) if self.pad_first else self.pads[::2][::-1]
-
-    def rows(self, g: Tensor) -> Tensor:
-        return g.flatten(2).mT
-
-    def inputs(self, x: Tensor, out: Tensor) -> Tensor:
-        if x.ndim != len(self.kernel) + 2:
-            raise Untied
-        if self.pad_first:
-            mode = self.conv.padding_mode
-            x = F.pad(x, self.pads, "constant" if mode == "zeros" else mode)
-        return super().inputs(x, out)
-
-    @property
-    def keeps_patches(self) -> bool:
-        """The sketched patches are kept where they are smaller than the input, whose positions are as many as the
-        output's, times the strides."""
-        axis = None if self.weight is None else self.weight.in_axis
-        if axis is None or self.groups > 1:
-            return False
-        shrinkage = torch.Size(self.stride).numel()
-        return axis.matrix is not None or axis.dim <= self.conv.in_channels * shrinkage
-
-    def save(self, x: Tensor, out: Tensor) -> Tensor | None:
-        if self.weight is None:
-            return None
-        x = self.inputs(x, out)
-        return self._patches(x) if self.keeps_patches else x
-
-    def _patches(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        axis = self.weight.in_axis
-        assert axis is not None
-        if axis.matrix is not None and axis.index is None:
-            # A dense sketch of patches is a convolution with the sketch's rows as its kernels.
-            kernels = axis.matrix.to(torch.promote_types(x.dtype, torch.float32)).view(-1, x.shape[1], *self.kernel)
-            function = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-            patches: Tensor = function(x.to(kernels.dtype), kernels, None, self.stride, self.padding, self.dilation)
-            return patches.flatten(2).mT
-        assert axis.index is not None
-        window = (self.kernel, self.stride, self.padding, self.dilation)
-        return axis.rotate(ops.sketch_patches(x, *window, axis.index, axis.weight))
-
-    def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
-        if self.keeps_patches:
-            return samples.sum_parts(_outer(saved, self.rows(g), layer.out_axis, Samples(len(g))))
-        size = max(1, CHUNK_BYTES // (4 * layer.matrix_shape[0] * layer.matrix_shape[1]))
-        dense = layer.in_axis is None or layer.in_axis.matrix is not None or layer.out_axis.matrix is not None
-        if not dense:
-            assert layer.in_axis is not None
-            return samples.sum_parts(self._call(saved, g, *layer.in_axis.table, *layer.out_axis.table))
-        parts = [
-            layer.compress_exact(self._call(x, dy).view(-1, *layer.shape))
-            for x, dy in zip(saved.split(size), g.split(size), strict=True)
-        ]
-        return samples.sum_parts(torch.cat(parts))
-
-    def _call(self, x: Tensor, g: Tensor, *tables: Tensor | None) -> Tensor:
-        """The per-sample gradients of each image, sketched by (in_index, in_weight, out_index, out_weight)."""
-        in_index, in_weight, out_index, out_weight = tables or (None,) * 4
-        return ops.compress_conv(
-            x,
-            g,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            in_index,
-            in_weight,
-            out_index,
-            out_weight,
-        )
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:
+        moments.add_rows(layer, "out", summed(saved, rows, samples))
 
 
 USES: dict[str, type[Use]] = {

@@ -9,7 +9,8 @@ from torch import nn
 import dropinf
 from dropinf.batches import map_tensors
 from dropinf.compressor import unwrap
-from dropinf.uses import LinearUse, Samples
+from dropinf.samples import Samples
+from dropinf.uses import LinearUse
 from models import HUGGING_FACE, PLAIN, N, build
 from oracle import assert_equal_gradients, oracle
 

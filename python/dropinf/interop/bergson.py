@@ -28,8 +28,9 @@ from dropinf.compressor import Compressor
 from dropinf.interop import require
 from dropinf.interop._bergson_index import LAYOUT, export_index, import_index
 from dropinf.layers import Layer
+from dropinf.samples import Samples
 from dropinf.sketch import Sketch
-from dropinf.uses import LinearUse, Samples
+from dropinf.uses import LinearUse
 
 _bergson: Any = require("bergson", "bergson", "2.5.1")
 _collector: Any = import_module("bergson.collector.collector")

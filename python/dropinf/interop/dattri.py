@@ -30,8 +30,9 @@ import dropinf_kernels as ops
 
 from ..compressor import Compressor
 from ..layers import Layer, clean_name
+from ..samples import Samples
 from ..sketch import Sketch
-from ..uses import LinearUse, Samples
+from ..uses import LinearUse
 from . import require
 from ._dattri_flat import TracInAttributor, TRAKAttributor, check_options, make_compressor
 

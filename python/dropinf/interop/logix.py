@@ -26,11 +26,14 @@ from torch import Tensor, nn
 
 from dropinf.capture import _Tap
 from dropinf.compressor import Compressor
+from dropinf.convolution import ConvUse
 from dropinf.gradients import Gradients, GradientsBuilder
 from dropinf.interop import require
 from dropinf.layers import Layer
+from dropinf.samples import Samples
 from dropinf.sketch import Sketch
-from dropinf.uses import USES, ConvUse, Samples, Use
+from dropinf.use import Use
+from dropinf.uses import USES
 
 require("logix", "logix-ai", "0.1.1")
 _logger: Any = import_module("logix.logging.logger")
