@@ -12,7 +12,7 @@ import torch
 
 import dropinf
 from dropinf import budget
-from models import build
+from tests.api.models import build
 
 
 def setting(name="sequence_mlp", n=4):

@@ -107,6 +107,12 @@ class Page:
         """Press keys where the focus is."""
         self.driver.switch_to.active_element.send_keys(*keys)
 
+    def selected(self):
+        """The query that is shown, which the list marks."""
+        (name,) = self.texts("h2")
+        assert self.texts("#list a[aria-current=true] .id") == [name]
+        return name
+
     def texts(self, selector):
         """The whole text of each element, shown or not."""
         return self.js("return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector)

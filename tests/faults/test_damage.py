@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from fault_jobs import files, make_batches, make_compressor, make_query, names
 
 import dropinf
 from dropinf import writer
 from dropinf.index import verify
+from tests.faults.jobs import files, make_batches, make_compressor, make_query, names
 
 DTYPES = ("float32", "int8")
 SOME = pytest.mark.parametrize("some", [60, pytest.param(None, marks=pytest.mark.long)])  # bytes; None: all of them

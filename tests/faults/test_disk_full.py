@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_forks import Process
-from fault_jobs import SMALL, files
 
 from dropinf.index import verify
+from tests.faults.forks import Process
+from tests.faults.jobs import SMALL, files
 
 WAY_OUT = "free space and run it again: it goes on from here"
 

@@ -1,4 +1,4 @@
-"""What the processes of these tests do: each a function of plain values, run in a process of its own (`fault_forks`)."""
+"""What the processes of these tests do: each a function of plain values, run in a process of its own (`forks`)."""
 
 from __future__ import annotations
 
@@ -192,12 +192,12 @@ def export(folder: str, what: str, out: str) -> None:
 
 
 def fuzz(*arguments) -> None:
-    import fault_fuzz
+    from tests.faults import fuzz
 
-    fault_fuzz.fuzz(*arguments)
+    fuzz.fuzz(*arguments)
 
 
 def forge(*arguments) -> None:
-    import fault_fuzz
+    from tests.faults import forgeries
 
-    fault_fuzz.forge(*arguments)
+    forgeries.forge(*arguments)

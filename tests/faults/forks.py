@@ -1,6 +1,6 @@
 """Processes that start in a millisecond: one that has imported torch, with no thread yet, and forks the others.
 
-`Forks` talks to it in JSON lines. A job is a function of `fault_jobs`; what it prints is in a file, and it ends as any
+`Forks` talks to it in JSON lines. A job is a function of `jobs`; what it prints is in a file, and it ends as any
 script does: 0 in the end, 1 after an error, whose traceback it prints.
 """
 
@@ -22,7 +22,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Forks:
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self.folder = tempfile.TemporaryDirectory(prefix="dropinf-faults-")
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_forks.py")],
+            [sys.executable, "-m", "tests.faults.forks"],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -144,7 +145,7 @@ def run(request: dict) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.environ.update(request["env"])
-    import fault_jobs
+    from tests.faults import jobs
 
     before = {}
     for name, size in request["limits"].items():
@@ -153,7 +154,7 @@ def run(request: dict) -> None:
         had = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) if name == "AS" else 0
         resource.setrlimit(kind, (had + size, before[kind][1]))
     try:
-        getattr(fault_jobs, request["job"])(*request["arguments"], **request["options"])
+        getattr(jobs, request["job"])(*request["arguments"], **request["options"])
     except Exception:
         for kind, limit in before.items():
             resource.setrlimit(kind, limit)
@@ -165,10 +166,10 @@ def run(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    import fault_jobs  # noqa: F401
     import torch
     import torch.fx.experimental.symbolic_shapes  # the first backward imports it
+
+    import tests.faults.jobs  # noqa: F401
 
     torch.set_num_threads(1)
     threads = len(os.listdir("/proc/self/task"))

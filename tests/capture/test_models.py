@@ -11,8 +11,8 @@ from dropinf.batches import map_tensors
 from dropinf.compressor import unwrap
 from dropinf.samples import Samples
 from dropinf.uses import LinearUse
-from models import HUGGING_FACE, PLAIN, N, build
-from oracle import assert_equal_gradients, oracle
+from tests.api.models import HUGGING_FACE, PLAIN, N, build
+from tests.api.oracle import assert_equal_gradients, oracle
 
 SKETCHES = {
     "identity": dropinf.Identity(),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropinf
-from models import build, squared
-from oracle import assert_equal_gradients, oracle
+from tests.api.models import build, squared
+from tests.api.oracle import assert_equal_gradients, oracle
 
 
 def many(name, n=64):

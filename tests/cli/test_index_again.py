@@ -1,0 +1,134 @@
+"""`dropinf index` in a folder with an index: it goes on, adds passages, or refuses what does not belong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dropinf
+from dropinf.passages import Passage, read_passages
+from dropinf.transformer import TextBatches
+from tests.cli.commands import (
+    QUERIES,
+    error_of,
+    make_passages,
+    query_json,
+    run,
+    write_jsonl,
+)
+from tests.index.small import files
+
+
+def stop_at(monkeypatch, batch: int):
+    """Ctrl-C as the batch of that number is made."""
+    build = TextBatches.__getitem__
+
+    def stop(self, index):
+        if index == batch and len(self) > batch:
+            raise KeyboardInterrupt
+        return build(self, index)
+
+    monkeypatch.setattr(TextBatches, "__getitem__", stop)
+
+
+@pytest.mark.parametrize("how", [["--sampling", "energy"], ["--packed"]])
+def test_an_interrupted_index_goes_on(common, how, tmp_path, monkeypatch):
+    options = [*common, *how, "--calibration", 8]
+    run("index", *options, "--out", tmp_path / "whole")
+    count = len(dropinf.Index.open(tmp_path / "whole").manifest.runs[0].shards)
+    assert count > 8
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        done = run("index", *options, "--out", tmp_path / "idx", code=130)
+    assert done.stderr.splitlines()[-1] == "dropinf: stopped; run the same command again to go on"
+    assert "not finished; run the same compress again" in error_of("info", tmp_path / "idx")
+    assert "not finished" in run("verify", tmp_path / "idx", code=1).stdout
+    with monkeypatch.context() as patch:
+        patch.setattr(dropinf.Compressor, "calibrate", lambda *_, **__: pytest.fail("it calibrates again"))
+        run("index", *options, "--out", tmp_path / "idx")
+        assert files(tmp_path / "idx") == files(tmp_path / "whole")
+        assert "nothing was left to compress" in run("index", *options, "--out", tmp_path / "idx").stderr
+    assert files(tmp_path / "idx") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--dim", 4], "was made with --dim 3, and this is --dim 4; run the same command again, or name another"),
+        (["--seed", 1], "was made with --seed 0, and this is --seed 1"),
+        (["--layers", "*mlp*", "--layers", "*attn*"], "was made with no --layers, and this is --layers *mlp* --layers *attn*"),
+        (["--packed"], "was made with no --packed, and this is --packed"),
+        (["--dtype", "int8"], "was made with --dtype float32, and this is --dtype int8"),
+        (["--max-tokens", 9], "was made with --max-tokens 32, and this is --max-tokens 9"),
+        (["--limit", 49], "its passages are others than those of the data now, from line 50 on; pass the data of then"),
+        (["--limit", 20], "holds others' gradients; pass --append to add these, or name another folder"),
+        (["--model", "other"], "its weights are not those that"),
+    ],
+)  # fmt: skip
+def test_another_command_is_refused(common, made, folders, changed, message):
+    if changed[1:] == ["other"]:
+        changed = ["--model", folders("gpt2", initializer_range=0.2)]
+    before = files(made[0])
+    assert message in error_of("index", *common, *changed, "--out", made[0])
+    assert files(made[0]) == before
+
+
+def test_changed_passages_are_refused(common, made, tmp_path):
+    """Of the same tokens, which the checksum of a batch cannot tell apart."""
+    passages = make_passages(50)
+    passages[7] = Passage("other", passages[7].text, 0)
+    before = files(made[0])
+    other = write_jsonl(tmp_path / "other.jsonl", passages)
+    message = error_of("index", *common, "--data", other, "--out", made[0])
+    assert message.startswith(
+        f"{made[0] / 'passages.jsonl'}: its passages are others than those of the data now, from line 8 on"
+    )
+    assert files(made[0]) == before
+    lost = made[0] / "passages.jsonl"
+    kept = lost.read_bytes()
+    lost.unlink()
+    run("index", *common, "--out", made[0])
+    assert lost.read_bytes() == kept
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_appended_passages(common, made, named, tmp_path):
+    folder, more = tmp_path / "idx", make_passages(11, 3, "q")
+    options = common if named else [x for x in common if x not in ("--id-field", "id")]
+    second = ["--data", write_jsonl(tmp_path / "more.jsonl", more), "--append", "--out", folder]
+    run("index", *options, "--out", folder)
+    first = files(folder)
+    run("index", *options, *second)
+    index = dropinf.Index.open(folder)
+    every = [*make_passages(50), *more]
+    if not named:
+        every = [Passage(str(i), p.text) for i, p in enumerate(every)]
+    kept = read_passages(folder / "passages.jsonl", id_field="id")
+    assert [(p.id, p.text) for p in kept] == [(p.id, p.text) for p in every]
+    assert torch.equal(index[:50].flat, made[4].flat)
+    added = made[3].workload(every[50:], tokens_per_batch=32)
+    assert torch.equal(index[50:].flat, made[2].compress(added.batches).flat)
+    assert index.ids(slice(50, None)) == [i for batch in added.batches for i in batch["ids"]]
+    assert index.fisher().count == 61
+    samples = query_json(folder, "--text", QUERIES[0], "--top", 61)["queries"][0]["proponents"]
+    texts = {p.id: p.text for p in every}
+    assert len(samples) == 61
+    assert all(sample["text"] == texts[sample["id"]] for sample in samples)
+    assert run("verify", folder).stdout == "sound\n"
+    whole = files(folder)
+    for again in ([], second):  # either command finds its own there
+        assert "nothing was left to compress" in run("index", *options, *again, "--out", folder).stderr
+        assert files(folder) == whole
+    # Ended between the passages and the manifest.
+    for name, content in first.items():
+        (folder / name).write_bytes(content)
+    (folder / "passages.jsonl").write_bytes(whole["passages.jsonl"])
+    assert "passages.jsonl: damaged" in run("verify", folder, code=1).stdout
+    run("index", *options, *second)
+    assert files(folder) == whole
+    if named:
+        clash = write_jsonl(tmp_path / "clash.jsonl", [Passage("p3", "two dogs ran far away")])
+        assert "id 'p3' is there already; ids must be unique" in error_of(
+            "index", *options, "--data", clash, *second[2:]
+        )
+        assert files(folder) == whole
