@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dropinf import storage
+from dropinf import files
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, which takes its place at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         yield temporary
 
 

@@ -21,7 +21,7 @@ import torch
 import dropinf_kernels as ops
 from bench.files import write_rows
 from bench.peak import peak_mb
-from dropinf.layers import Layer
+from dropinf.capture.layer import Layer
 
 from .contenders import CONTENDERS, FLOOR, make_compressor
 from .models import GPT, Case, next_word

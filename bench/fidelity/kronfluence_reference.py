@@ -19,8 +19,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 import dropinf
 from bench.files import read_rows, write_rows
-from dropinf.exact import LossFn
 from dropinf.interop.kronfluence import Plan, prepare_model
+from dropinf.workload import LossFn
 
 from .evaluate import CALIBRATION, FIELDS, MODELS, RESULTS, compressed, evaluate
 from .retrain import losses_of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dropinf
 import dropinf_kernels as ops
-from dropinf.axis import Axis
+from dropinf.sketch.axis import Axis
 
 N, T = 8, 512
 SHAPES = [(768, 3072), (4096, 4096)]

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 import dropinf
-from dropinf.storage import file_checksum
+from dropinf.files import file_checksum
 
 ROWS, BATCH, SIDE, QUERIES = 24_576, 4096, 64, 16  # a batch is a shard, of the 64 MiB that shards of long runs have
 DTYPES = ("float32", "bfloat16", "float16", "int8")

@@ -16,7 +16,7 @@ from torch import nn
 
 import dropinf
 from bench.files import replacing
-from dropinf.storage import file_checksum
+from dropinf.files import file_checksum
 
 RESULTS = Path("bench/results/sizing.json")
 README = Path("bench/sizing/README.md")

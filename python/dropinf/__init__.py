@@ -1,14 +1,13 @@
 """Influence functions on dropout-compressed per-sample gradients, for any PyTorch module."""
 
-from .axis import Axis
 from .budget import Choice, choose
+from .capture.layer import Layer
 from .compressor import Compressor, compress
 from .fisher import Fisher, build_fisher
 from .gradients import Gradients
 from .index import Index
-from .layers import Layer
 from .score import TopK, score, self_influence
-from .sketch import PCA, SJLT, Dropout, Gaussian, Identity, Rademacher, Sketch
+from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
 
 __version__ = "0.1.0"
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .axis import Axis
+from .capture.layer import Layer
+from .capture.targets import LayerFilter
 from .compressor import Compressor
-from .exact import LossFn
-from .layers import Layer, LayerFilter
-from .sampling import chances
-from .sketch import Dropout, Sampling, Statistics, whitening
-from .sweep import CuSeqlens
+from .sketch.axis import Axis
+from .sketch.draws import chances
+from .sketch.sketch import Dropout, Sampling, Statistics, whitening
+from .workload import CuSeqlens, LossFn
 
 Allocation = Literal["spectrum", "equal"]
 _PILOT = 16  # stored per axis to learn how large each layer's gradients are

@@ -14,21 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import sharded
-from .axis import Axis
-from .batches import Ids
-from .checks import check_arguments
-from .exact import LossFn
-from .fisher import Fisher, FisherKind
+from .capture import sharded
+from .capture.layer import Layer
+from .capture.masks import fingerprint, load_masks, save_masks
+from .capture.moments import Moments
+from .capture.recorders import Calibration, Compression
+from .capture.sweep import Sweep
+from .capture.targets import LayerFilter, Target, axis_statistics, find_targets, make_layer
+from .fisher.fisher import Fisher, FisherKind
 from .gradients import Gradients, GradientsBuilder
-from .index import Index
-from .layers import Layer, LayerFilter, Target, axis_statistics, find_targets, make_layer
-from .masks import fingerprint, load_masks, save_masks
-from .recorders import Calibration, Compression
-from .sketch import Sketch
-from .statistics import Moments
-from .sweep import CuSeqlens, Sweep
-from .writer import write_index
+from .index.reader import Index
+from .index.writer import write_index
+from .sketch.axis import Axis
+from .sketch.sketch import Sketch
+from .workload import CuSeqlens, Ids, LossFn
 
 
 class Compressor:
@@ -257,3 +256,12 @@ def _layer_digest(layer: Layer) -> str:
     for axis in (layer.out_axis, layer.in_axis):
         h.update(b"none" if axis is None else axis.digest())
     return h.hexdigest()
+
+
+def check_arguments(model: object, sketch: object, loss_fn: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(sketch, Sketch):
+        raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .storage import replacing
+from .files import replacing
 
 FORMAT = "dropinf.gradients"
 FORMAT_VERSION = 1

@@ -13,11 +13,11 @@ from torch import Tensor
 from dropinf_kernels import score_topk
 from dropinf_kernels.reference_score import dot_rows
 
-from .distributed import Ranks
-from .fisher import Fisher
+from .files import new_array, open_array
+from .fisher.fisher import Fisher
 from .gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch, share_of
-from .index import Index
-from .storage import new_array, open_array
+from .index.reader import Index
+from .ranks import Ranks
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
 
@@ -41,6 +41,8 @@ def score(
     out: str | os.PathLike[str] | None = ...,
     group: dist.ProcessGroup | None = ...,
 ) -> Tensor: ...
+
+
 @overload
 def score(
     query: GradientSource,
@@ -52,6 +54,8 @@ def score(
     largest: bool = ...,
     group: dist.ProcessGroup | None = ...,
 ) -> TopK: ...
+
+
 def score(
     query: GradientSource,
     train: GradientSource,

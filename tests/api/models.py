@@ -320,7 +320,7 @@ def build(name):
         loss_fn = squared
     else:
         model, batch, loss_fn = hugging_face(name)
-    from dropinf.batches import map_tensors
+    from dropinf.workload import map_tensors
 
     model = model.double().eval()
     batch = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)

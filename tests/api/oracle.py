@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import dropinf
-from dropinf.batches import map_tensors
+from dropinf.workload import map_tensors
 
 
 def oracle(model: nn.Module, loss_fn, batch, n: int) -> dict[str, Tensor]:

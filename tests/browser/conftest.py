@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
-from dropinf.pages import save_query_page
+from dropinf.cli.page import save_query_page
 
 SIZES = {"wide": (1400, 1000), "narrow": (420, 900)}
 

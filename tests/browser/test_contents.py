@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dropinf.pages import query_page
+from dropinf.cli.page import query_page
 
 pytestmark = pytest.mark.browser
 

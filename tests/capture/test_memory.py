@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dropinf
-from dropinf.uses import LinearUse
+from dropinf.capture.modules import LinearUse
 
 N, T, D, LAYERS, VOCABULARY, DIM = 4, 64, 64, 4, 96, 8
 

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import dropinf
-from dropinf.batches import map_tensors
+from dropinf.capture.modules import LinearUse, Samples
 from dropinf.compressor import unwrap
-from dropinf.samples import Samples
-from dropinf.uses import LinearUse
+from dropinf.workload import map_tensors
 from tests.api.models import HUGGING_FACE, PLAIN, N, build
 from tests.api.oracle import assert_equal_gradients, oracle
 

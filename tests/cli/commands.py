@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import dropinf
-from dropinf import cli
-from dropinf.passages import Passage
+from dropinf.cli import app
+from dropinf.text.passages import Passage
 from tests.text.models import WORDS
 
 LOADER = """
@@ -64,7 +64,7 @@ QUERIES = [" ".join(WORDS[:4]), " ".join(WORDS[2:13]), " ".join(WORDS[5:7])]
 
 def run(*arguments, code: int = 0, stdin: str | None = None):
     """What a command does, in this process."""
-    done = CliRunner().invoke(cli.build_app(), [str(a) for a in arguments], input=stdin)
+    done = CliRunner().invoke(app.build_app(), [str(a) for a in arguments], input=stdin)
     assert done.exit_code == code, (done.output, done.exception)
     return done
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import torch
 
-from dropinf import doctor
+from dropinf.cli import doctor
 from tests.cli.commands import (
     run,
 )

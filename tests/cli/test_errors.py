@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
-
-from dropinf import cli
 from tests.cli.commands import (
     environment,
     error_of,
     run,
 )
+from typer.testing import CliRunner
+
+from dropinf.cli import app
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_errors_are_one_line(arguments, message, folders, data, tmp_path, monkey
     found = error_of(*(places.get(a, a) for a in arguments))
     assert found.startswith(message.replace("DATA", str(data)))
     with pytest.raises((ValueError, OSError)):
-        CliRunner().invoke(cli.build_app(), ["--debug", *(places.get(a, a) for a in arguments)], catch_exceptions=False)
+        CliRunner().invoke(app.build_app(), ["--debug", *(places.get(a, a) for a in arguments)], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_without_typer(monkeypatch, capsys):
     for command, wanted in (("info", "cli"), ("demo", "demo")):
         monkeypatch.setattr(sys, "argv", ["dropinf", command])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            app.main()
         assert caught.value.code == 1
         found = capsys.readouterr().err
         assert found == f"dropinf: this command needs typer; install it with: pip install 'dropinf[{wanted}]'\n"

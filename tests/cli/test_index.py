@@ -10,7 +10,7 @@ import torch
 
 import dropinf
 from dropinf.index import verify
-from dropinf.passages import Passage, read_passages
+from dropinf.text.passages import Passage, read_passages
 from dropinf.transformer import TextModel
 from tests.cli.commands import (
     QUERIES,

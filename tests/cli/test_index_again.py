@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.passages import Passage, read_passages
-from dropinf.transformer import TextBatches
+from dropinf.text.passages import Passage, read_passages
+from dropinf.text.transformer import TextBatches
 from tests.cli.commands import (
     QUERIES,
     error_of,

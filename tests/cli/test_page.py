@@ -12,7 +12,7 @@ from html import unescape
 import numpy as np
 import pytest
 
-from dropinf.pages import query_page, save_query_page
+from dropinf.cli.page import query_page, save_query_page
 
 IMAGE = "data:image/png;base64,iVBORw0KGgo="
 HOSTILE = (

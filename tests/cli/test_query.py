@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.passages import Passage
+from dropinf.text.passages import Passage
 from tests.cli.commands import (
     QUERIES,
     error_of,
@@ -91,7 +91,7 @@ def test_tables(made, monkeypatch):
 
 
 def test_pages(made, tmp_path):
-    pages = pytest.importorskip("dropinf.pages")
+    pages = pytest.importorskip("dropinf.cli.page")
     result = tmp_path / "result.json"
     done = run("query", made[0], "--text", QUERIES[0], "--json", "--html", tmp_path / "a.html")
     result.write_text(done.stdout)

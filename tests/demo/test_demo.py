@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dropinf import report
+from dropinf.demo import report
 
 METHODS = {"dropout, recommended", "dropout", "gaussian", "pca", "uncompressed"}
 

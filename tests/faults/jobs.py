@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropinf
-from dropinf import distributed, storage, writer
+from dropinf import files as storage
+from dropinf import ranks
+from dropinf.index import writer
 
 BATCHES, SMALL = 130, 12  # in shards of three, by `index` below
 
@@ -77,7 +79,7 @@ def index(
     group, rank = None, 0
     if "RANK" in os.environ:
         if patience is not None:
-            distributed.PATIENCE, distributed.BEAT = patience, min(distributed.BEAT, patience / 5)
+            ranks.PATIENCE, ranks.BEAT = patience, min(ranks.BEAT, patience / 5)
         dist.init_process_group("gloo")
         group, rank = dist.group.WORLD, dist.get_rank()
     if batches < writer._LEAST_SHARDS:

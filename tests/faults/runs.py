@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from dropinf.manifest import Manifest
+from dropinf.index.manifest import Manifest
 from tests.faults.forks import Forks
 
 # What ends a rank whose neighbour was killed.

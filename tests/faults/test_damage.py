@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import dropinf
-from dropinf import writer
-from dropinf.index import verify
+from dropinf.index import verify, writer
 from tests.faults.jobs import files, make_batches, make_compressor, make_query, names
 
 DTYPES = ("float32", "int8")

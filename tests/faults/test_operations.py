@@ -10,9 +10,9 @@ from pathlib import Path, PurePath
 
 import pytest
 
+from dropinf.files import checksum
 from dropinf.index import verify
-from dropinf.manifest import Manifest
-from dropinf.storage import checksum
+from dropinf.index.manifest import Manifest
 from tests.faults.forks import Forks
 from tests.faults.jobs import SMALL, files
 from tests.faults.runs import LOST, listed, phase, reached

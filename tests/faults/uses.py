@@ -23,8 +23,7 @@ import safetensors.torch
 import torch
 
 import dropinf
-from dropinf import writer
-from dropinf.index import verify
+from dropinf.index import verify, writer
 from tests.faults.jobs import SMALL, files, make_batches, make_compressor, make_query, names
 from tests.faults.mutations import FORGED, STRICT, Files
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 
-from dropinf import _damping
 from dropinf.fisher import Fisher, FisherKind, build_fisher
+from dropinf.fisher import damping as _damping
 from dropinf.gradients import Gradients
 
 KINDS: list[FisherKind] = ["block", "joint", "diagonal", "kronecker"]

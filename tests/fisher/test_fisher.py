@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropinf._dense import Form
 from dropinf.fisher import Fisher, FisherKind, build_fisher
+from dropinf.fisher.dense import Form
 from dropinf.gradients import Gradients, Shapes
 
 SHAPES: Shapes = {"fc": (3, 4), "bias": (3,), "head": (2, 5)}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.index import read_ahead
-from dropinf.storage import Codec
+from dropinf.index.reader import read_ahead
+from dropinf.index.shards import Codec
 from tests.index.small import KINDS, make_batches, make_compressor, names
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import dropinf
-from dropinf import sampling
-from dropinf import sketch as module
+from dropinf.sketch import draws
+from dropinf.sketch import sketch as module
 
 SIZE = 12
 # Two that always survive, one that never does, and one far smaller than the rest.
@@ -23,8 +23,8 @@ X[11] = 0  # energy 0 says that it is never anything else
 def _spans(sketch, dim, key, energies, survivors):
     """(length, middle) of the intervals of the uniform start between which the mask is the same."""
     group = math.gcd(sketch.group, SIZE, dim)
-    chances = sampling.chances(energies.numpy().reshape(-1, group).mean(1), survivors // group)
-    order = np.argsort(sampling.bits(sketch.seed, key, SIZE // group), kind="stable")
+    chances = draws.chances(energies.numpy().reshape(-1, group).mean(1), survivors // group)
+    order = np.argsort(draws.bits(sketch.seed, key, SIZE // group), kind="stable")
     ends = np.cumsum(chances[order][chances[order] < 1]) % 1
     cuts = np.unique(np.concatenate([[0.0, 1.0], ends]))
     return [(b - a, (a + b) / 2) for a, b in itertools.pairwise(cuts)]
@@ -72,7 +72,7 @@ def test_uniform_masks_are_unbiased_over_seeds():
 @pytest.mark.parametrize("count", [1, 3, 7, 11])
 def test_chances_are_proportional_up_to_one(count):
     energies = ENERGIES.numpy()
-    chances = sampling.chances(energies, count)
+    chances = draws.chances(energies, count)
     assert chances.sum() == pytest.approx(count)
     assert chances.max() <= 1
     below = (chances < 1) & (energies > 0)
@@ -82,7 +82,7 @@ def test_chances_are_proportional_up_to_one(count):
 
 
 def test_more_survivors_than_energies_fill_up_evenly():
-    chances = sampling.chances(np.array([2.0, 0.0, 0.0, 1.0]), 3)
+    chances = draws.chances(np.array([2.0, 0.0, 0.0, 1.0]), 3)
     np.testing.assert_allclose(chances, [1, 0.5, 0.5, 1])
     axis = dropinf.Dropout(3, sampling="energy").make(4, 3, "layer/in", torch.tensor([2.0, 0.0, 0.0, 1.0]))
     assert len(axis.index.unique()) == 3

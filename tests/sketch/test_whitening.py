@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.sketch import _FLOOR
+from dropinf.sketch.sketch import _FLOOR
 
 SIZE = 24
 

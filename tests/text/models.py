@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from dropinf.passages import Passage
+from dropinf.text.passages import Passage
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import dropinf
-from dropinf.batches import map_tensors
-from dropinf.passages import Passage
+from dropinf.text.passages import Passage
 from dropinf.transformer import TextModel, Workload
+from dropinf.workload import map_tensors
 from tests.text.models import IDS, PASSAGES, SMALL, WORDS
 
 transformers = pytest.importorskip("transformers")

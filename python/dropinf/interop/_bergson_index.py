@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dropinf.gradients import Gradients, GradientSource, block_rows
-from dropinf.interop import require
+from ..gradients import Gradients, GradientSource, block_rows
+from . import require
 
 _bergson: Any = require("bergson", "bergson", "2.5.1")
 _data: Any = import_module("bergson.data")

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture.layer import clean_name
 from ..compressor import Compressor
-from ..layers import clean_name
-from ..sketch import Sketch
+from ..sketch.sketch import Sketch
 from . import require
 
 require("dattri", "dattri", "0.3.0")
+
+
 _trak: Any = import_module("dattri.algorithm.trak")
 _tracin: Any = import_module("dattri.algorithm.tracin")
 

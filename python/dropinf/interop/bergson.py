@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropinf.compressor import Compressor
-from dropinf.interop import require
-from dropinf.interop._bergson_index import LAYOUT, export_index, import_index
-from dropinf.layers import Layer
-from dropinf.samples import Samples
-from dropinf.sketch import Sketch
-from dropinf.uses import LinearUse
+from ..capture.layer import Layer
+from ..capture.modules import LinearUse, Samples
+from ..compressor import Compressor
+from ..sketch.sketch import Sketch
+from . import require
+from ._bergson_index import LAYOUT, export_index, import_index
 
 _bergson: Any = require("bergson", "bergson", "2.5.1")
 _collector: Any = import_module("bergson.collector.collector")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..compressor import Compressor
-from ..fisher import Fisher, FisherKind, build_fisher
+from ..fisher.fisher import Fisher, FisherKind, build_fisher
 from ..gradients import Gradients
 from ..score import score, self_influence
-from ..sketch import Dropout, Sketch
+from ..sketch.sketch import Dropout, Sketch
 from . import require
 
 _functions: Any = require("captum.influence._core.influence_function", "captum", "0.9.0")

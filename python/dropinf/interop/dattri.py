@@ -28,11 +28,10 @@ from torch import Tensor, nn
 
 import dropinf_kernels as ops
 
+from ..capture.layer import Layer, clean_name
+from ..capture.modules import LinearUse, Samples
 from ..compressor import Compressor
-from ..layers import Layer, clean_name
-from ..samples import Samples
-from ..sketch import Sketch
-from ..uses import LinearUse
+from ..sketch.sketch import Sketch
 from . import require
 from ._dattri_flat import TracInAttributor, TRAKAttributor, check_options, make_compressor
 

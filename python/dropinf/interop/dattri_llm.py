@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..axis import Axis
+from ..capture.layer import Layer, clean_name
 from ..compressor import Compressor
-from ..layers import Layer, clean_name
-from ..sketch import Sketch
+from ..sketch.axis import Axis
+from ..sketch.sketch import Sketch
 from . import require
 
 _config: Any = require("dattri_llm.gradient.hooks.config", "dattri-llm", "0.1.0")

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..axis import Axis
-from ..layers import Layer, matrix_shape
-from ..sketch import Sketch
+from ..capture.layer import Layer, matrix_shape
+from ..sketch.axis import Axis
+from ..sketch.sketch import Sketch
 from . import require
 
 _kronfluence: Any = require("kronfluence", "kronfluence", "1.0.1")

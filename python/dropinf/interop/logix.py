@@ -24,18 +24,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dropinf.capture import _Tap
-from dropinf.compressor import Compressor
-from dropinf.convolution import ConvUse
-from dropinf.gradients import Gradients, GradientsBuilder
-from dropinf.interop import require
-from dropinf.layers import Layer
-from dropinf.samples import Samples
-from dropinf.sketch import Sketch
-from dropinf.use import Use
-from dropinf.uses import USES
+from ..capture.convolution import ConvUse
+from ..capture.hooks import _Tap
+from ..capture.kinds import USES
+from ..capture.layer import Layer
+from ..capture.modules import Samples, Use
+from ..compressor import Compressor
+from ..gradients import Gradients, GradientsBuilder
+from ..sketch.sketch import Sketch
+from . import require
 
 require("logix", "logix-ai", "0.1.1")
+
+
 _logger: Any = import_module("logix.logging.logger")
 
 _ROWS = nn.Linear(1, 1)  # LogIX asks a module's type how data become rows: [n, t, d] as a linear layer's

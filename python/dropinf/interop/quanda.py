@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..capture.targets import LayerFilter
 from ..compressor import Compressor
-from ..fisher import Fisher, FisherKind, build_fisher
-from ..layers import LayerFilter
+from ..fisher.fisher import Fisher, FisherKind, build_fisher
 from ..score import score, self_influence
-from ..sketch import Dropout, Sketch
+from ..sketch.sketch import Dropout, Sketch
 from . import require
 
 _base: Any = require("quanda.explainers.base", "quanda", "0.5.0")

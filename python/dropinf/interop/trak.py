@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture.layer import Layer, clean_name
 from ..compressor import Compressor, unwrap
 from ..gradients import Gradients
-from ..layers import Layer, clean_name
-from ..sketch import Sketch
+from ..sketch.sketch import Sketch
 from . import require
 
 _projectors: Any = require("trak.projectors", "traker", "0.3.2")

@@ -1,0 +1,36 @@
+"""Which kinds of module are hooked, and how each is captured."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .convolution import ConvUse
+from .layer import LayerKind
+from .modules import EmbeddingUse, LinearUse, NormUse, Use, rms_epsilon
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def module_kind(module: nn.Module) -> LayerKind | None:
+    """How a module's ``weight`` is captured, or None. By ``forward``, not by class: a subclass that overrides
+    ``forward`` may compute anything."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+        return "linear"
+    if any(forward is c.forward for c in _CONVS):
+        return "conv"
+    if forward is nn.Embedding.forward:
+        return "embedding"
+    is_rms = type(module).__name__.endswith("RMSNorm")
+    if any(forward is n.forward for n in _NORMS) or (is_rms and rms_epsilon(module) is not None):
+        return "norm"
+    return None
+
+
+USES: dict[str, type[Use]] = {
+    "linear": LinearUse,
+    "conv": ConvUse,
+    "embedding": EmbeddingUse,
+    "norm": NormUse,
+}

@@ -1,0 +1,100 @@
+"""Masks on disk: what a compressor drew and what calibration found, in one safetensors file; which model it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..files import checksum, read_header, serialize, write_whole
+from ..sketch.axis import Axis
+from ..workload import tensor_bytes
+from .layer import Layer, clean_name
+from .sharded import is_sharded
+
+FORMAT = "dropinf-masks-1"
+Sums = dict[tuple[str, str], Tensor]
+_SUM = "moments"
+
+
+def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
+    yield "out", layer.out_axis
+    if layer.in_axis is not None:
+        yield "in", layer.in_axis
+
+
+def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: Sums, samples: int) -> None:
+    """Write every layer's tables, and the sums of its calibration, by a temporary name."""
+    tables, plan = {}, {}
+    for name, layer in layers.items():
+        plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in _axes(layer)}
+        for side, axis in _axes(layer):
+            for field, table in axis.tensors().items():
+                tables[f"{name}/{side}/{field}"] = table
+    tables |= {f"{name}/{side}/{_SUM}": total for (name, side), total in sums.items()}
+    write_whole(Path(path), serialize(tables, {"format": FORMAT, "plan": plan, "samples": samples}))
+
+
+def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tuple[dict[str, Layer], Sums, int]:
+    """``layers`` with the axes of the file; the sums of its calibration, and of how many samples.
+
+    Raises ValueError where they belong to another model.
+    """
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            header = read_header(file.metadata(), Path(path), FORMAT)
+            tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote ({error})") from None
+    plan = header["plan"]
+    _check_model(layers, plan, path)
+
+    def axis(name: str, side: str) -> Axis | None:
+        if side not in plan[name]:
+            return None
+        entry = plan[name][side]
+        index, weight, matrix = (tables.get(f"{name}/{side}/{field}") for field in ("index", "weight", "matrix"))
+        return Axis(entry["size"], index, weight, matrix, entry["group"])
+
+    loaded = {}
+    for name, layer in layers.items():
+        out_axis = axis(name, "out")
+        assert out_axis is not None
+        loaded[name] = replace(layer, out_axis=out_axis, in_axis=axis(name, "in"))
+    sums = {}
+    for key, table in tables.items():
+        name, side, field = key.rsplit("/", 2)
+        if field == _SUM:
+            sums[name, side] = table
+    return loaded, sums, header["samples"]
+
+
+def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    way_out = "load the masks that this model's own compressor saved, or calibrate again"
+    for name in [*layers, *plan]:
+        if name not in plan or name not in layers:
+            where = "these masks lack it" if name not in plan else "this model does not track it"
+            raise ValueError(f"path: the masks in {path} are of another model: layer {name}: {where}; {way_out}")
+        rows, columns = layers[name].matrix_shape
+        sizes = [plan[name][side]["size"] for side in ("out", "in") if side in plan[name]]
+        if sizes not in ([rows, columns], [rows * columns]):
+            raise ValueError(
+                f"path: the masks in {path} are of another model: layer {name} is {rows} x {columns} here and "
+                f"{' x '.join(map(str, sizes))} there; {way_out}"
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
+    parts = []
+    for prefix, module in model.named_modules():
+        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
+            about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
+            parts.append(about + (b"" if is_sharded(x) else checksum(tensor_bytes(x)).encode()))
+    return checksum(b"\n".join(sorted(parts)))

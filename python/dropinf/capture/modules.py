@@ -1,0 +1,295 @@
+"""How each kind of module gives its compressed gradient: what to keep in forward, what to emit in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dropinf_kernels as ops
+from dropinf_kernels.reference import exact, outer_products
+
+from ..sketch.axis import Axis
+from .layer import Layer
+from .moments import Moments
+
+
+class Untied(ValueError):  # noqa: N818
+    """A tensor whose leading dimensions cannot be tied to samples."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which rows of a batch belong to which sample: ``n`` samples, or documents packed at ``cu_seqlens``."""
+
+    n: int
+    cu_seqlens: Tensor | None = None
+
+    def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
+        """[*lead, *features] -> ([N, T, *features], None); where packed ([rows, *features], cu_seqlens)."""
+        if self.cu_seqlens is None and x.ndim == 2 + features and x.shape[0] == self.n:
+            return x, None
+        lead = x.shape[: x.ndim - features]
+        kept = x.shape[x.ndim - features :]
+        rows = lead.numel()
+        if self.cu_seqlens is not None:
+            if rows == int(self.cu_seqlens[-1]):
+                return x.reshape(rows, *kept), self.cu_seqlens
+            if rows == self.n:
+                return x.reshape(rows, 1, *kept), None
+            # Heads beside the positions, before or behind them: each position is several rows.
+            positions = [i for i, size in enumerate(lead) if size == int(self.cu_seqlens[-1])]
+            if len(positions) == 1:
+                several = rows // lead[positions[0]]
+                return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
+        elif self.n and (lead[0] if lead else 1) % self.n == 0:
+            return x.reshape(self.n, rows // self.n, *kept), None
+        raise Untied
+
+    def select(self, x: Tensor, start: int) -> Tensor:
+        """The rows of every second sample from ``start`` on."""
+        rows, cu = self.tie(x)
+        if cu is None:
+            return rows[start::2]
+        return rows[(torch.repeat_interleave(cu.diff()) % 2 == start % 2).to(rows.device)]
+
+    def sum_parts(self, parts: Tensor) -> Tensor:
+        """[N * m, ...] -> [N, ...]: the sum over the m parts of each sample."""
+        if len(parts) == self.n:
+            return parts
+        if self.n == 0 or len(parts) % self.n:
+            raise Untied
+        return parts.view(self.n, -1, *parts.shape[1:]).sum(1)
+
+
+def rms_epsilon(module: nn.Module) -> float | None:
+    """The epsilon of a transformers-style RMSNorm, which has no common base class."""
+    value = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return value if isinstance(value, float) else None
+
+
+class Use:
+    """One module's capture. ``weight`` and ``bias`` are the plans of what is tracked of it."""
+
+    def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
+        self.name, self.module, self.weight, self.bias = name, module, weight, bias
+
+    def inputs(self, x: Tensor, out: Tensor) -> Tensor:
+        """What the weight multiplies, uncompressed: [..., d_in]."""
+        return x.to(out.dtype) if out.dtype.itemsize < x.dtype.itemsize else x  # autocast: as the layer saw it
+
+    def save(self, x: Tensor, out: Tensor) -> Tensor | None:
+        """What backward needs of the input: the compressed input, and no more."""
+        raise NotImplementedError
+
+    def emit(self, saved: Tensor | None, g: Tensor, samples: Samples) -> Iterator[tuple[Layer, Tensor]]:
+        """The compressed gradients of this call, from what was saved and the output gradient."""
+        if self.bias is not None:
+            yield self.bias, sketched_sum(None, self.rows(g), self.bias.out_axis, samples)
+        if self.weight is not None:
+            assert saved is not None
+            yield self.weight, self.emit_weight(self.weight, saved, g, samples)
+
+    def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
+        raise NotImplementedError
+
+    def observe(self, moments: Moments, saved: Tensor, g: Tensor, samples: Samples) -> None:
+        """Add the second moments of this call, from its whole input and its output gradient."""
+        rows = self.rows(g)
+        samples.tie(rows)
+        if self.bias is not None:
+            moments.add_rows(self.bias, "out", summed(None, rows, samples))
+        if self.weight is not None:
+            self.observe_weight(moments, self.weight, saved, rows, samples)
+
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:
+        """Add those of the weight's two sides; `rows` is the output gradient as [*lead, d_out]."""
+        raise NotImplementedError
+
+    def rows(self, g: Tensor) -> Tensor:
+        """The output gradient as [*lead, d_out]."""
+        return g
+
+
+def summed(a: Tensor | None, g: Tensor, samples: Samples) -> Tensor:
+    """Return sum_t a_t * g_t of each sample, [N, d]; ``a`` None is all ones."""
+    g, cu = samples.tie(g)
+    return ops.compress_norm(None if a is None else samples.tie(a)[0], g, cu_seqlens=cu)
+
+
+def sketched_sum(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
+    """Sketch of sum_t a_t * g_t; ``a`` None is all ones, and is gathered already where the sketch is a gather."""
+    g, cu = samples.tie(g)
+    if a is not None:
+        a, _ = samples.tie(a)
+        if axis.is_gather:
+            return ops.compress_norm(a, axis.apply(g), cu_seqlens=cu)
+    if axis.matrix is not None:
+        return axis.apply(ops.compress_norm(a, g, cu_seqlens=cu))
+    index, weight = axis.table
+    return ops.compress_norm(a, g, index, weight, axis.group if index is not None else 1, cu)
+
+
+@exact
+def sketched_outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
+    """sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
+    if axis.is_gather and not g.is_cuda:
+        (a, cu), (g, _) = samples.tie(a), samples.tie(axis.apply(g))
+        return outer_products(a, g, cu)  # the op without its checks
+    if axis.matrix is not None:
+        g = axis.apply(g)
+    index, weight = (None, None) if axis.matrix is not None else axis.table
+    group = axis.group if index is not None else 1
+    (a, cu), (g, _) = samples.tie(a), samples.tie(g)
+    return ops.compress_linear(a, g, None, None, index, weight, group, cu)
+
+
+def _pairs(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The (row, column) of every coordinate that a flat mask keeps."""
+    index = layer.out_axis.index
+    assert index is not None
+    columns = layer.matrix_shape[1]
+    return index.flatten() // columns, index.flatten() % columns
+
+
+class LinearUse(Use):
+    """Linear, transformers' Conv1D, LoRA's A and B, quantized linears."""
+
+    def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
+        super().__init__(name, module, weight, bias)
+        self.is_flat = weight is not None and weight.in_axis is None
+        if self.is_flat:
+            assert weight is not None
+            self.pair_rows, columns = _pairs(weight)
+            self.used, inverse = torch.unique(columns, return_inverse=True)
+            self.pair_columns = inverse.to(torch.int32)
+
+    def save(self, x: Tensor, out: Tensor) -> Tensor | None:
+        if self.weight is None:
+            return None
+        if self.weight.in_axis is not None:
+            return self.inputs(self.weight.in_axis.apply(x), out)
+        return self.inputs(x if len(self.used) == x.shape[-1] else x.index_select(-1, self.used), out)
+
+    def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
+        if not self.is_flat:
+            return sketched_outer(saved, g, layer.out_axis, samples)
+        (a, cu), (g, _) = samples.tie(saved), samples.tie(g)
+        return layer.out_axis.fold(ops.compress_flat(a, g, self.pair_rows, self.pair_columns, cu))
+
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:  # noqa: ARG002
+        moments.add_rows(layer, "out", rows)
+        moments.add_rows(layer, "in", saved)
+
+
+class EmbeddingUse(Use):
+    """Embedding: the input is the one-hot of the ids, by lookup."""
+
+    def inputs(self, x: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002
+        return x
+
+    def save(self, x: Tensor, out: Tensor) -> Tensor | None:  # noqa: ARG002
+        return x
+
+    @property
+    def padding_idx(self) -> int:
+        value = getattr(self.module, "padding_idx", None)
+        return -1 if value is None else int(value)
+
+    def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
+        (ids, cu), (g, _) = samples.tie(saved, 0), samples.tie(g)
+        if layer.in_axis is None:
+            rows, columns = _pairs(layer)
+            if layer.kind == "tied":  # the matrix is [rows of the embedding, hidden]
+                rows, columns = columns, rows
+            g = g.masked_fill((ids == self.padding_idx)[..., None], 0)
+            return layer.out_axis.fold(ops.compress_flat(ids, g, rows, columns, cu))
+        tied = layer.kind == "tied"
+        vocabulary, hidden = (layer.out_axis, layer.in_axis) if tied else (layer.in_axis, layer.out_axis)
+        c = self._factorized(ids, g, cu, vocabulary, hidden)
+        return c.mT if tied else c
+
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:  # noqa: ARG002
+        if layer.kind == "tied":  # judged by its output layer
+            return
+        moments.add_rows(layer, "out", rows)
+        if moments.need(layer, "in") is not None:
+            counts = torch.bincount(saved.flatten(), minlength=layer.matrix_shape[1]).double()
+            if self.padding_idx >= 0:
+                counts[self.padding_idx] = 0
+            moments.add(layer, "in", counts)
+
+    def _factorized(self, ids: Tensor, g: Tensor, cu: Tensor | None, vocabulary: Axis, hidden: Axis) -> Tensor:
+        if hidden.matrix is not None:
+            g = hidden.apply(g)
+        index, weight = (None, None) if hidden.matrix is not None else hidden.table
+        group = hidden.group if index is not None else 1
+        if vocabulary.matrix is not None:
+            g = g.masked_fill((ids == self.padding_idx)[..., None], 0)
+            a = F.embedding(ids, vocabulary.matrix.T.to(torch.promote_types(g.dtype, torch.float32)))
+            return ops.compress_linear(a, g, None, None, index, weight, group, cu)
+        return ops.compress_embedding(
+            ids, g, vocabulary.size, *vocabulary.table, index, weight, self.padding_idx, 1, cu
+        )
+
+
+class NormUse(Use):
+    """LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode: the gradient of the scale is a diagonal."""
+
+    @property
+    def channels_first(self) -> bool:
+        return isinstance(self.module, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
+
+    def rows(self, g: Tensor) -> Tensor:
+        if not self.channels_first:
+            return g.flatten(g.ndim - self._normalized_dims)
+        return g.flatten(2).mT if g.ndim > 2 else g
+
+    @property
+    def _normalized_dims(self) -> int:
+        return len(getattr(self.module, "normalized_shape", (0,)))
+
+    def inputs(self, x: Tensor, out: Tensor) -> Tensor:
+        m = self.module
+        if isinstance(m, nn.GroupNorm):
+            x = F.group_norm(x, m.num_groups, None, None, m.eps)
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            x = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
+        elif isinstance(m, nn.LayerNorm):
+            x = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
+        elif isinstance(m, nn.RMSNorm):
+            x = F.rms_norm(x, tuple(m.normalized_shape), None, m.eps)
+        else:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            epsilon = rms_epsilon(m)
+            assert epsilon is not None
+            x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        return super().inputs(self.rows(x), out)
+
+    def save(self, x: Tensor, out: Tensor) -> Tensor | None:
+        if self.weight is None:
+            return None
+        normalized = self.inputs(x, out)
+        return self.weight.out_axis.apply(normalized) if self.weight.out_axis.is_gather else normalized
+
+    def is_scale_of(self, x: Tensor, out: Tensor) -> bool:
+        """Whether the output is normalised input times weight, or times 1 + weight: RMSNorm's variants."""
+        if self.weight is None or isinstance(self.module, nn.RMSNorm) or self.channels_first:
+            return True
+        if isinstance(self.module, nn.LayerNorm):
+            return True
+        scale = self.module.get_parameter("weight").detach()
+        tolerance = 8 * torch.finfo(out.dtype).eps
+        normalized = self.inputs(x, out)
+        return any(
+            torch.allclose(out, (normalized * s).to(out.dtype), tolerance, tolerance) for s in (scale, 1 + scale)
+        )
+
+    def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
+        return sketched_sum(saved, self.rows(g), layer.out_axis, samples)
+
+    def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:
+        moments.add_rows(layer, "out", summed(saved, rows, samples))

@@ -1,0 +1,109 @@
+"""Second moments of inputs and output gradients over a calibration pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..sketch.axis import Axis
+from .layer import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class Need:
+    """What a calibration pass must gather of one side: its ``size`` energies or their covariance, or ``kept``'s."""
+
+    kind: Literal["energy", "covariance"]
+    size: int
+    kept: Axis | None = None
+
+
+Needs = Mapping[str, Mapping[str, Need]]
+
+
+class Moments:
+    """Sums of x_j^2 (``energy``) or x x^T (``covariance``) by layer and side, in float64; additive."""
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = {name: dict(sides) for name, sides in needs.items() if sides}
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.samples = 0
+
+    @property
+    def needed(self) -> bool:
+        return bool(self.needs)
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """Side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached."""
+        found = {}
+        for side, need in self.needs.get(name, {}).items():
+            found[side] = self.sums.get((name, side), _zeros(need)) / max(1, self.samples)
+        return found
+
+    def all_reduce(self, group: dist.ProcessGroup | None) -> None:
+        """Add up the sums of all ranks; a layer that a rank never reached counts as zero there."""
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        samples = torch.tensor(self.samples, device=device)
+        dist.all_reduce(samples, group=group)
+        for name, sides in sorted(self.needs.items()):
+            for side, need in sorted(sides.items()):
+                total = self.sums.get((name, side), _zeros(need)).to(device)
+                dist.all_reduce(total, group=group)
+                self.sums[name, side] = total.cpu()
+        self.samples = int(samples)
+
+    def count(self, losses: Tensor) -> None:
+        """End a batch. Raises ValueError where its values, and so the sums, are not finite; the sums start anew."""
+        for (name, _), total in self.sums.items():
+            if bool(total.sum().isfinite()):
+                continue
+            first, bad = self.samples, (~losses.isfinite()).nonzero().flatten()
+            where = f"sample {first + int(bad[0])}" if len(bad) else f"samples {first} to {first + len(losses) - 1}"
+            self.sums, self.samples = {}, 0
+            raise ValueError(
+                f"layer {name}: calibration met a value that is not finite (NaN or inf) in {where}; look at the loss "
+                "there, or compute in a wider dtype, and calibrate again from the start"
+            )
+        self.samples += len(losses)
+
+    def need(self, layer: Layer, side: str) -> Need | None:
+        """Return what is gathered of a layer's side, or None."""
+        return self.needs.get(layer.name, {}).get(side)
+
+    def add(self, layer: Layer, side: str, total: Tensor) -> None:
+        """Add a sum that the caller formed."""
+        key = (layer.name, side)
+        total = total.cpu()
+        self.sums[key] = self.sums[key] + total if key in self.sums else total
+
+    def add_rows(self, layer: Layer, side: str, x: Tensor) -> None:
+        """Add the second moment of the rows of x [..., d], or of what the side keeps of them, where it is needed."""
+        need = self.need(layer, side)
+        if need is not None:
+            self.add_moment(layer, side, x if need.kept is None else need.kept.to(x.device).apply(x))
+
+    def add_moment(self, layer: Layer, side: str, x: Tensor) -> None:
+        """Add the second moment of the rows of x [..., size], of a side that is needed."""
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        energy = self.needs[layer.name][side].kind == "energy"
+        self.add(layer, side, (rows.square().sum(0) if energy else rows.T @ rows).double())
+
+    def add_whole(self, layer: Layer, gradient: Tensor) -> None:
+        """Add whole per-sample gradients [n, *shape] of a parameter that no hook covers."""
+        matrix = layer.as_matrix(gradient)
+        if self.need(layer, "in") is not None or matrix.shape[2] > 1:
+            self.add_rows(layer, "out", matrix.mT)
+            self.add_rows(layer, "in", matrix)
+            self.add_rows(layer, "flat", matrix.reshape(len(matrix), -1))
+        else:
+            self.add_rows(layer, "out", matrix.reshape(len(matrix), -1))
+
+
+def _zeros(need: Need) -> Tensor:
+    return torch.zeros((need.size,) if need.kind == "energy" else (need.size, need.size), dtype=torch.float64)

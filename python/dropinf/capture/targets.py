@@ -1,0 +1,178 @@
+"""What a compressor tracks: a plan per parameter, decided from the modules alone, before any data is seen."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..sketch.axis import Axis
+from ..sketch.sketch import Sketch, Statistics
+from .kinds import module_kind
+from .layer import Layer, LayerKind, clean_name, matrix_shape
+from .moments import Need
+
+LayerFilter = str | type | Iterable["str | type"] | None
+
+# A covariance has size^2 entries; longer axes use their diagonal.
+MAX_COVARIANCE = 8192
+# These read the weights of their child modules without calling them.
+_READS_CHILD_WEIGHTS = (nn.MultiheadAttention,)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter to track, before its axes are made."""
+
+    name: str
+    kind: LayerKind
+    parameter: str
+    tensor: nn.Parameter
+    transposed: bool
+    route: Literal["hook", "exact"]
+    in_statistics: Statistics = "covariance"  # one-hot inputs have a diagonal second moment
+    out_statistics: Statistics = "covariance"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def plan(self, out_axis: Axis, in_axis: Axis | None) -> Layer:
+        """The layer's plan, with its axes."""
+        return Layer(self.name, self.kind, self.parameter, self.shape, self.transposed, out_axis, in_axis, self.route)
+
+
+def _selected(layers: LayerFilter, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
+    if layers is None:
+        return None
+    wanted = [layers] if isinstance(layers, str | type) else list(layers) if isinstance(layers, Iterable) else [layers]
+    for pattern in wanted:
+        if not isinstance(pattern, str | type):
+            what = type(pattern).__name__ if isinstance(pattern, nn.Module) else repr(pattern)
+            raise TypeError(f"layers: it must be name patterns or module types, such as 'encoder.*', got {what}")
+    if not wanted:
+        raise ValueError("layers: it is empty; name at least one module, or pass None for every trainable parameter")
+    modules = [(clean_name(n), m) for n, m in model.named_modules(remove_duplicate=False)]
+
+    def hit(pattern: str | type, name: str, module: nn.Module) -> bool:
+        if isinstance(pattern, str):
+            return fnmatch.fnmatchcase(name, pattern)
+        return isinstance(module, pattern)
+
+    for pattern in wanted:
+        names = [n for n, m in modules if hit(pattern, n, m)]
+        parameters = [clean_name(n) for n, _ in model.named_parameters(remove_duplicate=False)]
+        if not names and not any(isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern) for n in parameters):
+            known = ", ".join(n for n, _ in modules[1:6])
+            raise ValueError(
+                f"layers: {pattern!r} matches no module or parameter of this model; its modules are {known}, ..."
+            )
+    return lambda name, module: any(hit(p, name, module) for p in wanted)
+
+
+def find_targets(model: nn.Module, layers: LayerFilter) -> tuple[dict[str, Target], dict[str, str]]:
+    """Every parameter to track, by layer name, and the reason for every one that is not."""
+    selected = _selected(layers, model)
+    frozen = layers is None and not any(p.requires_grad for p in model.parameters())
+    uses: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=True):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            uses.setdefault(parameter, []).append((clean_name(module_name), attribute, module))
+    silent = {c for m in model.modules() if isinstance(m, _READS_CHILD_WEIGHTS) for c in m.modules()}
+    targets: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    for parameter, sites in uses.items():
+        target = _target(parameter, sites, silent)
+        chosen = selected is None or any(
+            selected(module_name, module) or selected(f"{module_name}.{attribute}", parameter)  # type: ignore[arg-type]
+            for module_name, attribute, module in sites
+        )
+        if not chosen:
+            skipped[target.name] = "not picked by layers="
+        elif selected is None and not (parameter.requires_grad or frozen):
+            skipped[target.name] = "frozen (requires_grad is False); name it in layers= to track it"
+        elif parameter.numel() == 0:
+            skipped[target.name] = "has no entries"
+        else:
+            targets[target.name] = target
+    return targets, skipped
+
+
+def _target(parameter: nn.Parameter, sites: Sequence[tuple[str, str, nn.Module]], silent: set[nn.Module]) -> Target:
+    module_name, attribute, module = sites[0]
+    full_name = f"{module_name}.{attribute}".lstrip(".")
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"model: {full_name} is not initialised; run one forward pass before compressing")
+    kinds = [module_kind(m) if a in ("weight", "bias") else None for _, a, m in sites]
+    route: Literal["hook", "exact"] = "exact" if any(m in silent for *_, m in sites) else "hook"
+    if None in kinds or (len(sites) > 1 and not set(kinds) <= {"linear", "embedding"}):
+        return Target(full_name, "flat", full_name, parameter, False, "exact")
+    if attribute == "bias":
+        return Target(full_name, "bias", full_name, parameter, False, route)
+    name = module_name or attribute
+    is_conv1d = type(module).__name__ == "Conv1D"
+    if len(sites) > 1:
+        # Seen as the matrix [rows of the embedding, hidden], which is the output layer's own orientation.
+        transposed = any(type(m).__name__ == "Conv1D" for *_, m in sites)
+        if transposed and not all(type(m).__name__ == "Conv1D" for *_, m in sites):
+            return Target(full_name, "flat", full_name, parameter, False, "exact")
+        return Target(name, "tied", full_name, parameter, transposed, route, out_statistics="energy")
+    kind = kinds[0]
+    assert kind is not None
+    if kind == "embedding":
+        return Target(name, kind, full_name, parameter, True, route, in_statistics="energy")
+    return Target(name, kind, full_name, parameter, is_conv1d, route)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One axis of a target: its length, what is stored of it, and the name that its mask is drawn from."""
+
+    size: int
+    dim: int
+    key: str
+
+
+def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
+    """What a calibration pass must gather for a target, by side."""
+    needs = {}
+    for name, side in _sides(target, sketch).items():
+        wanted = sketch.statistics_of(side.size, side.dim, side.key)
+        if wanted is None:
+            continue
+        finest = {"out": target.out_statistics, "in": target.in_statistics}.get(name, "energy")
+        kept = sketch.survivors(side.size, side.dim, side.key) if wanted == "survivors" else None
+        if wanted == "energy" or finest == "energy":
+            needs[name] = Need("energy", side.size)
+        elif kept is not None:
+            needs[name] = Need("covariance", kept.dim, kept)
+        else:
+            needs[name] = Need("energy" if side.size > MAX_COVARIANCE else "covariance", side.size)
+    return needs
+
+
+def _sides(target: Target, sketch: Sketch) -> dict[str, Side]:
+    """The axes of a target."""
+    rows, columns = matrix_shape(target.shape, target.transposed)
+    if target.kind in ("bias", "norm") or len(target.shape) < 2:
+        return {"out": Side(rows * columns, sketch.dims(target.name)[0], f"{target.name}/out")}
+    if sketch.mode == "flat" or (target.kind == "flat" and not sketch.dense):
+        if rows * columns > 2**31 - 1:
+            raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
+        return {"flat": Side(rows * columns, sketch.dim_flat(target.name), f"{target.name}/flat")}
+    return {
+        "out": Side(rows, sketch.dims(target.name)[0], f"{target.name}/out"),
+        "in": Side(columns, sketch.dims(target.name)[1], f"{target.name}/in"),
+    }
+
+
+def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor]) -> Layer:
+    """Draw a target's sketches."""
+    axes = {
+        name: sketch.make(side.size, side.dim, side.key, statistics.get(name))
+        for name, side in _sides(target, sketch).items()
+    }
+    return target.plan(axes.get("flat") or axes["out"], axes.get("in"))

@@ -1,0 +1,5 @@
+"""The `dropinf` command."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+"""`python -m dropinf.cli`, which torchrun starts."""
+
+from . import main
+
+main()

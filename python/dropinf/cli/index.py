@@ -1,0 +1,344 @@
+"""`dropinf index`: passages, or any model's batches, into an index; the same command again goes on with it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import typer
+
+from ..budget import choose
+from ..compressor import Compressor
+from ..files import checksum, write_whole
+from ..fisher.fisher import Fisher
+from ..index.folder import PASSAGES, SKETCH, check_free, locked
+from ..index.manifest import Manifest, find_run
+from ..index.reader import Index
+from ..index.shards import DTYPES, Codec
+from ..index.writer import write_index
+from ..ranks import Ranks
+from ..sketch.sketch import Dropout
+from ..text.passages import Passage, passage_line, read_passages
+from ..text.transformer import Reduction, Task
+from ..workload import Ids, Workload, batch_checksum
+from .console import Meter, is_first, note, size_text
+from .recipe import (
+    ModelDtype,
+    Recipe,
+    StoredDtype,
+    check_weights,
+    load_workload,
+    parse_damping,
+    pick_device,
+    process_group,
+)
+
+FisherKind = Literal["block", "joint", "diagonal", "kronecker", "none"]
+Option = typer.Option
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compressed, the passages that it is of, and a part of it in random order, to calibrate on."""
+
+    recipe: Recipe
+    work: Workload
+    passages: list[Passage] | None
+    numbered: bool  # passages are called by their numbers
+    part: Callable[[], Workload]
+
+
+def index(
+    out: Annotated[Path, Option("--out", "-o", help="Folder of the index.")],
+    model: Annotated[
+        str | None,
+        Option(help="Folder, name on the Hugging Face hub, or folder/file.gguf of a causal LM or classifier."),
+    ] = None,
+    data: Annotated[
+        str | None, Option(help="File .jsonl, .jsonl.gz or .parquet, or a Hugging Face dataset, as name or name:split.")
+    ] = None,
+    text_field: Annotated[str, Option(help="Where a passage's text is.")] = "text",
+    id_field: Annotated[str | None, Option(help="Where its id is. (default: rows are numbered)")] = None,
+    label_field: Annotated[str | None, Option(help="Where its class is, for classifiers.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Read the first so many passages alone.")] = None,
+    task: Annotated[Task, Option(help="What the model is trained for.")] = "auto",
+    model_dtype: Annotated[ModelDtype, Option(help="Of the weights; auto: as they are stored.")] = "auto",
+    max_tokens: Annotated[
+        int | None, Option(min=1, help="Where passages are cut (default: the model's context)")
+    ] = None,
+    loss: Annotated[Reduction, Option(help="Mean or sum over a passage's tokens.")] = "mean",
+    layers: Annotated[
+        list[str] | None, Option(help="Name pattern of layers to track; may be repeated (default: all)")
+    ] = None,
+    dim: Annotated[int | None, Option(min=1, help="Numbers stored per axis of a layer. (default: 64)")] = None,
+    budget_bytes: Annotated[
+        int | None,
+        Option(min=1, help="Instead of --dim: choose sizes by layer, of so many bytes a passage in float32."),
+    ] = None,
+    sampling: Annotated[
+        Literal["uniform", "energy"] | None, Option(help="How --dim picks coordinates. (default: uniform)")
+    ] = None,
+    calibration: Annotated[int, Option(min=1, help="Random passages that a budget or energy is judged by.")] = 300,
+    seed: Annotated[int, Option(min=0, help="Of the sketch, and of which passages calibrate it.")] = 0,
+    dtype: Annotated[StoredDtype, Option(help="Of the stored numbers.")] = "float32",
+    fisher: Annotated[FisherKind, Option(help="Fisher matrix to build in the same pass.")] = "block",
+    damping: Annotated[str, Option(help="Of the Fisher matrix: auto, or a number such as 0.1.")] = "auto",
+    tokens_per_batch: Annotated[int, Option(min=1, help="Most tokens of a batch, padding included.")] = 4096,
+    packed: Annotated[bool, Option("--packed", help="Many passages in one row, without padding.")] = False,
+    device: Annotated[str | None, Option(help="Where the model runs. (default: a GPU if there is one)")] = None,
+    loader: Annotated[
+        str | None, Option(metavar="MODULE:FUNCTION", help="Instead of --model and --data: any model; see above.")
+    ] = None,
+    append: Annotated[bool, Option("--append", help="Add these passages to a finished index.")] = False,
+) -> None:
+    """Compress the gradient of every passage into an index; goes on where an earlier run was ended.
+
+    Several processes share the work:
+
+    torchrun --nproc-per-node 4 -m dropinf.cli index ...
+
+    Any other model: --loader my_model:load, and in my_model.py of this folder:
+
+    \b
+        def load():  # loss_fn(model, batch) -> losses of N samples; ids(batch) -> their N names
+            return dropinf.transformer.Workload(model, loss_fn, batches, ids)
+    """
+    if loader is None and (model is None or data is None):
+        raise typer.BadParameter("pass --model and --data, or --loader")
+    if loader is not None and (model is not None or data is not None):
+        raise typer.BadParameter(
+            "it brings its own model and data; leave --model and --data out", param_hint="--loader"
+        )
+    if budget_bytes is not None and (dim is not None or sampling is not None):
+        raise typer.BadParameter(
+            "it chooses dim and sampling; leave --dim and --sampling out", param_hint="--budget-bytes"
+        )
+    empty = None if fisher == "none" else Fisher(fisher, parse_damping(damping))
+    if budget_bytes is None:
+        dim, sampling = dim or 64, sampling or "uniform"
+    calibrated = calibration if budget_bytes is not None or sampling == "energy" else None
+    recipe = Recipe(
+        loader, model, task, model_dtype, max_tokens, loss, packed, tokens_per_batch, tuple(layers) if layers else None,
+        dim, budget_bytes, sampling, calibrated, seed, dtype,
+    )  # fmt: skip
+    place = pick_device(device)
+    with process_group(place) as group:
+        ranks = Ranks(group)
+        ranks.first(lambda: _begun(out))
+        if data is None:
+            source = _loaded(recipe)
+        else:
+            passages = read_passages(
+                data, text_field=text_field, id_field=id_field, label_field=label_field, limit=limit
+            )
+            source = _read(recipe, passages, id_field is None, place)
+        _run(source, out, ranks, empty, append)
+
+
+def _begun(out: Path) -> Manifest | None:
+    """The manifest of an index to go on with; None where the folder is free."""
+    try:
+        return Manifest.load(out)
+    except FileNotFoundError:
+        if out.exists():
+            check_free(out)
+        return None
+
+
+def _read(recipe: Recipe, passages: list[Passage], numbered: bool, device: torch.device) -> Source:
+    model = recipe.text_model(device)
+    assert recipe.model is not None
+    name = os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model
+    recipe = replace(recipe, model=name, task=cast("Task", model.task), max_tokens=model.max_tokens)
+    work = model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, packed=recipe.packed, loss=recipe.loss)
+
+    def part() -> Workload:
+        chosen = [passages[i] for i in _shuffled(len(passages), recipe.seed)[: recipe.calibration]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was cut was said of all of them
+            # Without padding, whose inputs would count in the statistics: packed, or one by one.
+            if model.task == "causal-lm":
+                with contextlib.suppress(ValueError):  # it cannot be packed
+                    return model.workload(
+                        chosen, tokens_per_batch=recipe.tokens_per_batch, packed=True, loss=recipe.loss
+                    )
+            return model.workload(chosen, tokens_per_batch=1, loss=recipe.loss)
+
+    return Source(recipe, work, passages, numbered, part)
+
+
+def _loaded(recipe: Recipe) -> Source:
+    assert recipe.loader is not None
+    work = load_workload(recipe.loader)
+
+    def part() -> Workload:
+        batches: list[Any] = []
+        samples = 0
+        for i in _shuffled(len(work.batches), recipe.seed):
+            if samples < (recipe.calibration or 0):
+                batches.append(work.batches[i])
+                samples += len(work.ids(batches[-1]))
+        return replace(work, batches=batches)
+
+    return Source(recipe, work, None, False, part)
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def _run(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, append: bool) -> None:
+    recipe, work = source.recipe, source.work
+    progress = is_first() and sys.stderr.isatty()
+    with locked(out, ranks):
+        manifest = ranks.first(lambda: _begun(out))
+        if manifest is not None:
+            before = Recipe.of(manifest.about)
+            if before is not None:
+                recipe.check_same(before, out)
+            check_weights(work, manifest.model, out)
+        ids = _ids(source, ranks.first(lambda: _keep_passages(out, manifest, source, append)))
+        if manifest is None:
+            _draw(source, out / SKETCH, ranks, progress)
+        compressor = Compressor(work.model, Dropout(1), work.loss_fn, layers=recipe.layers, cu_seqlens=work.cu_seqlens)
+        compressor.load(out / SKETCH)  # whose tables replace those of the sketch above
+    widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
+    row = Codec(recipe.dtype, widths, (1.0,) * len(widths)).row_bytes
+    note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
+    meter = Meter(ids)
+    made = write_index(
+        compressor,
+        work.batches,
+        out,
+        dtype=DTYPES[recipe.dtype],
+        fisher=fisher,
+        ids=meter,
+        append=append,
+        group=ranks.group,
+        about=recipe.about(),
+        progress=progress,
+    )
+    note(meter.summary(sum(ranks.everyone(meter.done))))
+    if is_first():
+        _say_where(made, recipe)
+
+
+def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
+    """Draw the sketch and keep it: every rank takes that of the first, as rounding may differ."""
+    recipe, work = source.recipe, source.work
+    if recipe.calibration is not None:
+        work = source.part()
+        note(f"calibrating on {sum(len(work.ids(batch)) for batch in work.batches):,} samples in random order")
+    if recipe.budget_bytes is None:
+        assert recipe.dim is not None
+        assert recipe.sampling is not None
+        sketch = Dropout(recipe.dim, sampling=recipe.sampling, seed=recipe.seed)
+    else:
+        choice = choose(
+            work.model,
+            work.batches,
+            work.loss_fn,
+            budget_bytes=recipe.budget_bytes,
+            layers=recipe.layers,
+            cu_seqlens=work.cu_seqlens,
+            seed=recipe.seed,
+        )
+        note(str(choice).splitlines()[-1])  # the rest is a line a layer
+        sketch = choice.sketch
+    compressor = Compressor(work.model, sketch, work.loss_fn, layers=recipe.layers, cu_seqlens=work.cu_seqlens)
+    if recipe.calibration is not None:
+        compressor.calibrate(work.batches, progress=progress)
+    ranks.first(lambda: compressor.save(path))
+
+
+def _ids(source: Source, start: int) -> Ids:
+    """What to call the samples, the first of which is number `start` of the index."""
+    ids = source.work.ids
+    if not (source.numbered and start):
+        return ids
+    return lambda batch: [str(start + int(number)) for number in ids(batch)]
+
+
+def _keep_passages(folder: Path, manifest: Manifest | None, source: Source, append: bool) -> int:
+    """Write the passages beside the index, or check that they are those there; return the first one's number in it.
+
+    Raises:
+        ValueError: the file there holds others, or is damaged; an id that is there already.
+    """
+    path = folder / PASSAGES
+    there = path.read_bytes() if path.exists() else b""
+    if manifest is None:
+        wanted = b"".join(map(passage_line, source.passages or ()))
+        if there not in (b"", wanted):
+            raise ValueError(f"{path}: it is there already, with other passages; delete it, or name another --out")
+        if source.passages is not None:
+            write_whole(path, wanted)
+        return 0
+    number = find_run(manifest, batch_checksum(source.work.batches[0]), len(source.work.batches))
+    if number is None:
+        if manifest.unfinished or not append:
+            return 0  # the writer says what is wrong
+        number = len(manifest.runs)
+    start = sum(shard.rows for run in manifest.runs[:number] for shard in run.shards or ())
+    known = manifest.files.get(PASSAGES)
+    if source.passages is None or known is None:
+        if (source.passages is None) != (known is None):
+            raise ValueError(f"{folder} was made {'with' if known is None else 'without'} --loader; do the same again")
+        return start
+    lines, new = there.splitlines(keepends=True), _lines(source, start)
+    # Those of a run that is finished are as many as its samples; others stand at the end.
+    shards = manifest.runs[number].shards if number < len(manifest.runs) else None
+    found = lines[start : None if shards is None else start + sum(shard.rows for shard in shards)]
+    if not found:
+        _check_ids(path, lines, new)
+        found, there = new, there + b"".join(new)
+    if found != new:
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(found, new, strict=False)))
+        raise ValueError(
+            f"{path}: its passages are others than those of the data now, from line {start + same + 1} on; pass the "
+            "data of then, add others with --append, or name another --out"
+        )
+    if checksum(there) != known:
+        # Of the passages before these, where a run that added these was ended right here.
+        if checksum(b"".join(lines[:start])) != known:
+            raise ValueError(f"{path}: damaged, its bytes do not match their checksum; restore it from a copy")
+        write_whole(path, there)
+        manifest.with_file(PASSAGES, checksum(there)).save(folder)
+    elif not path.exists():
+        write_whole(path, there)
+    return start
+
+
+def _lines(source: Source, start: int) -> list[bytes]:
+    passages: Sequence[Passage] = source.passages or ()
+    if source.numbered and start:
+        passages = [replace(passage, id=str(start + i)) for i, passage in enumerate(passages)]
+    return [passage_line(passage) for passage in passages]
+
+
+def _check_ids(path: Path, lines: list[bytes], new: list[bytes]) -> None:
+    both = {json.loads(line)["id"] for line in lines} & {json.loads(line)["id"] for line in new}
+    if both:
+        raise ValueError(
+            f"{path}: id {min(both)!r} is there already; ids must be unique: name another field with --id-field, or "
+            "none to number them"
+        )
+
+
+def _say_where(made: Index, recipe: Recipe) -> None:
+    size = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
+    asked = '--text "..."' if recipe.loader is None else f"--loader {recipe.loader}"
+    note(f"{made.path}: {len(made):,} samples, {size_text(size)} on disk")
+    note(f"next: dropinf query {shlex.quote(str(made.path))} {asked}")

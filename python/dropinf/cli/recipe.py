@@ -1,0 +1,167 @@
+"""What the rows of an index were made with: kept in its manifest, so that those of queries are made alike."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import typer
+
+from ..capture.masks import fingerprint
+from ..text.passages import need_package
+from ..text.transformer import Reduction, Task, TextModel
+from ..workload import Workload
+
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+StoredDtype = Literal["float32", "bfloat16", "float16", "int8"]
+_TEXT = ("model", "loader", "task", "model_dtype", "loss", "sampling", "dtype")  # kept as they are, the rest as JSON
+_FREE = ("model", "loader")  # may be elsewhere by now: weights and batches are compared themselves
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The model and how passages become tokens, batches and rows; with a loader, the model and all of that are its."""
+
+    loader: str | None = None
+    model: str | None = None
+    task: Task = "auto"
+    model_dtype: ModelDtype = "auto"
+    max_tokens: int | None = None
+    loss: Reduction = "mean"
+    packed: bool = False
+    tokens_per_batch: int = 4096
+    layers: tuple[str, ...] | None = None
+    dim: int | None = None
+    budget_bytes: int | None = None
+    sampling: Literal["uniform", "energy"] | None = None
+    calibration: int | None = None
+    seed: int = 0
+    dtype: StoredDtype = "float32"
+
+    def about(self) -> dict[str, str]:
+        """As the manifest keeps it."""
+        found = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value if name in _TEXT else json.dumps(value) for name, value in found.items()}
+
+    @classmethod
+    def of(cls, about: Mapping[str, str]) -> Recipe | None:
+        """What a manifest keeps; None where the index was not made by the command line."""
+        if not {"model", "loader"} & about.keys():
+            return None
+        known = {field.name for field in fields(cls)}
+        found: dict[str, Any] = {n: v if n in _TEXT else json.loads(v) for n, v in about.items() if n in known}
+        if found.get("layers") is not None:
+            found["layers"] = tuple(found["layers"])
+        return cls(**found)
+
+    def check_same(self, before: Recipe, folder: object) -> None:
+        """Raise ValueError where an index was begun with another recipe."""
+        for field in fields(self):
+            old, new = getattr(before, field.name), getattr(self, field.name)
+            if field.name not in _FREE and old != new:
+                raise ValueError(
+                    f"{folder} was made with {_option(field.name, old)}, and this is {_option(field.name, new)}; "
+                    "run the same command again, or name another folder with --out"
+                )
+
+    def text_model(self, device: torch.device) -> TextModel:
+        """Load the model, without the progress bars of transformers."""
+        assert self.model is not None
+        logging = need_package("transformers", "a model of text").utils.logging
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        dtype = None if self.model_dtype == "auto" else getattr(torch, self.model_dtype)
+        # The bar of GGUF files has no switch.
+        silent = contextlib.redirect_stderr(io.StringIO()) if self.model.endswith(".gguf") else contextlib.nullcontext()
+        with silent:
+            return TextModel(self.model, task=self.task, dtype=dtype, device=device, max_tokens=self.max_tokens)
+
+
+def _option(name: str, value: object) -> str:
+    option = "--" + name.replace("_", "-")
+    if value is None or value is False:
+        return f"no {option}"
+    values = value if isinstance(value, tuple) else (value,)
+    return option if value is True else " ".join(f"{option} {one}" for one in values)
+
+
+def load_workload(place: str) -> Workload:
+    """Call `module:function`, of this folder or installed.
+
+    Raises:
+        ValueError: not of that form, no such function, or it returns something else.
+        ModuleNotFoundError: no such module.
+    """
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise ValueError(f"loader: {place!r} must be module:function, such as my_model:load")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    function = getattr(importlib.import_module(module), name, None)
+    if not callable(function):
+        raise ValueError(f"loader: {module} has no function {name!r}")
+    work = function()
+    if not isinstance(work, Workload):
+        raise ValueError(
+            f"loader: {place} returned {type(work).__name__}; it must return a dropinf.transformer.Workload"
+        )
+    return work
+
+
+def check_weights(work: Workload, expected: str, folder: object) -> None:
+    """Raise ValueError unless the model has the weights that an index was made with."""
+    if fingerprint(work.model) != expected:
+        raise ValueError(
+            f"model: its weights are not those that {folder} was made with; pass the model of then, in the same dtype"
+        )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU where there is one; of the ranks of torchrun, each its own."""
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device is {wanted!r}; it must be cpu, cuda or cuda:0, for instance") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device is {wanted!r}, and torch finds no GPU here; see dropinf doctor")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
+    """The ranks that torchrun started; None where it did not."""
+    if "WORLD_SIZE" not in os.environ:
+        yield None
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield dist.group.WORLD
+    dist.destroy_process_group()  # not after an error: the other ranks may never come
+
+
+def parse_damping(text: str) -> float | Literal["auto"]:
+    """Raises typer.BadParameter unless it is "auto" or a finite number of at least 0."""
+    if text == "auto":
+        return "auto"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"{text!r} is neither auto nor a number of at least 0", param_hint="--damping")
+    return value

@@ -1,0 +1,1 @@
+"""The demo: flipped labels in real handwritten digits."""

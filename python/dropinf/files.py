@@ -1,0 +1,194 @@
+"""Files: whole or not there at all, known by their checksums."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import xxhash
+from torch import Tensor
+
+SUFFIX = ".safetensors"
+TEMPORARY = ".tmp"
+_KEY = "dropinf"
+_HASH = re.compile(r"[0-9a-f]{32}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WINDOW = 1 << 23
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """Return the 128-bit XXH3 of the bytes, as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def is_checksum(text: object) -> bool:
+    return isinstance(text, str) and _HASH.fullmatch(text) is not None
+
+
+def file_checksum(path: Path) -> str:
+    """Return the checksum of a file, read window by window."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(_WINDOW, max(1, os.fstat(file.fileno()).st_size))))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that is complete and on disk once it has its name; until then it has a temporary one.
+
+    Raises:
+        OSError: the disk is full, or a limit on file sizes is reached; nothing is left under either name.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritten(error, path, ": it goes on from here") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _unwritten(error: OSError, path: Path, then: str = "") -> OSError:
+    way_out = f"; free space and run it again{then}" if error.errno in _FULL else ""
+    return OSError(error.errno, os.strerror(error.errno or 0) + way_out, str(path))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path` once the block is done, and is nothing where it fails.
+
+    Raises:
+        OSError: the disk is full, or a limit on file sizes is reached.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):  # of a file that the block reads
+            raise
+        raise _unwritten(error, final) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ArrayFile:
+    """A matrix in a file that is written block by block: nothing of it stays in memory."""
+
+    def __init__(self, handle: int, start: int, shape: tuple[int, int], itemsize: int) -> None:
+        self._handle, self._start, self._shape, self._itemsize = handle, start, shape, itemsize
+
+    def write(self, row: int, column: int, block: Tensor) -> None:
+        """Write a block [n, m] whose first value stands at `row`, `column`."""
+        array = block.cpu().contiguous().numpy()
+        pieces = [array] if block.shape[1] == self._shape[1] else list(array)
+        for i, piece in enumerate(pieces):
+            data, at = piece.data.cast("B"), self._start + ((row + i) * self._shape[1] + column) * self._itemsize
+            while data:
+                count = os.pwrite(self._handle, data, at)
+                data, at = data[count:], at + count
+
+
+@contextmanager
+def new_array(path: str | os.PathLike[str], shape: tuple[int, int], dtype: torch.dtype) -> Iterator[ArrayFile]:
+    """A new .npy or .safetensors file (there named "rows"), which has its name in the end."""
+    kind = torch.empty(0, dtype=dtype).numpy().dtype
+    size = math.prod(shape) * kind.itemsize
+    if Path(path).suffix == SUFFIX:
+        entry = {"dtype": f"F{8 * kind.itemsize}", "shape": shape, "data_offsets": [0, size]}
+        text = json.dumps({"rows": entry}).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+    else:
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {"descr": kind.str, "fortran_order": False, "shape": shape})
+        header = buffer.getvalue()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+        file.flush()
+        yield ArrayFile(file.fileno(), len(header), shape, kind.itemsize)
+
+
+def open_array(path: str | os.PathLike[str]) -> Tensor:
+    """Return a .npy file, mapped; writing to it changes a private copy."""
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(error, folder, ": it goes on from here") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
+    """Return a safetensors file, the same bytes for the same content.
+
+    The header is JSON under one key, as safetensors keeps several in no particular order.
+    """
+    kept = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
+    data: bytes = safetensors.torch.save(kept, {_KEY: json.dumps(header, sort_keys=True)})
+    return data
+
+
+def whole_number(value: object, what: str, least: int) -> int:
+    """Return a whole number that was read from a file.
+
+    Raises:
+        ValueError: it is none, or lies below `least` or at 2^48 or above; `what` names it.
+    """
+    if type(value) is not int or not least <= value < 1 << 48:
+        raise ValueError(f"{what} is {value!r}")
+    return value
+
+
+def read_header(metadata: Mapping[str, str] | None, path: Path, expected: str) -> dict[str, Any]:
+    """Return the header that `serialize` wrote, of the format `expected`.
+
+    Raises:
+        ValueError: another kind of file, or a damaged one.
+    """
+    try:
+        header = json.loads((metadata or {})[_KEY])
+        found = header["format"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        found = None
+    if found != expected:
+        raise ValueError(f"{path}: not a file of the kind {expected!r}")
+    kept: dict[str, Any] = header
+    return kept

@@ -1,0 +1,5 @@
+"""The curvature of compressed gradients."""
+
+from .fisher import Fisher, FisherKind, build_fisher
+
+__all__ = ["Fisher", "FisherKind", "build_fisher"]

@@ -1,0 +1,174 @@
+"""A full block of a Fisher matrix."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dropinf_kernels import gram_update
+
+from ..ranks import Ranks
+from .blocks import Block, total
+from .cholesky import Cholesky, cholesky, solver_dtype, spans
+from .damping import Damping
+
+Form = Literal["primal", "dual"]
+
+
+class DenseBlock(Block):
+    """A full K x K block, held as its rows while N < K and as their Gram sum from then on.
+
+    With C the rows `[N, K]`, Woodbury's identity gives
+    `(F + lambda I)^{-1} v = (v - C^T (N lambda I + C C^T)^{-1} C v) / lambda`, an N x N solve.
+    """
+
+    saved = ("rows", "gram")
+
+    def __init__(self, name: str, width: int, damping: Damping, form: Form | None = None) -> None:
+        super().__init__(name, width, damping)
+        self.form = form
+        self.rows: list[Tensor] = []
+        self.gram: Tensor | None = None
+        self._factor: Cholesky | None = None
+        self._inner: dict[torch.dtype, Tensor] = {}  # C C^T, which another damping needs too
+
+    def update(self, c: Tensor) -> None:
+        self._factor, self._inner = None, {}
+        self.count += len(c)
+        self.rows.append(c)
+        if self.gram is not None or self.form == "primal" or (self.form is None and self.count >= self.width):
+            self._fold_rows()
+
+    def merge(self, other: Block) -> None:
+        assert isinstance(other, DenseBlock)
+        self._factor, self._inner = None, {}
+        self._count_of(other)
+        self.rows += other.rows
+        if other.gram is not None or self.gram is not None or (self.form is None and self.count >= self.width):
+            self._fold_rows()
+        if other.gram is not None:
+            self.gram = other.gram.clone() if self.gram is None else self.gram + other.gram.to(self.gram.device)
+
+    def solve(self, v: Tensor) -> Tensor:
+        factor = self._factorized()
+        out = torch.zeros_like(v, dtype=solver_dtype(v.dtype))
+        if factor is not None:
+            for part in spans(len(v), self.width):
+                out[part] = factor.solve(v[part].to(factor.lower.dtype))
+        return out
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        factor = self._factorized()
+        out = torch.zeros(len(v), dtype=solver_dtype(v.dtype), device=v.device)
+        if factor is not None:
+            for part in spans(len(v), self.width):
+                out[part] = factor.quadratic(v[part].to(factor.lower.dtype))
+        return out
+
+    def whiten(self, v: Tensor) -> Tensor:
+        factor = self._factorized()
+        out = torch.zeros_like(v, dtype=solver_dtype(v.dtype))
+        if factor is not None:
+            root = factor.root()
+            for part in spans(len(v), self.width):
+                out[part] = root(v[part].to(factor.lower.dtype))
+        return out
+
+    def with_damping(self, damping: Damping) -> Block:
+        other = super().with_damping(damping)
+        assert isinstance(other, DenseBlock)
+        other._factor = None
+        return other
+
+    def _reduce_sums(self, ranks: Ranks, dtype: torch.dtype) -> None:
+        self._factor, self._inner = None, {}
+        folded = int(ranks.sum(torch.tensor(int(self.gram is not None))))
+        if folded or self.count >= self.width:
+            self._fold_rows()
+            self.gram = total(self.gram, (self.width, self.width), ranks, dtype)
+        else:  # fewer rows than columns, of all ranks together
+            rows = torch.cat([torch.empty(0, self.width, dtype=dtype), *self.rows])
+            self.rows = [torch.cat(ranks.gather(rows))]
+
+    def _sizes(self) -> dict[str, list[tuple[int, ...]]]:
+        return {"rows": [(self.count, self.width)], "gram": [(self.width, self.width)]}
+
+    def _has_sums(self) -> bool:
+        return bool(self.rows) != (self.gram is not None)
+
+    def _fold_rows(self) -> None:
+        """Turn the rows into their Gram sum."""
+        pieces, self.rows = self.rows, []
+        for piece in pieces:
+            dtype = solver_dtype(piece.dtype)
+            if self.gram is None:
+                self.gram = torch.zeros(self.width, self.width, dtype=dtype, device=piece.device)
+            elif torch.promote_types(self.gram.dtype, dtype) != self.gram.dtype:
+                self.gram = self.gram.to(dtype)
+            gram_update(self.gram, piece.to(self.gram.device))
+            self._add_fourths(piece)
+
+    def _factorized(self) -> Cholesky | None:
+        """Return the cached factorization, or None if every gradient of this block is zero."""
+        if self._factor is None:
+            if self.gram is None and len(self.rows) != 1:
+                dtype = max((row.dtype for row in self.rows), key=lambda d: torch.finfo(d).bits)
+                self.rows = [torch.cat([row.to(self.rows[0].device, dtype) for row in self.rows])]
+            trace = self._trace()
+            if trace == 0:
+                return None
+            self._factor = self._factorize(trace / (self.count * self.width))
+        return self._factor
+
+    def _trace(self) -> float:
+        """Return `sum_n |c_n|^2`."""
+        if self.gram is not None:
+            return float(self.gram.diagonal().sum(dtype=torch.float64))
+        return float(torch.linalg.vector_norm(self.rows[0], dtype=torch.float64).square())
+
+    def _spread(self) -> tuple[float, float]:
+        """Return |F|^2 and sum_n |c_n|^4; rows that are held give both from C C^T."""
+        if self.gram is not None:
+            return float(self.gram.double().square().sum()) / self.count**2, self.fourths
+        inner = self._matrix(solver_dtype(self.rows[0].dtype), 0.0).double()
+        return float(inner.square().sum()) / self.count**2, float(inner.diagonal().square().sum())
+
+    def _factorize(self, mean_diagonal: float) -> Cholesky:
+        lam, scale = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, *self._spread()))
+        if lam == 0 and self.count < self.width:
+            raise self.singular(mean_diagonal)
+        held = self.rows[0] if self.gram is None else self.gram
+        dual, dtype = self.gram is None, solver_dtype(held.dtype)
+        # Pivots that are zero but for rounding were seen at up to 14 eps for widths up to 1024.
+        noise = 10 + len(held) ** 0.5
+        # A Gram sum in fp32 carries rounding of its own that fp64 cannot undo; rows are exact.
+        attempts = [(torch.float64, noise * torch.finfo(torch.float64 if dual else dtype).eps)]
+        if dtype != torch.float64:
+            # The dual subtracts nearly equal vectors and divides by lambda: leave it four digits.
+            attempts.insert(0, (dtype, max(len(held), 1e4 if dual else noise) * torch.finfo(dtype).eps))
+        for dtype, least in attempts:
+            matrix = self._matrix(dtype, lam)
+            if dual and self.count * lam < least * float(matrix.diagonal().max()):
+                continue
+            lower = cholesky(matrix, least)
+            if lower is not None:
+                return Cholesky(lower, lam, scale, held if dual else None)
+        raise self.singular(mean_diagonal)
+
+    def _matrix(self, dtype: torch.dtype, lam: float) -> Tensor:
+        if self.gram is not None:
+            matrix = self.gram.to(dtype) / self.count
+            matrix.diagonal().add_(lam)
+            return matrix
+        if dtype not in self._inner:
+            rows = self.rows[0]
+            inner = torch.zeros(len(rows), len(rows), dtype=dtype, device=rows.device)
+            for cols in spans(self.width, len(rows)):
+                part = rows[:, cols].to(dtype)
+                inner.addmm_(part, part.T)
+            self._inner[dtype] = inner
+        matrix = self._inner[dtype].clone()
+        matrix.diagonal().add_(self.count * lam)
+        return matrix

@@ -1,0 +1,6 @@
+"""Compressed gradients on disk."""
+
+from .reader import Index, verify
+from .writer import write_index
+
+__all__ = ["Index", "verify", "write_index"]

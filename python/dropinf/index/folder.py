@@ -1,0 +1,56 @@
+"""The folder of an index: what is in it, and one writer at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..files import SUFFIX, TEMPORARY, make_folder
+from ..ranks import Ranks
+
+SHARDS, PARTS = "shards", "parts"
+SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
+
+
+def shard_path(folder: Path, i: int, checksum: str) -> Path:
+    return folder / SHARDS / f"{i:06d}-{checksum}{SUFFIX}"
+
+
+_STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
+
+
+@contextmanager
+def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of the folder; whatever ends this one lets go of it."""
+
+    def acquire() -> int:
+        make_folder(folder)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise ValueError(
+                f"out: another process is writing to {folder}; wait for it, or name another folder"
+            ) from None
+        return handle
+
+    handle = ranks.first(acquire)
+    try:
+        yield
+    finally:
+        if ranks.rank == 0:
+            os.close(handle)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError where a folder without a manifest holds what is not an index's."""
+    own = {SHARDS, PARTS, SKETCH, FISHER, PASSAGES, ".lock"}
+    found = (path.name for path in folder.iterdir())
+    others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))
+    if others:
+        raise ValueError(f"out: {folder} is no index and not empty (it has {others[0]!r}); name a new folder")

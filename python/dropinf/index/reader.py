@@ -1,0 +1,371 @@
+"""Compressed gradients on disk: a manifest and shards of rows, mapped and read in blocks, checked before use."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..files import SUFFIX, file_checksum, new_array, replacing
+from ..fisher.fisher import Fisher
+from ..gradients import Gradients, Rows, Shapes, block_rows
+from .folder import FISHER, shard_path
+from .manifest import Manifest, ShardEntry
+from .shards import ShardFile
+
+MEMORY_BYTES = 1 << 28
+_SMALL_BYTES = 1 << 21  # of a block that is copied together rather than used as it is mapped
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """Rows as they are stored: their values [n, K], and what each is multiplied by [n] or None for 1."""
+
+    values: Tensor
+    scale: Tensor | None
+
+
+class Index:
+    """The compressed gradients of N samples in a folder, made by ``Compressor.compress(batches, out=path)``.
+
+    Everything that takes `Gradients` takes an Index, and reads it in blocks of rows, the next while one is used. A
+    shard is compared with its checksum before its first use.
+
+    Args:
+        path: the folder.
+        memory_bytes: what blocks in flight may take together.
+
+    Raises:
+        FileNotFoundError: no index there.
+        ValueError: damaged, of a newer format, or not finished: run the same compress again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
+        folder = Path(path)
+        manifest = Manifest.load(folder)
+        if not manifest.shards:
+            raise ValueError(
+                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
+            )
+        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
+        for file in self._files:
+            file.check_size()
+
+    @classmethod
+    def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
+        """Return these shards alone, by number, of an index that may not be finished."""
+        index = cls.__new__(cls)
+        index._hold(folder, manifest, shards, MEMORY_BYTES)
+        return index
+
+    def _hold(self, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry], memory_bytes: int) -> None:
+        self.path, self.manifest, self._codec = folder, manifest, manifest.codec
+        least = 32 * self._codec.width * self._codec.decoded.itemsize
+        if memory_bytes < least:
+            raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
+        self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
+        self._entries = [shards[i] for i in sorted(shards)]
+        self._files = [
+            ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
+        ]
+        self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
+        self._mine: Sequence[int] = range(len(self._files))
+        self._layouts: dict[int, Mapping[str, tuple[int, int]]] = {}  # of the files that were checked
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> Index:
+        """Open a finished index; see `Index`."""
+        return cls(path, memory_bytes=memory_bytes)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Layer name -> per-sample shape, in column order."""
+        return self.manifest.shapes
+
+    @property
+    def digest(self) -> Mapping[str, str]:
+        """Layer name -> hex digest of the tables of the sketch that made it."""
+        return {layer.name: layer.digest for layer in self.manifest.layers}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows are read in: float32 where they are stored with scales."""
+        return self._codec.decoded
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What a sample takes on disk."""
+        return self._codec.row_bytes
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, rows: Rows) -> Gradients:
+        """Read the samples that `rows` selects (an int, a slice, a list, an index or a mask) into memory.
+
+        Raises:
+            IndexError: a sample out of range, or a mask that is not [N].
+        """
+        if isinstance(rows, str):
+            raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
+        chosen = _positions(rows, len(self))
+        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
+        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
+        for i in shard.unique().tolist():
+            at = (shard == i).nonzero().flatten()
+            local = chosen[at] - self._starts[i]
+            first = int(local.min())
+            values, scale = self._window(i, first, int(local.max()) + 1 - first)
+            local = local - first
+            out[at] = self._codec.decode(values[local], None if scale is None else scale[local])
+        return Gradients(out, self.shapes, self.digest)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
+        """Yield (offset of the first sample, up to `rows` samples), in order; the next are read meanwhile."""
+        shapes, digest = self.shapes, self.digest
+        for offset, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
+            yield offset, Gradients(values, shapes, digest)
+
+    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[int, Stored]]:
+        """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
+        rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
+        # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
+        return one_ahead(self._stored(pieces) for pieces in self._pieces(rows))
+
+    def factors(self) -> Tensor | None:
+        """What each stored column is multiplied by, [K], or None for 1."""
+        return self._codec.factors()
+
+    def ids(self, rows: Rows = slice(None)) -> list[str]:
+        """Return the ids of the samples that `rows` selects; their positions where none were given."""
+        chosen = _positions(rows, len(self)).tolist()
+        if not self.manifest.ids:
+            return [str(position) for position in chosen]
+        texts: dict[int, list[str]] = {}
+        found = []
+        for position in chosen:
+            i = bisect.bisect_right(self._starts, position) - 1
+            if i not in texts:
+                texts[i] = self._files[i].texts(self._checked(i))
+            found.append(texts[i][position - self._starts[i]])
+        return found
+
+    def fisher(self) -> Fisher:
+        """Return the Fisher matrix that was built with the index, or saved by `save_fisher`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: its file is damaged.
+        """
+        if FISHER not in self.manifest.files:
+            raise FileNotFoundError(f"{self.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
+        path = self.path / FISHER
+        if file_checksum(path) != self.manifest.files[FISHER]:
+            raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
+        fisher = Fisher.load(path)
+        try:
+            fisher.check(self, "fisher and index")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return fisher
+
+    def save_fisher(self, fisher: Fisher) -> None:
+        """Keep a Fisher matrix with the index, in place of the one before."""
+        fisher.check(self, "fisher and index")
+        self.manifest = self.manifest.with_file(FISHER, fisher.save(self.path / FISHER))
+        self.manifest.save(self.path)
+
+    def whitened(self, out: str | os.PathLike[str], fisher: Fisher | None = None) -> None:
+        """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
+
+        Args:
+            out: a .npy or .safetensors file (there named "rows"), or a .faiss one: a flat index by inner product
+                (needs `faiss`). Complete once it has its name.
+            fisher: by default the one that is kept with the index.
+        """
+        fisher = self.fisher() if fisher is None else fisher
+        fisher.check(self, "fisher and index")
+        suffix = Path(out).suffix
+        if suffix not in (".npy", SUFFIX, ".faiss"):
+            raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or .faiss")
+        white = ((offset, fisher.whiten(part).flat) for offset, part in self.blocks(block_rows(self)))
+        if suffix == ".faiss":
+            write_faiss(out, self._codec.width, (rows for _, rows in white))
+            return
+        with new_array(out, (len(self), self._codec.width), torch.promote_types(self.dtype, torch.float32)) as rows:
+            for offset, part in white:
+                rows.write(offset, 0, part)
+
+    def share(self, rank: int, world: int) -> Index:
+        """Return the index as one of `world` ranks reads it: of every shard in turn, its own. Offsets stay."""
+        mine = copy.copy(self)
+        mine._mine = range(rank, len(self._files), world)
+        return mine
+
+    def info(self) -> dict[str, Any]:
+        """Return what the index holds, in plain values."""
+        return {
+            "path": str(self.path),
+            "samples": len(self),
+            "bytes_per_sample": self.bytes_per_sample,
+            "bytes": sum(file.path.stat().st_size for file in self._files if file.path.exists()),
+            "dtype": self.manifest.dtype,
+            "shards": len(self._files),
+            "layers": {layer.name: list(layer.shape) for layer in self.manifest.layers},
+            "finished": not self.manifest.unfinished,
+            "files": sorted(self.manifest.files),
+            "about": dict(self.manifest.about),
+        }
+
+    def verify(self) -> list[str]:
+        """Return what is wrong with the folder, a line each; nothing where every byte is as it was written."""
+        return verify(self.path)
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
+
+    def _checked(self, i: int) -> Mapping[str, tuple[int, int]]:
+        if i not in self._layouts:
+            self._files[i].verify(self._entries[i].checksum)
+            self._layouts[i] = self._files[i].layout()
+        return self._layouts[i]
+
+    def _window(self, i: int, first: int, count: int) -> Stored:
+        return Stored(*self._files[i].window(self._checked(i), first, count))
+
+    def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
+        def read(pieces: list[tuple[int, int, int]]) -> tuple[int, T]:
+            offset, stored = self._stored(pieces)
+            stored.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
+            return offset, decode(stored)
+
+        return read_ahead(read, self._pieces(rows))
+
+    def _stored(self, pieces: list[tuple[int, int, int]]) -> tuple[int, Stored]:
+        """Return the offset of the first of these (shard, first row, rows), and all of them."""
+        i, first, _ = pieces[0]
+        parts = [self._window(*piece) for piece in pieces]
+        if len(parts) == 1:
+            return self._starts[i] + first, parts[0]
+        scales = [part.scale for part in parts if part.scale is not None]
+        values = torch.cat([part.values for part in parts])
+        return self._starts[i] + first, Stored(values, torch.cat(scales) if scales else None)
+
+    def _pieces(self, rows: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; it must be at least 1")
+        small = min(rows, _SMALL_BYTES // self._codec.row_bytes)
+        block: list[tuple[int, int, int]] = []
+        for i in self._mine:
+            count = self._files[i].rows
+            if block and (block[-1][0] != i - 1 or sum(piece[2] for piece in block) + count > small):
+                yield block
+                block = []
+            if count <= small:
+                block.append((i, 0, count))
+                continue
+            for first in range(0, count, rows):
+                yield [(i, first, min(rows, count - first))]
+        if block:
+            yield block
+
+
+def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
+    """Yield the blocks, each once the next is mapped."""
+    block = next(blocks, None)
+    while block is not None:
+        following = next(blocks, None)
+        yield block
+        block = following
+
+
+def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
+    """Yield what `read` makes of each job, in order; a thread reads the next while one is used."""
+    with ThreadPoolExecutor(1, "dropinf-read-ahead") as pool:
+        pending = None
+        for job in jobs:
+            following = pool.submit(read, job)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def write_faiss(out: str | os.PathLike[str], width: int, blocks: Iterator[Tensor]) -> None:
+    """Write a flat FAISS index of the rows by inner product."""
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "out: a .faiss file needs faiss; install it with: pip install 'dropinf[faiss]'", name="faiss"
+        ) from None
+    flat = faiss.IndexFlatIP(width)
+    for rows in blocks:
+        flat.add(rows.float().numpy())
+    with replacing(out) as temporary:
+        faiss.write_index(flat, str(temporary))
+
+
+def verify(path: str | os.PathLike[str]) -> list[str]:
+    """Return what is wrong with an index's folder, a line each; nothing where every byte is as it was written.
+
+    Raises:
+        FileNotFoundError: no index there.
+    """
+    folder = Path(path)
+    try:
+        manifest = Manifest.load(folder)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if manifest.unfinished:
+        problems.append(f"{folder}: not finished; run the same compress again, which goes on where it stopped")
+    for name, expected in manifest.files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name}: missing")
+        elif file_checksum(folder / name) != expected:
+            problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
+    for i, shard in enumerate(manifest.shards):
+        file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
+        try:
+            file.verify(shard.checksum)
+            layout = file.layout()
+            if manifest.ids:
+                file.texts(layout)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _positions(rows: Rows, count: int) -> Tensor:
+    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
+    if isinstance(rows, slice):
+        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
+    index = torch.as_tensor(rows)
+    if index.dtype == torch.bool:
+        if index.shape != (count,):
+            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
+        return index.nonzero().flatten()
+    if index.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if index.ndim > 1 or index.is_floating_point():
+        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
+    index = index.reshape(-1).long()
+    wrong = ((index < -count) | (index >= count)).nonzero()
+    if len(wrong):
+        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
+    return torch.where(index < 0, index + count, index)

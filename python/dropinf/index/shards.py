@@ -1,0 +1,252 @@
+"""Files of stored rows: how rows are encoded, and how a window of a file is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dropinf_kernels import quantize_rows
+
+from ..files import _KEY, file_checksum
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+_TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
+_SCALED = ("float16", "int8")
+_HEADER_BYTES = 1 << 26
+
+
+def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Return the texts as UTF-8 bytes uint8 [B], and where each starts and ends, int64 [n + 1]."""
+    encoded = [text.encode() for text in texts]
+    offsets = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    joined = bytearray(b"".join(encoded))
+    return (torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)), offsets
+
+
+def unpack_texts(data: Tensor, offsets: Tensor) -> list[str]:
+    raw, edges = bytes(data.numpy()), offsets.tolist()
+    return [raw[a:b].decode() for a, b in pairwise(edges)]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How rows are stored: their dtype and, for int8, the size of each layer that is divided out first.
+
+    float16 rows are divided by a power of two each, so that small gradients do not underflow; int8 rows by the size of
+    each layer, from the first batch, and then by a scale each (`quantize_rows`), so that no layer is lost beside a
+    larger one.
+    """
+
+    dtype: str
+    widths: tuple[int, ...]  # columns of each layer
+    sizes: tuple[float, ...]  # of each layer; 1 where nothing is divided out
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def scaled(self) -> bool:
+        return self.dtype in _SCALED
+
+    @property
+    def row_bytes(self) -> int:
+        """What a stored row takes."""
+        return self.width * DTYPES[self.dtype].itemsize + (4 if self.scaled else 0)
+
+    @property
+    def decoded(self) -> torch.dtype:
+        """The dtype that rows are read in."""
+        return torch.float32 if self.scaled else DTYPES[self.dtype]
+
+    def factors(self) -> Tensor | None:
+        """What each stored column is multiplied by, [K], or None for 1."""
+        if self.dtype != "int8":
+            return None
+        return torch.repeat_interleave(torch.tensor(self.sizes), torch.tensor(self.widths))
+
+    def encode(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return what is stored of the rows [n, K]: `gradients` [n, K] and, where rows are scaled, `scale` [n]."""
+        factors = self.factors()
+        if factors is not None:
+            values, scale = quantize_rows(flat / factors.to(flat))
+            return {"gradients": values.contiguous(), "scale": scale}
+        if self.dtype == "float16":
+            largest = flat.abs().amax(1).float()
+            scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+            return {"gradients": (flat / scale.to(flat).unsqueeze(1)).half(), "scale": scale}
+        return {"gradients": flat.to(DTYPES[self.dtype])}
+
+    def decode(self, values: Tensor, scale: Tensor | None) -> Tensor:
+        """Return rows [n, K] in `decoded`."""
+        if scale is None:
+            return values
+        rows = values.float().mul_(scale.unsqueeze(1))
+        factors = self.factors()
+        return rows if factors is None else rows.mul_(factors)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of stored rows: where its tensors lie, checked against what they must be.
+
+    Raises ValueError where the file is not a whole safetensors file of `rows` rows of `codec`.
+    """
+
+    path: Path
+    codec: Codec
+    rows: int
+
+    def check_size(self) -> None:
+        """Raise ValueError where there is no file that has room for so many rows."""
+        try:
+            found = self.path.stat().st_size
+        except FileNotFoundError:
+            raise self._missing() from None
+        if found < self.rows * self.codec.row_bytes:
+            raise ValueError(
+                f"{self.path}: {found} bytes, too few for {self.rows} rows; restore it, or delete it and run the same "
+                "compress again to make it"
+            )
+
+    def _missing(self) -> ValueError:
+        return ValueError(f"{self.path}: missing; restore it, or run the same compress again to make it")
+
+    def verify(self, expected: str) -> None:
+        """Raise ValueError unless the file's bytes have this checksum."""
+        try:
+            found = file_checksum(self.path)
+        except FileNotFoundError:
+            raise self._missing() from None
+        if found != expected:
+            raise ValueError(
+                f"{self.path}: damaged, its bytes do not match their checksum; restore it, or delete it and run the "
+                "same compress again to make it"
+            )
+
+    def layout(self) -> dict[str, tuple[int, int]]:
+        """Return tensor name -> where its bytes start in the file, and how many there are."""
+        header, start, size = _read_header(self.path)
+        need = {"gradients": (_TAGS[self.codec.dtype], [self.rows, self.codec.width])}
+        if self.codec.scaled:
+            need["scale"] = ("F32", [self.rows])
+        for name, (tag, shape) in need.items():
+            entry = header.get(name)
+            if not isinstance(entry, dict) or entry.get("dtype") != tag or entry.get("shape") != shape:
+                raise ValueError(f"{self.path}: its {name} are not {tag} {shape}, as the manifest says")
+        found = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = _offsets(self.path, name, entry, size - start)
+            found[name] = (start + first, last - first)
+        for name, (_, shape) in need.items():
+            item = 4 if name == "scale" else DTYPES[self.codec.dtype].itemsize
+            if found[name][1] != math.prod(shape) * item:
+                raise ValueError(f"{self.path}: its {name} take {found[name][1]} bytes, not {math.prod(shape) * item}")
+        at = start
+        for first, count in [*sorted(found.values()), (size, 0)]:
+            if first != at:
+                raise ValueError(f"{self.path}: its tensors overlap, or leave a gap")
+            at += count
+        return found
+
+    def window(self, layout: Mapping[str, tuple[int, int]], first: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the stored rows `first` to `first + count` as views of the mapped file, with their scales."""
+        width, item = self.codec.width, DTYPES[self.codec.dtype].itemsize
+        with open(self.path, "rb") as file:
+            start = layout["gradients"][0] + first * width * item
+            values = _mapped(file.fileno(), start, count * width, DTYPES[self.codec.dtype]).view(count, width)
+            scale = None
+            if self.codec.scaled:
+                scale = _mapped(file.fileno(), layout["scale"][0] + 4 * first, count, torch.float32)
+        return values, scale
+
+    def texts(self, layout: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Return the ids of the rows."""
+        with open(self.path, "rb") as file:
+            parts = []
+            for name, dtype in (("ids", torch.uint8), ("id_offsets", torch.int64)):
+                if name not in layout:
+                    raise ValueError(f"{self.path}: it has no {name}, as the manifest says")
+                start, size = layout[name]
+                parts.append(_mapped(file.fileno(), start, size // dtype.itemsize, dtype))
+        data, offsets = parts
+        edges = [0, *offsets.tolist(), len(data)]
+        if len(offsets) != self.rows + 1 or edges[1] != 0 or edges != sorted(edges) or edges[-2] != len(data):
+            raise ValueError(f"{self.path}: its id_offsets are not those of {self.rows} ids in {len(data)} bytes")
+        try:
+            return unpack_texts(data, offsets)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: its ids are not UTF-8 ({error})") from None
+
+
+def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
+    """Return the header of a safetensors file, where its data starts, and the file's size."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path}: truncated or not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its safetensors header is damaged ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its safetensors header is damaged (not an object)")
+    return header, 8 + length, size
+
+
+def read_shard_header(path: Path) -> list[int]:
+    """Return the rows of each batch in a shard's file.
+
+    Raises:
+        ValueError: not a shard.
+    """
+    metadata = _read_header(path)[0].get("__metadata__")
+    try:
+        counts = json.loads(metadata[_KEY])["batches"]  # type: ignore[index]
+        if counts and all(type(n) is int and n > 0 for n in counts):
+            return list(counts)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise ValueError(f"{path}: damaged, its header is not a shard's; delete it and run it again to make it again")
+
+
+def _offsets(path: Path, name: str, entry: object, size: int) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(o) is int for o in offsets)
+        or not 0 <= offsets[0] <= offsets[1] <= size
+    ):
+        raise ValueError(f"{path}: its {name} lie outside of the file ({offsets} of {size} bytes)")
+    return offsets[0], offsets[1]
+
+
+def _mapped(handle: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Return `count` values of an open file from byte `start` on, mapped; writing to them changes a private copy."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    skip = start % mmap.ALLOCATIONGRANULARITY
+    length = skip + count * dtype.itemsize
+    pages = mmap.mmap(
+        handle, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start - skip
+    )
+    pages.madvise(mmap.MADV_WILLNEED)  # starts to read it
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=skip)

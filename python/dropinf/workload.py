@@ -1,0 +1,108 @@
+"""What a user hands in: batches of any structure, a loss, ids, and the three together."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import checksum
+
+Ids = Callable[[Any], Sequence[str]]
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """The same structure with every tensor replaced. Other leaves stay."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in batch.items()}
+        if type(batch) is dict:
+            return mapped
+        try:  # a transformers BatchEncoding, say, whose attributes the loss may read
+            clone: Any = copy.copy(batch)
+            data = getattr(clone, "data", None)
+            if isinstance(data, dict):
+                clone.data = mapped
+            else:
+                clone.update(mapped)
+            return clone
+        except (AttributeError, TypeError):
+            return mapped
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """Every tensor of a batch, in a fixed order."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(note, batch)
+    return found
+
+
+def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
+    """The same structure with its tensors taken from ``values``, in the order of :func:`tensors`."""
+    return map_tensors(lambda _: next(values), batch)
+
+
+def batch_size_hint(batch: Any) -> int | None:
+    """The leading size of the batch's first tensor that has one."""
+    return next((len(t) for t in tensors(batch) if t.ndim), None)
+
+
+def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """Return the first batch, and the batches with it."""
+    if isinstance(batches, Sequence):
+        if not len(batches):
+            raise ValueError("batches: it is empty; pass at least one batch")
+        return batches[0], batches
+    iterator = iter(batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch") from None
+    return first, itertools.chain([first], iterator) if iterator is batches else batches
+
+
+def batch_checksum(batch: Any) -> str:
+    """Return a checksum of a batch's tensors."""
+    return checksum(b"".join(repr(tuple(t.shape)).encode() + tensor_bytes(t) for t in tensors(batch)))
+
+
+def tensor_bytes(x: Tensor) -> bytes:
+    """Return the values of a tensor as bytes, row-major."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+CuSeqlens = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, its loss, and the batches that it is compressed on."""
+
+    model: nn.Module
+    loss_fn: Callable[[nn.Module, Any], Tensor]  # (model, batch) -> losses [N]
+    batches: Sequence[Any]  # in a fixed order
+    ids: Callable[[Any], Sequence[str]]  # of a batch's samples, in the order of its losses
+    cu_seqlens: Callable[[Any], Tensor] | None = None  # of packed batches: int [N + 1]
