@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dropinf
 import dropinf_kernels as ops
+from dropinf.sketch import Place
 from dropinf.sketch.axis import Axis
 
 N, T = 8, 512
@@ -50,13 +51,13 @@ def rows(size: int, side: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def survivors(sketch: dropinf.Sketch, size: int, k: int, side: str) -> Axis | None:
-    wanted = sketch.statistics_of(size, k, f"bench/{side}")
-    return sketch.survivors(size, k, f"bench/{side}") if wanted == "survivors" else None
+    wanted = sketch.statistics_of(size, k, Place("bench", side))
+    return sketch.survivors(size, k, Place("bench", side)) if wanted == "survivors" else None
 
 
 def moments(sketch: dropinf.Sketch, x: Tensor, k: int, side: str) -> Tensor | None:
     """What a calibration batch adds to the statistics of one side."""
-    wanted = sketch.statistics_of(x.shape[-1], k, f"bench/{side}")
+    wanted = sketch.statistics_of(x.shape[-1], k, Place("bench", side))
     if wanted is None:
         return None
     kept = survivors(sketch, x.shape[-1], k, side)
@@ -67,7 +68,7 @@ def moments(sketch: dropinf.Sketch, x: Tensor, k: int, side: str) -> Tensor | No
 def axis(sketch: dropinf.Sketch, x: Tensor, k: int, side: str) -> Axis:
     """The sketch of one side; where it is calibrated, on fewer values than are sketched, which is as fast to apply."""
     found = moments(sketch, x[:1], k, side)
-    return sketch.make(x.shape[-1], k, f"bench/{side}", None if found is None else found.double())
+    return sketch.make(x.shape[-1], k, Place("bench", side), None if found is None else found.double())
 
 
 def factorized(sketch: dropinf.Sketch, a: Tensor, g: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -79,7 +80,7 @@ def factorized(sketch: dropinf.Sketch, a: Tensor, g: Tensor, k: int) -> Callable
 
 
 def flat(sketch: dropinf.Sketch, a: Tensor, g: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
-    index = sketch.make(a.shape[-1] * g.shape[-1], k * k, "bench/flat").index
+    index = sketch.make(a.shape[-1] * g.shape[-1], k * k, Place("bench", "flat")).index
     assert index is not None
     pairs = index.flatten() // a.shape[-1], index.flatten() % a.shape[-1]
     return lambda a, g: ops.compress_flat(a, g, *pairs)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dropinf
 import dropinf_kernels as ops
+from dropinf.sketch import Place
 
 K, SEARCHED = 4096, 16_384  # numbers of a compressed gradient; rows that are searched
 QUERIES, TOP = 16, 10
@@ -79,7 +80,7 @@ def test_score(benchmark, method: str) -> None:
 def convolutions(x: Tensor, g: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
     """3 x 3, padding 1: k of the taps and k of the channels. unfold makes every patch first."""
     window = ((3, 3), (1, 1), (1, 1), (1, 1))
-    taps, outs = (dropinf.Dropout(k).make(d, k, f"bench/{d}").index for d in (9 * x.shape[1], g.shape[1]))
+    taps, outs = (dropinf.Dropout(k).make(d, k, Place("bench", str(d))).index for d in (9 * x.shape[1], g.shape[1]))
     assert taps is not None
     assert outs is not None
     places = taps[0].long(), outs[0].long()
@@ -102,7 +103,7 @@ def test_conv(benchmark, method: str, channels: int, side: int) -> None:
 
 
 def embeddings(ids: Tensor, g: Tensor, vocabulary: int, k: int) -> dict[str, Callable[[], Tensor]]:
-    rows, columns = (dropinf.Dropout(k).make(d, k, f"bench/{d}").index for d in (vocabulary, g.shape[2]))
+    rows, columns = (dropinf.Dropout(k).make(d, k, Place("bench", str(d))).index for d in (vocabulary, g.shape[2]))
     assert rows is not None
     assert columns is not None
     kept = rows[0].long(), columns[0].long()
@@ -119,7 +120,7 @@ def test_embedding(benchmark, method: str) -> None:
     vocabulary, width, k = 50_257, 768, 64
     benchmark.group = f"embedding {vocabulary} x {width}, 4 samples of 128, k {k}"
     ids = torch.randint(vocabulary, (4, 128), generator=torch.Generator().manual_seed(0))
-    ids[:, ::4] = dropinf.Dropout(k).make(vocabulary, k, f"bench/{vocabulary}").index[0, : 128 // 4].long()
+    ids[:, ::4] = dropinf.Dropout(k).make(vocabulary, k, Place("bench", str(vocabulary))).index[0, : 128 // 4].long()
     calls = embeddings(ids, random(4, 128, width), vocabulary, k)
     found, wanted = (call() for call in calls.values())
     assert wanted.abs().sum() > 0

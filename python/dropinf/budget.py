@@ -16,7 +16,7 @@ from .capture.layer import Layer
 from .capture.targets import LayerFilter
 from .compressor import Compressor
 from .sketch.axis import Axis
-from .sketch.draws import chances
+from .sketch.draws import Place, chances
 from .sketch.sketch import Dropout, Sampling, Statistics, whitening
 from .workload import CuSeqlens, LossFn
 
@@ -133,11 +133,11 @@ class _Pilot(Dropout):
         super().__init__(_PILOT, scale=True, seed=seed)
         self._part = Dropout(_SPAN, seed=seed)
 
-    def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:  # noqa: ARG002
+    def statistics_of(self, size: int, dim: int, place: Place) -> Statistics | None:  # noqa: ARG002
         return "survivors"
 
-    def survivors(self, size: int, dim: int, key: str) -> Axis | None:  # noqa: ARG002
-        return self._part.make(size, _SPAN, key)
+    def survivors(self, size: int, dim: int, place: Place) -> Axis | None:  # noqa: ARG002
+        return self._part.make(size, _SPAN, place)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 
 from .capture import sharded
 from .capture.layer import Layer
-from .capture.masks import fingerprint, load_masks, save_masks
+from .capture.masks import fingerprint, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep
-from .capture.targets import LayerFilter, Target, axis_statistics, find_targets, make_layer
+from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer
 from .fisher.fisher import Fisher, FisherKind
 from .gradients import Gradients, GradientsBuilder
+from .index.folder import SKETCH
 from .index.reader import Index
 from .index.writer import write_index
-from .sketch.axis import Axis
 from .sketch.sketch import Sketch
 from .workload import CuSeqlens, Ids, LossFn
 
@@ -42,6 +43,8 @@ class Compressor:
     reason. The model keeps its train or eval mode; weights, flags, gradients and random state are untouched.
     """
 
+    _layers: dict[str, Layer]  # empty until the masks are drawn
+
     def __init__(
         self,
         model: nn.Module,
@@ -51,18 +54,56 @@ class Compressor:
         layers: LayerFilter = None,
         cu_seqlens: CuSeqlens | None = None,
     ) -> None:
-        check_arguments(model, sketch, loss_fn)
-        self.model, self.sketch, self.loss_fn, self.cu_seqlens = unwrap(model), sketch, loss_fn, cu_seqlens
+        check_arguments(model, loss_fn)
+        if not isinstance(sketch, Sketch):
+            raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
+        self.sketch: Sketch | None = sketch
+        self._track(model, loss_fn, layers, cu_seqlens)
+        self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
+        if not self._moments.needed:
+            self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
+
+    @classmethod
+    def from_index(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        cu_seqlens: CuSeqlens | None = None,
+    ) -> Compressor:
+        """Return the compressor that made the rows of an index, for its queries: with the masks that it keeps.
+
+        ``path``: the index's folder. ``model``: as it was then. Its ``sketch`` is None, as nothing is drawn.
+        Raises FileNotFoundError where the folder has no masks, ValueError where they belong to another model.
+        """
+        check_arguments(model, loss_fn)
+        compressor = cls.__new__(cls)
+        compressor.sketch, compressor._moments = None, Moments({})
+        masks = Path(path) / SKETCH
+        compressor._track(model, loss_fn, "*", cu_seqlens, only=masked_layers(masks))
+        compressor.load(masks)
+        return compressor
+
+    def _track(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        layers: LayerFilter,
+        cu_seqlens: CuSeqlens | None,
+        only: Collection[str] | None = None,
+    ) -> None:
+        self.model, self.loss_fn, self.cu_seqlens = unwrap(model), loss_fn, cu_seqlens
         sharded.reshard(self.model)
         self._targets, skipped = find_targets(self.model, layers)
+        if only is not None:
+            skipped |= {name: "the index does not have it" for name in self._targets if name not in only}
+            self._targets = {name: target for name, target in self._targets.items() if name in only}
         if not self._targets:
             raise ValueError(f"model: nothing to track; {skipped or 'it has no parameters'}")
         self.skipped: Mapping[str, str] = MappingProxyType(skipped)
         self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets)
-        self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
-        self._layers: dict[str, Layer] = {}
-        if not self._moments.needed:
-            self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
+        self._layers = {}
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -161,7 +202,7 @@ class Compressor:
         """Gather the statistics that the sketch needs. A second call adds to the first."""
         if not self._moments.needed:
             return
-        plain = {n: _whole(t) for n, t in self._targets.items()}
+        plain = {n: t.kept_whole() for n, t in self._targets.items()}
         counted = 0
         for _, n in self._sweep.passes(batches, plain, partial(Calibration, self._moments), progress=progress):
             counted += n
@@ -177,6 +218,7 @@ class Compressor:
             self._draw()
 
     def _draw(self) -> None:
+        assert self.sketch is not None
         self._layers = {n: make_layer(t, self.sketch, self._moments.of(n)) for n, t in self._targets.items()}
 
     def moments(self, name: str) -> Mapping[str, Tensor]:
@@ -210,7 +252,7 @@ class Compressor:
 
         Raises ValueError where they belong to another model.
         """
-        plain = {name: _whole(target) for name, target in self._targets.items()}
+        plain = {name: target.kept_whole() for name, target in self._targets.items()}
         self._layers, self._moments.sums, self._moments.samples = load_masks(plain, path)
 
 
@@ -246,11 +288,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _whole(target: Target) -> Layer:
-    """A plan that keeps everything: what calibration runs with."""
-    return target.plan(Axis(1), Axis(1))
-
-
 def _layer_digest(layer: Layer) -> str:
     h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
     for axis in (layer.out_axis, layer.in_axis):
@@ -258,10 +295,8 @@ def _layer_digest(layer: Layer) -> str:
     return h.hexdigest()
 
 
-def check_arguments(model: object, sketch: object, loss_fn: object) -> None:
+def check_arguments(model: object, loss_fn: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(sketch, Sketch):
-        raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")

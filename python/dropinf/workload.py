@@ -14,7 +14,20 @@ from torch import Tensor, nn
 
 from .files import checksum
 
-Ids = Callable[[Any], Sequence[str]]
+LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> losses [N]
+Ids = Callable[[Any], Sequence[str]]  # of a batch's samples, in the order of its losses
+CuSeqlens = Callable[[Any], Tensor]  # of a packed batch: int [N + 1]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, its loss, and the batches that it is compressed on."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    batches: Sequence[Any]  # in a fixed order
+    ids: Ids
+    cu_seqlens: CuSeqlens | None = None  # where batches are packed
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -89,20 +102,3 @@ def batch_checksum(batch: Any) -> str:
 def tensor_bytes(x: Tensor) -> bytes:
     """Return the values of a tensor as bytes, row-major."""
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-CuSeqlens = Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model, its loss, and the batches that it is compressed on."""
-
-    model: nn.Module
-    loss_fn: Callable[[nn.Module, Any], Tensor]  # (model, batch) -> losses [N]
-    batches: Sequence[Any]  # in a fixed order
-    ids: Callable[[Any], Sequence[str]]  # of a batch's samples, in the order of its losses
-    cu_seqlens: Callable[[Any], Tensor] | None = None  # of packed batches: int [N + 1]

@@ -57,8 +57,8 @@ def test_pca_does_not_depend_on_the_batch_size():
 def test_masks_depend_on_seed_name_and_shape_alone():
     """Literal masks: another process, machine or version must draw the same."""
     code = (
-        "import dropinf; a = dropinf.Dropout(dim=4, seed=3).make(32, 4, 'layer/in'); "
-        "b = dropinf.Dropout(dim=4, group=2, seed=3).make(32, 4, 'layer/in'); "
+        "import dropinf; a = dropinf.Dropout(dim=4, seed=3).make(32, 4, dropinf.sketch.Place('layer', 'in')); "
+        "b = dropinf.Dropout(dim=4, group=2, seed=3).make(32, 4, dropinf.sketch.Place('layer', 'in')); "
         "print(a.index.tolist(), b.index.tolist())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

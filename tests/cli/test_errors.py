@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from dropinf.cli import app
 from tests.cli.commands import (
     environment,
     error_of,
     run,
 )
-from typer.testing import CliRunner
-
-from dropinf.cli import app
 
 
 @pytest.mark.parametrize(

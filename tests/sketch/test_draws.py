@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.sketch import draws
+from dropinf.sketch import Place, draws
 from dropinf.sketch import sketch as module
 
 SIZE = 12
@@ -20,11 +20,11 @@ X, Y = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(0), dtype=to
 X[11] = 0  # energy 0 says that it is never anything else
 
 
-def _spans(sketch, dim, key, energies, survivors):
+def _spans(sketch, dim, place, energies, survivors):
     """(length, middle) of the intervals of the uniform start between which the mask is the same."""
     group = math.gcd(sketch.group, SIZE, dim)
     chances = draws.chances(energies.numpy().reshape(-1, group).mean(1), survivors // group)
-    order = np.argsort(draws.bits(sketch.seed, key, SIZE // group), kind="stable")
+    order = np.argsort(draws.bits(sketch.seed, place, SIZE // group), kind="stable")
     ends = np.cumsum(chances[order][chances[order] < 1]) % 1
     cuts = np.unique(np.concatenate([[0.0, 1.0], ends]))
     return [(b - a, (a + b) / 2) for a, b in itertools.pairwise(cuts)]
@@ -36,9 +36,9 @@ def test_energy_masks_are_unbiased(monkeypatch, seed, dim, group):
     sketch = dropinf.Dropout(dim, sampling="energy", group=group, scale=True, seed=seed)
     energies = ENERGIES.clamp_min(0.1) if group > 1 else ENERGIES
     total, tables = 0.0, set()
-    for length, middle in _spans(sketch, dim, "layer/in", energies, dim):
+    for length, middle in _spans(sketch, dim, Place("layer", "in"), energies, dim):
         monkeypatch.setattr(module, "uniform", lambda *_, u=middle: np.array([u]))
-        axis = sketch.make(SIZE, dim, "layer/in", energies)
+        axis = sketch.make(SIZE, dim, Place("layer", "in"), energies)
         assert axis.dim == dim
         assert len(axis.index.unique()) == dim
         tables.add(tuple(axis.index.flatten().tolist()))
@@ -52,9 +52,9 @@ def test_folded_energy_masks_are_unbiased(monkeypatch, seed):
     """Products of two survivors that share a sum have a random sign: what is left of the expectation are the squares."""
     sketch = dropinf.Dropout(3, keep=0.5, sampling="energy", scale=True, seed=seed)
     total = 0.0
-    for length, middle in _spans(sketch, 3, "layer/in", ENERGIES, 6):
+    for length, middle in _spans(sketch, 3, Place("layer", "in"), ENERGIES, 6):
         monkeypatch.setattr(module, "uniform", lambda *_, u=middle: np.array([u]))
-        axis = sketch.make(SIZE, 3, "layer/in", ENERGIES)
+        axis = sketch.make(SIZE, 3, Place("layer", "in"), ENERGIES)
         assert axis.index.shape == (2, 3)
         total += length * float((axis.weight.double().square() * (X * Y)[axis.index.long()]).sum())
     assert total == pytest.approx(float(X @ Y), abs=2e-6)
@@ -63,7 +63,7 @@ def test_folded_energy_masks_are_unbiased(monkeypatch, seed):
 def test_uniform_masks_are_unbiased_over_seeds():
     found = []
     for seed in range(4000):
-        axis = dropinf.Dropout(4, scale=True, seed=seed).make(SIZE, 4, "layer/in")
+        axis = dropinf.Dropout(4, scale=True, seed=seed).make(SIZE, 4, Place("layer", "in"))
         found.append(float(axis.apply(X) @ axis.apply(Y)))
     found = torch.tensor(found)
     assert abs(found.mean() - X @ Y) < 4 * found.std() / math.sqrt(len(found))
@@ -84,7 +84,7 @@ def test_chances_are_proportional_up_to_one(count):
 def test_more_survivors_than_energies_fill_up_evenly():
     chances = draws.chances(np.array([2.0, 0.0, 0.0, 1.0]), 3)
     np.testing.assert_allclose(chances, [1, 0.5, 0.5, 1])
-    axis = dropinf.Dropout(3, sampling="energy").make(4, 3, "layer/in", torch.tensor([2.0, 0.0, 0.0, 1.0]))
+    axis = dropinf.Dropout(3, sampling="energy").make(4, 3, Place("layer", "in"), torch.tensor([2.0, 0.0, 0.0, 1.0]))
     assert len(axis.index.unique()) == 3
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dropinf
+from dropinf.sketch import Place
 from dropinf.sketch.sketch import _FLOOR
 
 SIZE = 24
@@ -41,8 +42,8 @@ def test_is_the_sketch_of_whitened_values(name, diagonal):
     cls, dim, options = SKETCHES[name]
     rows, covariance = moments()
     statistics = covariance.diagonal() if diagonal else covariance
-    axis = cls(dim, whiten=True, **options).make(SIZE, dim, "layer/in", statistics)
-    plain = cls(dim, **options).make(SIZE, dim, "layer/in")
+    axis = cls(dim, whiten=True, **options).make(SIZE, dim, Place("layer", "in"), statistics)
+    plain = cls(dim, **options).make(SIZE, dim, Place("layer", "in"))
     torch.testing.assert_close(
         axis.apply(rows), plain.apply(whitened(rows, covariance.diagonal())), rtol=1e-5, atol=1e-5
     )
@@ -55,14 +56,16 @@ def test_rotates_onto_principal_directions_of_whitened_values(rank, sampling):
     rows, covariance = moments()
     whole = whitened(rows, covariance.diagonal())
     if rank is None:
-        axis = dropinf.PCA(4, whiten=True).make(SIZE, 4, "layer/in", covariance)
+        axis = dropinf.PCA(4, whiten=True).make(SIZE, 4, Place("layer", "in"), covariance)
     else:
         sketch = dropinf.Dropout(4, rank=rank, sampling=sampling, whiten=True)
         kept = (
-            sketch.survivors(SIZE, 4, "layer/in") if sketch.statistics_of(SIZE, 4, "layer/in") == "survivors" else None
+            sketch.survivors(SIZE, 4, Place("layer", "in"))
+            if sketch.statistics_of(SIZE, 4, Place("layer", "in")) == "survivors"
+            else None
         )
         statistics = covariance if kept is None else kept.apply(kept.apply(covariance).T)
-        axis = sketch.make(SIZE, 4, "layer/in", statistics)
+        axis = sketch.make(SIZE, 4, Place("layer", "in"), statistics)
         if rank < SIZE:
             # The survivors' own mean is what a floor is taken of, where nothing else was measured.
             index = axis.index[0].long()
@@ -89,19 +92,19 @@ def test_a_dot_product_is_preconditioned_by_a_rank_one_diagonal():
 
 
 def test_an_axis_without_energy_is_left_alone():
-    axis = dropinf.Dropout(3, whiten=True).make(6, 3, "layer/in", torch.zeros(6, dtype=torch.float64))
+    axis = dropinf.Dropout(3, whiten=True).make(6, 3, Place("layer", "in"), torch.zeros(6, dtype=torch.float64))
     assert (axis.weight == 1).all()
 
 
 def test_one_axis_rotated_and_the_other_not():
     sketch = dropinf.Dropout((6, 2), rank=(1, 8), whiten=True)
-    assert sketch.statistics_of(SIZE, 6, "layer/out") == "energy"
-    assert sketch.statistics_of(SIZE, 2, "layer/in") == "survivors"
+    assert sketch.statistics_of(SIZE, 6, Place("layer", "out")) == "energy"
+    assert sketch.statistics_of(SIZE, 2, Place("layer", "in")) == "survivors"
     _, covariance = moments()
-    assert sketch.make(SIZE, 6, "layer/out", covariance.diagonal()).matrix is None
-    kept = sketch.survivors(SIZE, 2, "layer/in")
-    assert sketch.make(SIZE, 2, "layer/in", kept.apply(kept.apply(covariance).T)).matrix.shape == (2, 8)
-    assert dropinf.Dropout((6, 2), rank=(1, 8)).statistics_of(SIZE, 6, "layer/out") is None
+    assert sketch.make(SIZE, 6, Place("layer", "out"), covariance.diagonal()).matrix is None
+    kept = sketch.survivors(SIZE, 2, Place("layer", "in"))
+    assert sketch.make(SIZE, 2, Place("layer", "in"), kept.apply(kept.apply(covariance).T)).matrix.shape == (2, 8)
+    assert dropinf.Dropout((6, 2), rank=(1, 8)).statistics_of(SIZE, 6, Place("layer", "out")) is None
 
 
 def test_flat_masks_are_not_whitened():

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ..workload import LossFn, replace_tensors, tensors
 
-Gradients = dict[str, Tensor]
-
 # Per-sample gradients that exist at once.
 CHUNK_BYTES = 1 << 28
 
@@ -37,7 +35,7 @@ class ExactGradients:
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self.routes = [self._vmapped, self._one_by_one, self._row_by_row]
 
-    def __call__(self, batch: Any, losses: Tensor) -> Iterator[Gradients]:
+    def __call__(self, batch: Any, losses: Tensor) -> Iterator[dict[str, Tensor]]:
         """Chunks of consecutive samples, in order."""
         size = sum(p.numel() * p.element_size() for p in self.parameters.values())
         step = max(1, CHUNK_BYTES // max(1, size))
@@ -60,7 +58,7 @@ class ExactGradients:
             raise ValueError("no tensor of the batch has the samples in its leading dimension")
         return batched
 
-    def _vmapped(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[Gradients]:
+    def _vmapped(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         batched = self._slices(batch, len(losses))
         values = [t[start:stop] if b else t for t, b in zip(tensors(batch), batched, strict=True)]
         names = {f"model.{self.names[id(p)]}": name for name, p in self.parameters.items()}
@@ -82,7 +80,7 @@ class ExactGradients:
         self._check(value, losses[start:stop])
         yield {name: gradients[full].detach() for full, name in names.items()}
 
-    def _one_by_one(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[Gradients]:
+    def _one_by_one(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         batched = self._slices(batch, len(losses))
         rows = []
         for n in range(start, stop):
@@ -93,7 +91,7 @@ class ExactGradients:
                 rows.append(self._grad(value.sum(), retain=False))
         yield {name: torch.stack([r[name] for r in rows]) for name in self.parameters}
 
-    def _row_by_row(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[Gradients]:
+    def _row_by_row(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         with self._tracked():
             value = self.loss_fn(self.model, batch)
             self._check(value, losses)
@@ -112,7 +110,7 @@ class ExactGradients:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(False)
 
-    def _grad(self, value: Tensor, *, retain: bool) -> Gradients:
+    def _grad(self, value: Tensor, *, retain: bool) -> dict[str, Tensor]:
         if not value.requires_grad:
             return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         leaves = list(self.parameters.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from ..files import checksum, read_header, serialize, write_whole
 from ..sketch.axis import Axis
+from ..sketch.draws import Place
 from ..workload import tensor_bytes
 from .layer import Layer, clean_name
 from .sharded import is_sharded
 
 FORMAT = "dropinf-masks-1"
-Sums = dict[tuple[str, str], Tensor]
+Sums = dict[Place, Tensor]
 _SUM = "moments"
 
 
@@ -36,8 +38,27 @@ def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: 
         for side, axis in _axes(layer):
             for field, table in axis.tensors().items():
                 tables[f"{name}/{side}/{field}"] = table
-    tables |= {f"{name}/{side}/{_SUM}": total for (name, side), total in sums.items()}
+    tables |= {f"{place}/{_SUM}": total for place, total in sums.items()}
     write_whole(Path(path), serialize(tables, {"format": FORMAT, "plan": plan, "samples": samples}))
+
+
+def masked_layers(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the layers that a file of masks is of.
+
+    Raises FileNotFoundError where there is none, ValueError where it is another kind of file.
+    """
+    with _opened(path) as (header, _):
+        return list(header["plan"])
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The header of a file of masks, and the open file."""
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            yield read_header(file.metadata(), Path(path), FORMAT), file
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote ({error})") from None
 
 
 def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tuple[dict[str, Layer], Sums, int]:
@@ -45,12 +66,8 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
 
     Raises ValueError where they belong to another model.
     """
-    try:
-        with safe_open(os.fspath(path), "pt") as file:
-            header = read_header(file.metadata(), Path(path), FORMAT)
-            tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote ({error})") from None
+    with _opened(path) as (header, file):
+        tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     plan = header["plan"]
     _check_model(layers, plan, path)
 
@@ -70,7 +87,7 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
     for key, table in tables.items():
         name, side, field = key.rsplit("/", 2)
         if field == _SUM:
-            sums[name, side] = table
+            sums[Place(name, side)] = table
     return loaded, sums, header["samples"]
 
 

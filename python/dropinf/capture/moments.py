@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..sketch.axis import Axis
+from ..sketch.draws import Place
 from .layer import Layer
 
 
@@ -31,7 +32,7 @@ class Moments:
 
     def __init__(self, needs: Needs) -> None:
         self.needs = {name: dict(sides) for name, sides in needs.items() if sides}
-        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.sums: dict[Place, Tensor] = {}
         self.samples = 0
 
     @property
@@ -42,7 +43,7 @@ class Moments:
         """Side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached."""
         found = {}
         for side, need in self.needs.get(name, {}).items():
-            found[side] = self.sums.get((name, side), _zeros(need)) / max(1, self.samples)
+            found[side] = self.sums.get(Place(name, side), _zeros(need)) / max(1, self.samples)
         return found
 
     def all_reduce(self, group: dist.ProcessGroup | None) -> None:
@@ -52,22 +53,22 @@ class Moments:
         dist.all_reduce(samples, group=group)
         for name, sides in sorted(self.needs.items()):
             for side, need in sorted(sides.items()):
-                total = self.sums.get((name, side), _zeros(need)).to(device)
+                total = self.sums.get(Place(name, side), _zeros(need)).to(device)
                 dist.all_reduce(total, group=group)
-                self.sums[name, side] = total.cpu()
+                self.sums[Place(name, side)] = total.cpu()
         self.samples = int(samples)
 
     def count(self, losses: Tensor) -> None:
         """End a batch. Raises ValueError where its values, and so the sums, are not finite; the sums start anew."""
-        for (name, _), total in self.sums.items():
+        for place, total in self.sums.items():
             if bool(total.sum().isfinite()):
                 continue
             first, bad = self.samples, (~losses.isfinite()).nonzero().flatten()
             where = f"sample {first + int(bad[0])}" if len(bad) else f"samples {first} to {first + len(losses) - 1}"
             self.sums, self.samples = {}, 0
             raise ValueError(
-                f"layer {name}: calibration met a value that is not finite (NaN or inf) in {where}; look at the loss "
-                "there, or compute in a wider dtype, and calibrate again from the start"
+                f"layer {place.layer}: calibration met a value that is not finite (NaN or inf) in {where}; look at the "
+                "loss there, or compute in a wider dtype, and calibrate again from the start"
             )
         self.samples += len(losses)
 
@@ -77,9 +78,9 @@ class Moments:
 
     def add(self, layer: Layer, side: str, total: Tensor) -> None:
         """Add a sum that the caller formed."""
-        key = (layer.name, side)
+        place = Place(layer.name, side)
         total = total.cpu()
-        self.sums[key] = self.sums[key] + total if key in self.sums else total
+        self.sums[place] = self.sums[place] + total if place in self.sums else total
 
     def add_rows(self, layer: Layer, side: str, x: Tensor) -> None:
         """Add the second moment of the rows of x [..., d], or of what the side keeps of them, where it is needed."""

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..sketch.axis import Axis
+from ..sketch.draws import Place
 from ..sketch.sketch import Sketch, Statistics
 from .kinds import module_kind
 from .layer import Layer, LayerKind, clean_name, matrix_shape
@@ -43,6 +44,10 @@ class Target:
     def plan(self, out_axis: Axis, in_axis: Axis | None) -> Layer:
         """The layer's plan, with its axes."""
         return Layer(self.name, self.kind, self.parameter, self.shape, self.transposed, out_axis, in_axis, self.route)
+
+    def kept_whole(self) -> Layer:
+        """Return a plan that keeps everything: what calibration runs with."""
+        return self.plan(Axis(1), Axis(1))
 
 
 def _selected(layers: LayerFilter, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
@@ -128,51 +133,51 @@ def _target(parameter: nn.Parameter, sites: Sequence[tuple[str, str, nn.Module]]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One axis of a target: its length, what is stored of it, and the name that its mask is drawn from."""
+class AxisPlan:
+    """One axis of a target before it is drawn: its length, what is stored of it, and the place that its mask is of."""
 
     size: int
     dim: int
-    key: str
+    place: Place
 
 
 def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
     """What a calibration pass must gather for a target, by side."""
     needs = {}
-    for name, side in _sides(target, sketch).items():
-        wanted = sketch.statistics_of(side.size, side.dim, side.key)
+    for name, plan in _axes(target, sketch).items():
+        wanted = sketch.statistics_of(plan.size, plan.dim, plan.place)
         if wanted is None:
             continue
         finest = {"out": target.out_statistics, "in": target.in_statistics}.get(name, "energy")
-        kept = sketch.survivors(side.size, side.dim, side.key) if wanted == "survivors" else None
+        kept = sketch.survivors(plan.size, plan.dim, plan.place) if wanted == "survivors" else None
         if wanted == "energy" or finest == "energy":
-            needs[name] = Need("energy", side.size)
+            needs[name] = Need("energy", plan.size)
         elif kept is not None:
             needs[name] = Need("covariance", kept.dim, kept)
         else:
-            needs[name] = Need("energy" if side.size > MAX_COVARIANCE else "covariance", side.size)
+            needs[name] = Need("energy" if plan.size > MAX_COVARIANCE else "covariance", plan.size)
     return needs
 
 
-def _sides(target: Target, sketch: Sketch) -> dict[str, Side]:
+def _axes(target: Target, sketch: Sketch) -> dict[str, AxisPlan]:
     """The axes of a target."""
     rows, columns = matrix_shape(target.shape, target.transposed)
     if target.kind in ("bias", "norm") or len(target.shape) < 2:
-        return {"out": Side(rows * columns, sketch.dims(target.name)[0], f"{target.name}/out")}
+        return {"out": AxisPlan(rows * columns, sketch.dims(target.name)[0], Place(target.name, "out"))}
     if sketch.mode == "flat" or (target.kind == "flat" and not sketch.dense):
         if rows * columns > 2**31 - 1:
             raise ValueError(f"layer {target.name}: {rows * columns} entries are too many for a flat mask's int32")
-        return {"flat": Side(rows * columns, sketch.dim_flat(target.name), f"{target.name}/flat")}
+        return {"flat": AxisPlan(rows * columns, sketch.dim_flat(target.name), Place(target.name, "flat"))}
     return {
-        "out": Side(rows, sketch.dims(target.name)[0], f"{target.name}/out"),
-        "in": Side(columns, sketch.dims(target.name)[1], f"{target.name}/in"),
+        "out": AxisPlan(rows, sketch.dims(target.name)[0], Place(target.name, "out")),
+        "in": AxisPlan(columns, sketch.dims(target.name)[1], Place(target.name, "in")),
     }
 
 
 def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor]) -> Layer:
     """Draw a target's sketches."""
     axes = {
-        name: sketch.make(side.size, side.dim, side.key, statistics.get(name))
-        for name, side in _sides(target, sketch).items()
+        name: sketch.make(plan.size, plan.dim, plan.place, statistics.get(name))
+        for name, plan in _axes(target, sketch).items()
     }
     return target.plan(axes.get("flat") or axes["out"], axes.get("in"))

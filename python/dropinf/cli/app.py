@@ -93,7 +93,7 @@ def _guarded(command: F, debug: Callable[[], bool]) -> F:
     import typer
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def guarded(*args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
@@ -111,7 +111,7 @@ def _guarded(command: F, debug: Callable[[], bool]) -> F:
                 _say(line)
                 raise typer.Exit(1) from None
 
-    return run  # type: ignore[return-value]
+    return guarded  # type: ignore[return-value]
 
 
 def explain(error: Exception) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import math
 import os
 import shlex
@@ -20,8 +18,7 @@ import typer
 
 from ..budget import choose
 from ..compressor import Compressor
-from ..files import checksum, write_whole
-from ..fisher.fisher import Fisher
+from ..fisher.fisher import Fisher, FisherKind
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
 from ..index.manifest import Manifest, find_run
 from ..index.reader import Index
@@ -29,7 +26,8 @@ from ..index.shards import DTYPES, Codec
 from ..index.writer import write_index
 from ..ranks import Ranks
 from ..sketch.sketch import Dropout
-from ..text.passages import Passage, passage_line, read_passages
+from ..text.passage_file import PassageFile, passage_line
+from ..text.passages import Passage, read_passages
 from ..text.transformer import Reduction, Task
 from ..workload import Ids, Workload, batch_checksum
 from .console import Meter, is_first, note, size_text
@@ -44,7 +42,7 @@ from .recipe import (
     process_group,
 )
 
-FisherKind = Literal["block", "joint", "diagonal", "kronecker", "none"]
+FisherChoice = Literal[FisherKind, "none"]
 Option = typer.Option
 
 
@@ -92,7 +90,7 @@ def index(
     calibration: Annotated[int, Option(min=1, help="Random passages that a budget or energy is judged by.")] = 300,
     seed: Annotated[int, Option(min=0, help="Of the sketch, and of which passages calibrate it.")] = 0,
     dtype: Annotated[StoredDtype, Option(help="Of the stored numbers.")] = "float32",
-    fisher: Annotated[FisherKind, Option(help="Fisher matrix to build in the same pass.")] = "block",
+    fisher: Annotated[FisherChoice, Option(help="Fisher matrix to build in the same pass.")] = "block",
     damping: Annotated[str, Option(help="Of the Fisher matrix: auto, or a number such as 0.1.")] = "auto",
     tokens_per_batch: Annotated[int, Option(min=1, help="Most tokens of a batch, padding included.")] = 4096,
     packed: Annotated[bool, Option("--packed", help="Many passages in one row, without padding.")] = False,
@@ -129,9 +127,22 @@ def index(
         dim, sampling = dim or 64, sampling or "uniform"
     calibrated = calibration if budget_bytes is not None or sampling == "energy" else None
     recipe = Recipe(
-        loader, model, task, model_dtype, max_tokens, loss, packed, tokens_per_batch, tuple(layers) if layers else None,
-        dim, budget_bytes, sampling, calibrated, seed, dtype,
-    )  # fmt: skip
+        loader=loader,
+        model=model,
+        task=task,
+        model_dtype=model_dtype,
+        max_tokens=max_tokens,
+        loss=loss,
+        packed=packed,
+        tokens_per_batch=tokens_per_batch,
+        layers=tuple(layers) if layers else None,
+        dim=dim,
+        budget_bytes=budget_bytes,
+        sampling=sampling,
+        calibration=calibrated,
+        seed=seed,
+        dtype=dtype,
+    )
     place = pick_device(device)
     with process_group(place) as group:
         ranks = Ranks(group)
@@ -143,7 +154,7 @@ def index(
                 data, text_field=text_field, id_field=id_field, label_field=label_field, limit=limit
             )
             source = _read(recipe, passages, id_field is None, place)
-        _run(source, out, ranks, empty, append)
+        _compress(source, out, ranks, empty, append)
 
 
 def _begun(out: Path) -> Manifest | None:
@@ -199,7 +210,7 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return order
 
 
-def _run(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, append: bool) -> None:
+def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, append: bool) -> None:
     recipe, work = source.recipe, source.work
     progress = is_first() and sys.stderr.isatty()
     with locked(out, ranks):
@@ -212,8 +223,7 @@ def _run(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, append:
         ids = _ids(source, ranks.first(lambda: _keep_passages(out, manifest, source, append)))
         if manifest is None:
             _draw(source, out / SKETCH, ranks, progress)
-        compressor = Compressor(work.model, Dropout(1), work.loss_fn, layers=recipe.layers, cu_seqlens=work.cu_seqlens)
-        compressor.load(out / SKETCH)  # whose tables replace those of the sketch above
+        compressor = Compressor.from_index(out, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
     row = Codec(recipe.dtype, widths, (1.0,) * len(widths)).row_bytes
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
@@ -277,14 +287,9 @@ def _keep_passages(folder: Path, manifest: Manifest | None, source: Source, appe
     Raises:
         ValueError: the file there holds others, or is damaged; an id that is there already.
     """
-    path = folder / PASSAGES
-    there = path.read_bytes() if path.exists() else b""
+    file = PassageFile(folder / PASSAGES)
     if manifest is None:
-        wanted = b"".join(map(passage_line, source.passages or ()))
-        if there not in (b"", wanted):
-            raise ValueError(f"{path}: it is there already, with other passages; delete it, or name another --out")
-        if source.passages is not None:
-            write_whole(path, wanted)
+        file.begin(_lines(source, 0))
         return 0
     number = find_run(manifest, batch_checksum(source.work.batches[0]), len(source.work.batches))
     if number is None:
@@ -297,27 +302,12 @@ def _keep_passages(folder: Path, manifest: Manifest | None, source: Source, appe
         if (source.passages is None) != (known is None):
             raise ValueError(f"{folder} was made {'with' if known is None else 'without'} --loader; do the same again")
         return start
-    lines, new = there.splitlines(keepends=True), _lines(source, start)
     # Those of a run that is finished are as many as its samples; others stand at the end.
     shards = manifest.runs[number].shards if number < len(manifest.runs) else None
-    found = lines[start : None if shards is None else start + sum(shard.rows for shard in shards)]
-    if not found:
-        _check_ids(path, lines, new)
-        found, there = new, there + b"".join(new)
-    if found != new:
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(found, new, strict=False)))
-        raise ValueError(
-            f"{path}: its passages are others than those of the data now, from line {start + same + 1} on; pass the "
-            "data of then, add others with --append, or name another --out"
-        )
-    if checksum(there) != known:
-        # Of the passages before these, where a run that added these was ended right here.
-        if checksum(b"".join(lines[:start])) != known:
-            raise ValueError(f"{path}: damaged, its bytes do not match their checksum; restore it from a copy")
-        write_whole(path, there)
-        manifest.with_file(PASSAGES, checksum(there)).save(folder)
-    elif not path.exists():
-        write_whole(path, there)
+    stop = None if shards is None else start + sum(shard.rows for shard in shards)
+    changed = file.hold(_lines(source, start), start, stop, known)
+    if changed is not None:
+        manifest.with_file(PASSAGES, changed).save(folder)
     return start
 
 
@@ -326,15 +316,6 @@ def _lines(source: Source, start: int) -> list[bytes]:
     if source.numbered and start:
         passages = [replace(passage, id=str(start + i)) for i, passage in enumerate(passages)]
     return [passage_line(passage) for passage in passages]
-
-
-def _check_ids(path: Path, lines: list[bytes], new: list[bytes]) -> None:
-    both = {json.loads(line)["id"] for line in lines} & {json.loads(line)["id"] for line in new}
-    if both:
-        raise ValueError(
-            f"{path}: id {min(both)!r} is there already; ids must be unique: name another field with --id-field, or "
-            "none to number them"
-        )
 
 
 def _say_where(made: Index, recipe: Recipe) -> None:

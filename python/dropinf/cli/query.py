@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,12 +18,12 @@ from ..files import replacing
 from ..fisher.fisher import Fisher, FisherKind, build_fisher
 from ..gradients import Gradients
 from ..index import verify as problems_of
-from ..index.folder import FISHER, PASSAGES, SKETCH
+from ..index.folder import FISHER, PASSAGES
 from ..index.manifest import NAME
 from ..index.reader import Index
 from ..score import ScoreKind, TopK, score
 from ..score import self_influence as self_influence_of
-from ..sketch.sketch import Dropout
+from ..text.passage_file import PassageFile
 from ..text.passages import Passage, read_passages
 from ..workload import Workload
 from .console import Found, note, print_json, print_table, size_text
@@ -32,13 +31,13 @@ from .page import save_query_page
 from .recipe import Recipe, check_weights, load_workload, parse_damping, pick_device
 
 Option = typer.Option
-Place = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="INDEX")]
+IndexFolder = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="INDEX")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
-Damping = Annotated[str | None, Option(help="Another damping than the Fisher matrix was built with.")]
+DampingOption = Annotated[str | None, Option(help="Another damping than the Fisher matrix was built with.")]
 
 
 def query(
-    index: Place,
+    index: IndexFolder,
     text: Annotated[list[str] | None, Option(help="A query; may be repeated.")] = None,
     label: Annotated[list[int] | None, Option(help="The class of each --text, for classifiers.")] = None,
     data: Annotated[str | None, Option(help="Queries from a file or dataset, as dropinf index reads them.")] = None,
@@ -51,7 +50,7 @@ def query(
     ] = None,
     top: Annotated[int, Option(min=1, help="How many passages of either side.")] = 10,
     kind: Annotated[ScoreKind, Option(help="The score.")] = "influence",
-    damping: Damping = None,
+    damping: DampingOption = None,
     opponents: Annotated[bool, Option(help="Show the passages of lowest score too.")] = True,
     as_json: AsJson = False,
     html: Annotated[Path | None, Option(help="Write a page with the result, too.")] = None,
@@ -80,8 +79,7 @@ def query(
             passages = [Passage(str(i), t, label[i] if label else None) for i, t in enumerate(text or ())]
         text_model = replace(recipe, model=model or recipe.model).text_model(pick_device(device))
         work = text_model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, loss=recipe.loss)
-    layers = [glob.escape(name) for name in train.shapes] if recipe is None else recipe.layers
-    ids, rows = _compressed(work, train, layers)
+    ids, rows = _compressed(work, train)
     if passages is not None:  # batches are in the order of their lengths
         at = {name: i for i, name in enumerate(ids)}
         ids = [passage.id for passage in passages]
@@ -123,9 +121,9 @@ def report(
 
 
 def self_influence(
-    index: Place,
+    index: IndexFolder,
     top: Annotated[int, Option(min=1, help="How many samples to show.")] = 20,
-    damping: Damping = None,
+    damping: DampingOption = None,
     as_json: AsJson = False,
     out: Annotated[Path | None, Option(help="Write the values of all samples to this .npy file, too.")] = None,
 ) -> None:
@@ -149,7 +147,7 @@ def self_influence(
 
 
 def fisher(
-    index: Place,
+    index: IndexFolder,
     kind: Annotated[FisherKind, Option(help="Of its blocks.")] = "block",
     damping: Annotated[str, Option(help="auto, or a number such as 0.1.")] = "auto",
 ) -> None:
@@ -161,7 +159,7 @@ def fisher(
     note(f"{index}: Fisher matrix {about_fisher(built)}, {size_text((index / FISHER).stat().st_size)}")
 
 
-def verify(index: Place) -> None:
+def verify(index: IndexFolder) -> None:
     """Read every byte of an index; print "sound", or a line for each problem and exit with 1."""
     _check_there(index)
     problems = problems_of(index)
@@ -170,7 +168,7 @@ def verify(index: Place) -> None:
         raise typer.Exit(1)
 
 
-def info(index: Place, as_json: AsJson = False) -> None:
+def info(index: IndexFolder, as_json: AsJson = False) -> None:
     """Show what an index holds and how it was made."""
     found = open_index(index).info()
     if as_json:
@@ -191,7 +189,7 @@ def info(index: Place, as_json: AsJson = False) -> None:
 
 
 def export(
-    index: Place,
+    index: IndexFolder,
     out: Annotated[Path, typer.Argument(help="File that ends in .npy, .safetensors or .faiss.")],
 ) -> None:
     """Write rows whose inner products are influence scores, for any inner-product search."""
@@ -244,11 +242,10 @@ def about_fisher(fisher: Fisher) -> str:
     return f"{fisher.kind}, damping {fisher.damping}"
 
 
-def _compressed(work: Workload, train: Index, layers: Sequence[str] | None) -> tuple[list[str], Gradients]:
+def _compressed(work: Workload, train: Index) -> tuple[list[str], Gradients]:
     """The ids and compressed gradients of queries, by the sketch of the index."""
     check_weights(work, train.manifest.model, train.path)
-    compressor = Compressor(work.model, Dropout(1), work.loss_fn, layers=layers, cu_seqlens=work.cu_seqlens)
-    compressor.load(train.path / SKETCH)  # whose tables replace those of the sketch above
+    compressor = Compressor.from_index(train.path, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     ids = [name for batch in work.batches for name in work.ids(batch)]
     rows = compressor.compress(work.batches)
     if len(ids) != len(rows):
@@ -291,19 +288,7 @@ def passage_texts(index: Index, wanted: set[str]) -> dict[str, str]:
     """The texts of these passages, by id; none where the index has no passages. One scan of the file, none kept."""
     if PASSAGES not in index.manifest.files:
         return {}
-    found: dict[str, str] = {}
-    path = index.path / PASSAGES
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if len(found) == len(wanted):
-                break
-            try:
-                row = json.loads(line)
-                if row["id"] in wanted:
-                    found[row["id"]] = row["text"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: damaged; see dropinf verify {_quoted(index.path)}") from None
-    return found
+    return PassageFile(index.path / PASSAGES).texts(wanted)
 
 
 def _facts(result: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ _TEXT = ("model", "loader", "task", "model_dtype", "loss", "sampling", "dtype") 
 _FREE = ("model", "loader")  # may be elsewhere by now: weights and batches are compared themselves
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The model and how passages become tokens, batches and rows; with a loader, the model and all of that are its."""
 

@@ -154,7 +154,7 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     for name, found in _strings(body["files"], "files").items():
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
-    runs = tuple(_run(entry) for entry in _list(body["runs"], "runs"))
+    runs = tuple(_parse_run(entry) for entry in _list(body["runs"], "runs"))
     if not runs or any(run.shards is None for run in runs[:-1]):
         raise ValueError("runs are none, or one that is not the last is not finished")
     about = _strings(body["about"], "about")
@@ -171,7 +171,7 @@ def _layer(entry: Mapping[str, Any]) -> LayerEntry:
     return LayerEntry(_string(entry["name"]), shape, _string(entry["digest"]), size)
 
 
-def _run(entry: Mapping[str, Any]) -> Run:
+def _parse_run(entry: Mapping[str, Any]) -> Run:
     shards = entry["shards"]
     if shards is not None:
         shards = tuple(_shard(shard) for shard in _list(shards, "shards"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..capture.layer import Layer, matrix_shape
 from ..sketch.axis import Axis
+from ..sketch.draws import Place
 from ..sketch.sketch import Sketch
 from . import require
 
@@ -140,11 +141,12 @@ def _axes(sketch: Plan, name: str, weight: Tensor) -> tuple[Axis, Axis]:
         return layer.out_axis, layer.in_axis
     axes = []
     for side, size, dim in zip(("out", "in"), matrix_shape(tuple(weight.shape), False), sketch.dims(name), strict=True):
-        if sketch.mode == "flat" or sketch.statistics_of(size, dim, f"{name}/{side}"):
+        place = Place(name, side)
+        if sketch.mode == "flat" or sketch.statistics_of(size, dim, place):
             way_out = "calibrate a dropinf.Compressor on the model, and pass its layers"
             what = "masks flattened gradients" if sketch.mode == "flat" else f"needs statistics of the data: {way_out}"
             raise ValueError(f"{sketch!r} {what}")
-        axes.append(sketch.make(size, dim, f"{name}/{side}"))
+        axes.append(sketch.make(size, dim, place))
     return axes[0], axes[1]
 
 

@@ -66,8 +66,9 @@ class Projector(_projectors.AbstractProjector):
         found = hashlib.blake2b(f"{sorted(self.compressor.digest().items())} {self.scale}".encode(), digest_size=8)
         dim = sum(math.prod(plan.stored_shape) for plan in self.plans)
         device = next(model.parameters()).device
+        drawn = self.compressor.sketch  # None where the masks are an index's
         # TRAK refuses to go on in a folder whose projections were of another type.
-        super().__init__(total, dim, self.compressor.sketch.seed, f"dropinf {found.hexdigest()}", device)
+        super().__init__(total, dim, 0 if drawn is None else drawn.seed, f"dropinf {found.hexdigest()}", device)
 
     def project(self, grads: Tensor | Mapping[str, Tensor] | Gradients, model_id: int) -> Tensor:  # noqa: ARG002
         """Compress gradients by parameter, flattened [B, P], or compressed already: [B, proj_dim].

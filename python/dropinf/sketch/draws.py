@@ -1,26 +1,37 @@
-"""Random draws that depend on (seed, key) alone, and the tables that they are laid into."""
+"""Random draws that depend on (seed, place) alone, and the tables that they are laid into."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def bits(seed: int, key: str, n: int) -> np.ndarray:
-    """n uint64 that depend on (seed, key) alone. A bias shares its layer's output mask: it has the same key here."""
-    shared = key.replace(".bias/", "/")
-    word = hashlib.blake2b(f"{seed}/{shared}".encode(), digest_size=16).digest()
+class Place(NamedTuple):
+    """An axis of a model: a layer, by its name, and the "out", "in" or "flat" side of its gradient."""
+
+    layer: str
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.side}"
+
+
+def bits(seed: int, place: Place, n: int, purpose: str = "") -> np.ndarray:
+    """Return n uint64 that depend on (seed, place, purpose) alone. A bias shares its layer's output mask."""
+    shared = Place(place.layer.removesuffix(".bias"), place.side)
+    word = hashlib.blake2b(f"{seed}/{shared}{purpose}".encode(), digest_size=16).digest()
     bits: np.ndarray = np.asarray(np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n), dtype=np.uint64)
     return bits
 
 
-def uniform(seed: int, key: str, n: int) -> np.ndarray:
-    """n floats in the open interval (0, 1)."""
-    uniform: np.ndarray = ((bits(seed, key, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+def uniform(seed: int, place: Place, n: int, purpose: str = "") -> np.ndarray:
+    """Return n floats in the open interval (0, 1) that depend on (seed, place, purpose) alone."""
+    uniform: np.ndarray = ((bits(seed, place, n, purpose) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return uniform
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .axis import Axis
-from .draws import bits, chances, fold_table, systematic, uniform
+from .draws import Place, bits, chances, fold_table, systematic, uniform
 
 Statistics = Literal["energy", "covariance", "survivors"]
 Sampling = Literal["uniform", "energy"]
-Sides = Sampling | tuple[Sampling, Sampling]
+SamplingBySide = Sampling | tuple[Sampling, Sampling]
 
 
 def _whole_number(name: str, value: object) -> int:
@@ -88,25 +88,25 @@ class Sketch(ABC):
         return math.prod(self.dims(layer))
 
     @abstractmethod
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
-        """The sketch of the axis named ``key``, of length ``size``, to ``dim`` < ``size`` values.
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:
+        """The sketch of the axis at ``place``, of length ``size``, to ``dim`` < ``size`` values.
 
         ``statistics`` is E[x_j^2] [size] or E[x x^T] [size, size] over the calibration pass, that of the survivors
         [kept, kept], or None.
         """
 
-    def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:  # noqa: ARG002
-        """What :meth:`make` asks for the axis ``key``."""
+    def statistics_of(self, size: int, dim: int, place: Place) -> Statistics | None:  # noqa: ARG002
+        """What :meth:`make` asks for the axis at ``place``."""
         wanted = self.statistics if dim < size else None
         return wanted or ("energy" if self.whiten else None)
 
-    def survivors(self, size: int, dim: int, key: str) -> Axis | None:  # noqa: ARG002
+    def survivors(self, size: int, dim: int, place: Place) -> Axis | None:  # noqa: ARG002
         """What is kept of an axis before any statistics are known: None where the covariance of all of it is wanted."""
         return None
 
-    def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:
+    def make(self, size: int, dim: int, place: Place, statistics: Tensor | None = None) -> Axis:
         """:meth:`axis`, or the axis kept whole where ``dim`` >= ``size``; of whitened coordinates on request."""
-        axis = Axis.identity(size) if dim >= size else self.axis(size, dim, key, statistics)
+        axis = Axis.identity(size) if dim >= size else self.axis(size, dim, place, statistics)
         if not self.whiten:
             return axis
         assert statistics is not None, "the compressor calibrates first"
@@ -178,7 +178,7 @@ class Dropout(Sketch):
         *,
         keep: float | None = None,
         group: int = 1,
-        sampling: Sides | Mapping[str, Sides] = "uniform",
+        sampling: SamplingBySide | Mapping[str, SamplingBySide] = "uniform",
         rank: Dim | Mapping[str, Dim] | None = None,
         mode: Literal["factorized", "flat"] = "factorized",
         scale: bool = False,
@@ -211,73 +211,71 @@ class Dropout(Sketch):
     def dim_flat(self, layer: str) -> int:
         return self.dims(layer)[0] if self.mode == "flat" else super().dim_flat(layer)
 
-    def statistics_of(self, size: int, dim: int, key: str) -> Statistics | None:
-        energy = dim < size and self._by_energy(key)
-        if dim < size and self._kept(dim, key):
+    def statistics_of(self, size: int, dim: int, place: Place) -> Statistics | None:
+        energy = dim < size and self._by_energy(place)
+        if dim < size and self._kept(dim, place):
             return "covariance" if energy else "survivors"
         return "energy" if energy or self.whiten else None
 
-    def _by_energy(self, key: str) -> bool:
-        layer, side = key.rsplit("/", 1)
-        sampling = cast("Sides", _by_layer("sampling", self.sampling, layer))
-        return (sampling[side == "in"] if isinstance(sampling, tuple) else sampling) == "energy"
+    def _by_energy(self, place: Place) -> bool:
+        sampling = cast("SamplingBySide", _by_layer("sampling", self.sampling, place.layer))
+        return (sampling[place.side == "in"] if isinstance(sampling, tuple) else sampling) == "energy"
 
-    def _kept(self, dim: int, key: str) -> int:
+    def _kept(self, dim: int, place: Place) -> int:
         """How many values of an axis are kept, to be rotated onto ``dim``; 0 without a rotation."""
         if self.rank is None:
             return 0
-        layer, side = key.rsplit("/", 1)
-        rank, dims = cast("Dim", _by_layer("rank", self.rank, layer)), self.dims(layer)
+        rank, dims = cast("Dim", _by_layer("rank", self.rank, place.layer)), self.dims(place.layer)
         if isinstance(rank, tuple):
-            rank = rank[side == "in"]
+            rank = rank[place.side == "in"]
         elif rank <= max(dims):
             raise ValueError(
-                f"rank must be more than dim, got rank={rank} and dim={max(dims)} for layer {layer}: rank values of an "
-                "axis are kept and rotated onto dim; four times dim is a good choice"
+                f"rank must be more than dim, got rank={rank} and dim={max(dims)} for layer {place.layer}: rank values "
+                "of an axis are kept and rotated onto dim; four times dim is a good choice"
             )
         return rank if rank > dim else 0
 
-    def survivors(self, size: int, dim: int, key: str) -> Axis | None:
-        rank = self._kept(dim, key)
-        return self._table(size, rank, key, None) if 0 < rank < size else None
+    def survivors(self, size: int, dim: int, place: Place) -> Axis | None:
+        rank = self._kept(dim, place)
+        return self._table(size, rank, place, None) if 0 < rank < size else None
 
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
-        rank, energy = self._kept(dim, key), self._by_energy(key)
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:
+        rank, energy = self._kept(dim, place), self._by_energy(place)
         if not rank:
-            return self._table(size, dim, key, statistics if energy else None)
+            return self._table(size, dim, place, statistics if energy else None)
         assert statistics is not None, "the compressor calibrates first"
         if statistics.ndim == 1:
             return _leading(size, dim, statistics)
         if rank >= size:
             return Axis(size, matrix=self._directions(statistics, dim))
         if not energy:
-            table = self._table(size, rank, key, None)
+            table = self._table(size, rank, place, None)
             return Axis(size, table.index, table.weight, self._directions(statistics, dim), table.group)
-        table = self._table(size, rank, key, statistics.diagonal())
+        table = self._table(size, rank, place, statistics.diagonal())
         kept = table.scaled(whitening(statistics)) if self.whiten else table
         statistics = kept.apply(kept.apply(statistics).T)  # the table is linear: S E[x x^T] S^T
         return Axis(size, table.index, table.weight, _principal(statistics, dim), table.group)
 
-    def _table(self, size: int, dim: int, key: str, energies: Tensor | None) -> Axis:
+    def _table(self, size: int, dim: int, place: Place, energies: Tensor | None) -> Axis:
         group = math.gcd(self.group, size, dim)
         survivors = dim if self.keep is None else min(size, max(dim, round(self.keep * size)))
-        order, chance = self._runs(size // group, math.ceil(survivors / group), key, energies)
+        order, chance = self._runs(size // group, math.ceil(survivors / group), place, energies)
         folded = survivors > dim
         if not folded:
             order = np.sort(order)
         weights = np.repeat(1 / np.sqrt(chance[order]) if self.scale else np.ones(len(order)), group)
         if folded:
-            weights *= (bits(self.seed, key + "/sign", len(weights)) & np.uint64(1)).astype(np.float32) * 2 - 1
+            weights *= (bits(self.seed, place, len(weights), "/sign") & np.uint64(1)).astype(np.float32) * 2 - 1
         index, weight = fold_table(order, dim // group, group, weights)
         return Axis(size, index, weight if folded or self.scale else None, group=group)
 
-    def _runs(self, runs: int, count: int, key: str, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    def _runs(self, runs: int, count: int, place: Place, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         """Which ``count`` of ``runs`` survive, in random order, and the chance of every run."""
-        order = np.argsort(bits(self.seed, key, runs), kind="stable")
+        order = np.argsort(bits(self.seed, place, runs), kind="stable")
         if energies is None:
             return order[:count], np.full(runs, count / runs)
         found = chances(energies.double().cpu().numpy().reshape(runs, -1).mean(1), count)
-        return systematic(found, order, float(uniform(self.seed, key + "/energy", 1)[0])), found
+        return systematic(found, order, float(uniform(self.seed, place, 1, "/energy")[0])), found
 
 
 class SJLT(Sketch):
@@ -288,8 +286,8 @@ class SJLT(Sketch):
         super().__init__(dim, whiten=whiten, seed=seed)
         self._fold = Dropout(dim, keep=1.0, seed=seed)
 
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:
-        return self._fold.axis(size, dim, key, statistics)
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:
+        return self._fold.axis(size, dim, place, statistics)
 
 
 class Gaussian(Sketch):
@@ -297,8 +295,8 @@ class Gaussian(Sketch):
 
     dense = True
 
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
-        normal = torch.special.ndtri(torch.from_numpy(uniform(self.seed, key, dim * size)))
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+        normal = torch.special.ndtri(torch.from_numpy(uniform(self.seed, place, dim * size)))
         return Axis(size, matrix=(normal / math.sqrt(dim)).float().view(dim, size))
 
 
@@ -307,8 +305,8 @@ class Rademacher(Sketch):
 
     dense = True
 
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
-        signs = (bits(self.seed, key, dim * size) & np.uint64(1)).astype(np.float32) * 2 - 1
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+        signs = (bits(self.seed, place, dim * size) & np.uint64(1)).astype(np.float32) * 2 - 1
         return Axis(size, matrix=torch.from_numpy(signs / np.float32(math.sqrt(dim))).view(dim, size))
 
 
@@ -323,7 +321,7 @@ class PCA(Sketch):
     statistics = "covariance"
     dense = True
 
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:  # noqa: ARG002
         assert statistics is not None, "the compressor calibrates first"
         if statistics.ndim == 1:
             return _leading(size, dim, statistics)
@@ -339,10 +337,10 @@ class Identity(Sketch):
     def dim_flat(self, layer: str) -> int:  # noqa: ARG002
         return 1
 
-    def make(self, size: int, dim: int, key: str, statistics: Tensor | None = None) -> Axis:  # noqa: ARG002
+    def make(self, size: int, dim: int, place: Place, statistics: Tensor | None = None) -> Axis:  # noqa: ARG002
         return Axis.identity(size)
 
-    def axis(self, size: int, dim: int, key: str, statistics: Tensor | None) -> Axis:  # noqa: ARG002
+    def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:  # noqa: ARG002
         return Axis.identity(size)
 
     def __repr__(self) -> str:

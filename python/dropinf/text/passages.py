@@ -9,11 +9,9 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from ..files import write_whole
 
 _SAVED = ("dataset_dict.json", "state.json")  # what datasets.save_to_disk leaves in a folder
 
@@ -75,20 +73,6 @@ def read_passages(
     return passages
 
 
-def write_passages(passages: Sequence[Passage], path: str | os.PathLike[str]) -> None:
-    """Write JSON lines {"id", "text"[, "label"]}, which `read_passages(path, id_field="id")` reads.
-
-    Until it is complete and on disk the file has a temporary name in the same folder.
-    """
-    write_whole(Path(path), b"".join(map(passage_line, passages)))
-
-
-def passage_line(passage: Passage) -> bytes:
-    """One line of the file that `write_passages` writes."""
-    row = {key: value for key, value in asdict(passage).items() if value is not None}
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-
-
 def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Batches of padded samples: positions in `lengths`, the longest first, so that memory problems show at once.
 
@@ -142,10 +126,10 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 # Where rows come from. Each yields (the row's place, the row), and every row has all of ``fields``.
 
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
+PlacedRows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
-def _rows(name: str, fields: Mapping[str, str]) -> Rows:
+def _rows(name: str, fields: Mapping[str, str]) -> PlacedRows:
     path = Path(name)
     if name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         if not path.is_file():
@@ -158,7 +142,7 @@ def _rows(name: str, fields: Mapping[str, str]) -> Rows:
     return _dataset_rows(name, fields)
 
 
-def _json_rows(path: Path, fields: Mapping[str, str]) -> Rows:
+def _json_rows(path: Path, fields: Mapping[str, str]) -> PlacedRows:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         lines = enumerate(file, 1)
         while True:
@@ -186,7 +170,7 @@ def _json_row(where: str, line: bytes) -> Mapping[str, Any]:
     return row
 
 
-def _parquet_rows(path: Path, fields: Mapping[str, str]) -> Rows:
+def _parquet_rows(path: Path, fields: Mapping[str, str]) -> PlacedRows:
     parquet = need_package("pyarrow.parquet", "a Parquet file")
     damaged = f"{path}: damaged, not a whole Parquet file"
     try:  # pyarrow's own errors are ValueErrors and OSErrors
@@ -209,7 +193,7 @@ def _parquet_rows(path: Path, fields: Mapping[str, str]) -> Rows:
                 number += 1
 
 
-def _dataset_rows(name: str, fields: Mapping[str, str]) -> Rows:
+def _dataset_rows(name: str, fields: Mapping[str, str]) -> PlacedRows:
     data = _dataset(need_package("datasets", f"{name!r}, not a file, is taken for a dataset, which"), name)
     _check_fields(name, fields, data.column_names)
     for number, row in enumerate(data.select_columns(list(dict.fromkeys(fields.values())))):
