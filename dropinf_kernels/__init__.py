@@ -1,6 +1,7 @@
 """Torch ops that compress per-sample gradients; importing the package registers `torch.ops.dropinf.*`."""
 
-from .functional import (
+from .op import import_launchers_with
+from .ops import (
     compress_conv,
     compress_conv_int8,
     compress_embedding,
@@ -11,6 +12,7 @@ from .functional import (
     compress_linear_int8,
     compress_norm,
     compress_norm_int8,
+    conv_output_size,
     dequantize_rows,
     gram_update,
     quantize_rows,
@@ -18,7 +20,6 @@ from .functional import (
     sketch,
     sketch_patches,
 )
-from .reference_conv import conv_output_size
 
 __all__ = [
     "compress_conv",
@@ -39,3 +40,11 @@ __all__ = [
     "sketch",
     "sketch_patches",
 ]
+
+
+def _import_launchers() -> None:
+    """Import the kernels, and with them triton, which takes long: at the first launch, not before."""
+    from . import gpu  # noqa: F401
+
+
+import_launchers_with(_import_launchers)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dropinf_kernels import score_topk
-from dropinf_kernels.reference_score import dot_rows
+from dropinf_kernels.ops.topk import dot_rows
 
 from .files import new_array, open_array
 from .fisher.fisher import Fisher

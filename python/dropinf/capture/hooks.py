@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from dropinf_kernels.reference import exact
+from dropinf_kernels.op import no_autograd
 
 from . import sharded
 from .checks import untied_message
@@ -64,7 +64,7 @@ class Pass:
     def __post_init__(self) -> None:
         self.into = self.recorder  # of the backward that runs
 
-    @exact
+    @no_autograd
     def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
         """Return what one call of a module keeps for backward."""
         try:
@@ -75,7 +75,7 @@ class Pass:
             self.unfit.add(use.name)
         return saved
 
-    @exact
+    @no_autograd
     def emit(self, use: Use, saved: Tensor | None, g: Tensor) -> None:
         """Take what one call of a module gives in backward."""
         try:

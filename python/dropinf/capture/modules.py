@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropinf_kernels as ops
-from dropinf_kernels.reference import exact, outer_products
+from dropinf_kernels.op import no_autograd
+from dropinf_kernels.ops.linear import outer_products
 
 from ..sketch.axis import Axis
 from .layer import Layer
@@ -133,7 +134,7 @@ def sketched_sum(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> T
     return ops.compress_norm(a, g, index, weight, axis.group if index is not None else 1, cu)
 
 
-@exact
+@no_autograd
 def sketched_outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
     """sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
     if axis.is_gather and not g.is_cuda:

@@ -12,8 +12,8 @@ import torch
 import typer
 
 import dropinf_kernels as ops
-from dropinf_kernels.launch import arch_of
-from dropinf_kernels.reference_score import _in_integers
+from dropinf_kernels.device import arch_of
+from dropinf_kernels.ops.topk import in_integers
 
 # Distribution, module, what to install, what for.
 _OPTIONAL = (
@@ -42,7 +42,7 @@ def doctor() -> None:
     if not torch.cuda.device_count():
         _print("GPU", "none" if torch.version.cuda or torch.version.hip else "none; this torch is built for CPUs alone")
     _print("kernels", kernels(device))
-    integers = _in_integers(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int8))
+    integers = in_integers(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int8))
     _print("int8 products", "in integers (VNNI)" if integers else "in floating point; this CPU or torch has no VNNI")
     for distribution, module, wanted, purpose in _OPTIONAL:
         there = importlib.util.find_spec(module) is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropinf_kernels import sketch as _gather
-from dropinf_kernels.reference import gather_runs, runs_of
+from dropinf_kernels.ops.plain import gather_runs, runs_of
 
 
 @dataclass(frozen=True, eq=False)

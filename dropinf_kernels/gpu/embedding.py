@@ -4,18 +4,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_cu_seqlens, check_device, check_index, launch
-from .linear import operand_dtype, packed_rows
-from .reference_sparse import check_embedding
-from .tiles import Side, finish, load_side, outputs, range_of, sample_and_block, store_block
-from .tiling import ARCHS, OuterTile, cdiv, computed_tile
+from ..device import ARCHS, arch_of
+from ..op import launches
+from ..ops.embedding import check_embedding, compress_embedding, compress_embedding_int8
+from .launch import check_device, check_index, launch
+from .tiles import Samples, Side, finish, load_side, operand_dtype, outputs, range_of, sample_and_block, store_block
+from .tiling import cdiv, computed_tile
 
 
 @triton.jit
@@ -70,18 +69,8 @@ def compress_embedding_kernel(
     store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
 
 
-def compress_embedding(*args: Any, **kwargs: Any) -> Tensor:
-    """Launch `compress_embedding` on g's device. An id outside [0, num_embeddings) contributes 0, as nothing waits."""
-    return _compress(torch.float32, *args, **kwargs)[0]
-
-
-def compress_embedding_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Launch `compress_embedding_int8`: int8 rows, and the scale of each."""
-    return _compress(torch.int8, *args, **kwargs)
-
-
-def _compress(
-    dtype: torch.dtype,
+@launches(compress_embedding, compress_embedding_int8)
+def launch_embedding(
     ids: Tensor,
     g: Tensor,
     num_embeddings: int,
@@ -92,7 +81,10 @@ def _compress(
     padding_idx: int = -1,
     group: int = 1,
     cu_seqlens: Tensor | None = None,
+    *,
+    quantize: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_embedding` on g's device. An id outside [0, num_embeddings) contributes 0, as nothing waits."""
     check_embedding(ids, g, num_embeddings, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
     check_device(g=g, ids=ids, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
     check_index("in_index", in_index, num_embeddings, group)
@@ -101,38 +93,24 @@ def _compress(
     left = Side.of(g, g.shape[-1], out_index, out_weight, group)
     right = Side.of(ids, num_embeddings, in_index, in_weight, 1)
     # Ids look like rows of width 1, so that they have a dense input's strides.
-    ids = ids.unsqueeze(-1)
-    if cu_seqlens is None:
-        samples, length = g.shape[:2]
-        mean = length
-    else:
-        ids, g = packed_rows("ids", ids), packed_rows("g", g)
-        cu_seqlens = check_cu_seqlens(cu_seqlens, g.shape[0], g.device)
-        samples, length = cu_seqlens.shape[0] - 1, g.shape[0]
-        mean = cdiv(length, max(1, samples))
-        ids, g = ids.unsqueeze(0), g.unsqueeze(0)
+    samples, (ids, g) = Samples.of(cu_seqlens, ids=ids.unsqueeze(-1), g=g)
     # A weight, or a row named twice in a column, need not be exact in 16 bits.
     operand = tl.float32 if right.weighted or right.fan_in > 1 else operand_dtype(g, g)
-    problem = (samples, mean, left.k, right.k, 4 if operand == tl.float32 else 2, arch)
-
-    def run(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
-        blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
-        shape = (samples, left.k, right.k)
-        out, scale, partial = outputs(shape, dtype, g.device, tile.splits, whole=blocks == 1)
-        share = cdiv(cdiv(length, tile.block_t), tile.splits) * tile.block_t
-        launch(
-            compress_embedding_kernel, (samples * blocks, tile.splits), g.device,
-            ids, g, out if partial is None else partial, out if scale is None else scale,
-            g if cu_seqlens is None else cu_seqlens, right.index, right.weight, left.index, left.weight,
-            length, right.k, left.k, share if cu_seqlens is None else tile.splits, num_embeddings, padding_idx,
-            *ids.stride()[:2], *g.stride(), out.numel(),
-            FAN_IN=right.fan_in, FAN_OUT=left.fan_in, OUT_GROUP=left.group, IN_WEIGHTED=right.weighted,
-            OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None,
-            QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
-            BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, num_warps=tile.warps, num_stages=2,
-        )  # fmt: skip
-        if partial is not None:
-            finish(partial, out, scale)
-        return out, scale
-
-    return run(computed_tile(*problem))
+    tile = computed_tile(samples.number, samples.mean, left.k, right.k, 4 if operand == tl.float32 else 2, arch)
+    blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
+    shape, stored = (samples.number, left.k, right.k), torch.int8 if quantize else torch.float32
+    out, scale, partial = outputs(shape, stored, g.device, tile.splits, whole=blocks == 1)
+    launch(
+        compress_embedding_kernel, (samples.number * blocks, tile.splits), g.device,
+        ids, g, out if partial is None else partial, out if scale is None else scale,
+        g if samples.cu_seqlens is None else samples.cu_seqlens, right.index, right.weight, left.index, left.weight,
+        samples.length, right.k, left.k, samples.chunk(tile.block_t, tile.splits), num_embeddings, padding_idx,
+        *ids.stride()[:2], *g.stride(), out.numel(),
+        FAN_IN=right.fan_in, FAN_OUT=left.fan_in, OUT_GROUP=left.group, IN_WEIGHTED=right.weighted,
+        OUT_WEIGHTED=left.weighted, PACKED=samples.cu_seqlens is not None,
+        QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
+        BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, num_warps=tile.warps, num_stages=2,
+    )  # fmt: skip
+    if partial is not None:
+        finish(partial, out, scale)
+    return out, scale

@@ -1,36 +1,37 @@
-"""Triton helpers that the kernels share: loading one sketched side of a product, and finishing split sums."""
+"""What kernels and launchers share: loading one sketched side of a product, and finishing split sums."""
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import check_cu_seqlens, launch
 from .tiling import cdiv, power_of_two
 
 
 @triton.jit
 def run_columns(offsets, p_index, GROUP: tl.constexpr, keep):
-    """Coordinates of the output columns `offsets`: each run's start is read once, so that runs load as vectors."""
+    """Return the coordinates of output columns: each run's start is read once, so that runs load as vectors."""
     start = tl.load(p_index + (offsets // GROUP) * GROUP, mask=keep, other=0)
     return tl.max_contiguous(tl.multiple_of(start + offsets % GROUP, GROUP), GROUP)
 
 
 @triton.jit
 def below(offsets, k, GROUP: tl.constexpr):
-    """`offsets < k` for a k that GROUP divides, in a form that is constant over each run."""
+    """Return `offsets < k` for a k that GROUP divides, in a form that is constant over each run."""
     return offsets // GROUP < k // GROUP
 
 
 @triton.jit
 def spread(x, TURNED: tl.constexpr):
-    """Columns vary along the last axis of a tile, or along the first of a turned one."""
+    """Lay columns along the last axis of a tile, or along the first of a turned one."""
     return x[:, None] if TURNED else x[None, :]
 
 
@@ -207,7 +208,7 @@ class Side:
 
     @property
     def is_narrow(self) -> bool:
-        """Values load one by one, or are summed before they are multiplied."""
+        """Return whether values load one by one, or are summed before they are multiplied."""
         return self.fan_in > 1 or self.weighted or (self.fan_in == 1 and self.group < 4)
 
     @classmethod
@@ -218,3 +219,47 @@ class Side:
         weight = None if weight is None else weight.contiguous()
         run = min(16, group & -group)
         return cls(index, index if weight is None else weight, index.shape[1], index.shape[0], weight is not None, run)
+
+
+def packed_rows(name: str, x: Tensor) -> Tensor:
+    """Return [B, T, d] as a view [B * T, d]."""
+    try:
+        return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)} and strides {list(x.stride())}; with cu_seqlens its rows must be evenly "
+            f"spaced: pass {name}.contiguous()"
+        ) from None
+
+
+def operand_dtype(a: Tensor, g: Tensor) -> tl.dtype:
+    """Return what the matrix units multiply: the common 16-bit dtype, or float32 where the two differ."""
+    if a.dtype == g.dtype and a.dtype in (torch.float16, torch.bfloat16):
+        return tl.float16 if a.dtype == torch.float16 else tl.bfloat16
+    return tl.float32
+
+
+class Samples(NamedTuple):
+    """The samples of a launch; documents that are packed in one sample count as samples."""
+
+    number: int
+    length: int  # of each, or of the one that holds all documents
+    mean: int
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor | None, **inputs: Tensor) -> tuple[Samples, list[Tensor]]:
+        """Return the samples of inputs [N, T, d], or of documents in [B, T, d] or [rows, d], and inputs [N, T, d]."""
+        tensors = list(inputs.values())
+        if cu_seqlens is None:
+            number, length = tensors[0].shape[:2]
+            return cls(number, length, length, None), tensors
+        rows = [packed_rows(name, x) for name, x in inputs.items()]
+        length = rows[0].shape[0]
+        cu_seqlens = check_cu_seqlens(cu_seqlens, length, rows[0].device)
+        number = cu_seqlens.shape[0] - 1
+        return cls(number, length, cdiv(length, max(1, number)), cu_seqlens), [x.unsqueeze(0) for x in rows]
+
+    def chunk(self, block: int, splits: int) -> int:
+        """Return what `range_of` takes: the length of a range, or, where documents are packed, the number of splits."""
+        return splits if self.cu_seqlens is not None else cdiv(cdiv(self.length, block), splits) * block

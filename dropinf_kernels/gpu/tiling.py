@@ -1,7 +1,6 @@
 """Tile shapes, warps, stages and splits from a problem and an architecture, by rule and without a device.
 
-The rule is a deterministic function, so every rank of a job picks the same tiles. Numbers of an
-architecture are its vendor's data sheet's; they decide shapes here and predicted times in bench/traffic.
+The rule is a deterministic function, so every rank of a job picks the same tiles.
 """
 
 from __future__ import annotations
@@ -9,43 +8,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from ..device import Arch
+
 # Beyond this many partial results per sample the second stage costs more than an idle multiprocessor.
 _MAX_SPLITS = 256
-# The longest list that score_topk keeps per query on chip; a longer one takes the reference.
+# The longest list that score_topk keeps per query on chip; a longer one takes the plain body.
 MAX_TOP = 256
 _BLOCKS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128))
 
 
 # A rule costs tens of microseconds, a call of a launcher not many more.
 _remembered = functools.lru_cache(maxsize=1024)
-
-
-@dataclass(frozen=True)
-class Arch:
-    """A GPU as the rules see it."""
-
-    name: str
-    backend: str  # "cuda" or "hip"
-    multiprocessors: int
-    shared_bytes: int  # that one program may use
-    registers: int  # 32-bit registers of a multiprocessor
-    warp_size: int
-    bandwidth: float  # bytes per second
-    flops16: float  # dense 16-bit matrix operations per second
-    flops32: float  # matrix operations per second at float32 accuracy (tf32x3, or native)
-
-    @property
-    def precision(self) -> str:
-        """`input_precision` that keeps float32 accuracy on the matrix units."""
-        return "tf32x3" if self.backend == "cuda" else "ieee"
-
-
-ARCHS = {
-    "sm_80": Arch("sm_80", "cuda", 108, 163 << 10, 65536, 32, 2.04e12, 312e12, 156e12 / 3),
-    "sm_90": Arch("sm_90", "cuda", 132, 227 << 10, 65536, 32, 3.35e12, 989e12, 495e12 / 3),
-    "sm_100": Arch("sm_100", "cuda", 148, 227 << 10, 65536, 32, 8.0e12, 2250e12, 1125e12 / 3),
-    "gfx942": Arch("gfx942", "hip", 304, 64 << 10, 131072, 64, 5.3e12, 1307e12, 163e12),
-}
 
 
 @dataclass(frozen=True)

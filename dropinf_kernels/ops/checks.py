@@ -85,58 +85,16 @@ def document_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     return bounds
 
 
-def check_linear(
-    a: Tensor,
-    g: Tensor,
-    in_index: Tensor | None,
-    in_weight: Tensor | None,
-    out_index: Tensor | None,
-    out_weight: Tensor | None,
-    group: int,
-    cu_seqlens: Tensor | None,
-) -> None:
-    ndims = (3,) if cu_seqlens is None else (2, 3)
-    check_float("a", a, *ndims)
-    check_float("g", g, *ndims)
-    check_same_rows(a, g, "a", a.shape[:-1], g.shape[:-1])
-    check_table("in_", in_index, in_weight, a.shape[-1], group)
-    check_table("out_", out_index, out_weight, g.shape[-1], group)
-
-
-def check_output_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"dtype is {dtype}; it must be float16, bfloat16, float32 or float64 (for int8: compress_linear_int8)"
+def check_rows(c: Tensor, c_scale: Tensor | None, name: str = "c") -> None:
+    """Check rows of compressed gradients: float [N, K], or int8 with the scale of each row."""
+    if c.dtype == torch.int8:
+        if c_scale is None:
+            raise ValueError(f"{name} is int8 and c_scale is missing; pass the scale of each row, float32 [N]")
+        if c.dim() != 2:
+            raise ValueError(f"{name} has shape {list(c.shape)}; it must have 2 dimensions")
+    else:
+        check_float(name, c, 2)
+    if c_scale is not None and (c_scale.dtype != torch.float32 or c_scale.shape != c.shape[:1]):
+        raise ValueError(
+            f"c_scale is {c_scale.dtype} {list(c_scale.shape)}; it must be float32 [N] with {name}'s N = {c.shape[0]}"
         )
-
-
-def check_sketch(x: Tensor, index: Tensor, weight: Tensor | None, group: int) -> None:
-    check_float("x", x)
-    if x.dim() == 0:
-        raise ValueError("x has no dimension; it must be [..., d]")
-    check_table("", index, weight, x.shape[-1], group)
-
-
-def check_norm(
-    a: Tensor | None, g: Tensor, index: Tensor | None, weight: Tensor | None, group: int, cu_seqlens: Tensor | None
-) -> None:
-    ndims = (3,) if cu_seqlens is None else (2, 3)
-    check_float("g", g, *ndims)
-    if a is not None:
-        check_float("a", a, *ndims)
-        check_same_rows(a, g, "a", a.shape, g.shape)
-    check_table("", index, weight, g.shape[-1], group)
-
-
-def check_flat(a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None) -> None:
-    ndims = (3,) if cu_seqlens is None else (2, 3)
-    check_float("g", g, *ndims)
-    sparse = a.dtype in ID_DTYPES
-    if not sparse:
-        check_float("a", a, *ndims)
-    check_same_rows(a, g, "a", a.shape if sparse else a.shape[:-1], g.shape[:-1])
-    for name, index in (("rows", rows), ("cols", cols)):
-        if index.dtype != torch.int32:
-            raise TypeError(f"{name} has dtype {index.dtype}; it must be int32: use {name}.int()")
-        if index.dim() != 1 or index.shape != rows.shape:
-            raise ValueError(f"{name} has shape {list(index.shape)}; rows and cols must both be [k]")

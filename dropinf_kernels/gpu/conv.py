@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_device, check_index, launch
-from .linear import operand_dtype
-from .reference_conv import Geometry, check_conv, check_patches
-from .tiles import Side, finish, load_side, outputs, sample_and_block, store_block
-from .tiling import ARCHS, OuterTile, cdiv, computed_tile, power_of_two, splits
+from ..device import ARCHS, Arch, arch_of
+from ..op import launches
+from ..ops.conv import Geometry, check_conv, check_patches, compress_conv, compress_conv_int8, sketch_patches
+from .launch import check_device, check_index, launch
+from .tiles import Side, finish, load_side, operand_dtype, outputs, sample_and_block, store_block
+from .tiling import OuterTile, cdiv, computed_tile, power_of_two, splits
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def sketch_patches_kernel(
 
 @triton.jit
 def output_sites(positions, O1, O2, stride_p, stride_0, stride_1, stride_2, FLAT: tl.constexpr):
-    """Offsets of output positions; FLAT where one stride serves all of them."""
+    """Return the offsets of output positions; FLAT where one stride serves all of them."""
     if FLAT:
         return positions.to(tl.int64) * stride_p
     o0 = (positions // (O1 * O2)).to(tl.int64)
@@ -139,7 +140,7 @@ def compress_conv_grouped_kernel(
     FLAT: tl.constexpr, QUANTIZE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Rows see their own channel group's input, so each pair of a row and a tap is a dot product of its own."""
+    """Sum each pair of a row and a tap as a dot product of its own: rows see their own channel group's input."""
     n, offs_o, offs_i = sample_and_block(k_out, k_in, BLOCK_O, BLOCK_I)
     split = tl.program_id(1)
     start = split * share
@@ -183,7 +184,7 @@ def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
     return (*(fill,) * (3 - len(values)), *values)
 
 
-def _window(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+def _window(geometry: Geometry) -> dict[str, Any]:
     return {
         "K": _three(geometry.kernel_size, 1),
         "STEP": _three(geometry.stride, 1),
@@ -192,18 +193,36 @@ def _window(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     }
 
 
-def compress_conv(*args: Any, **kwargs: Any) -> Tensor:
-    """Launch `compress_conv` on g's device; see `functional.compress_conv`."""
-    return _compress(torch.float32, *args, **kwargs)[0]
+class _Problem(NamedTuple):
+    """What a launch of compress_conv needs besides its tile."""
+
+    x: Tensor
+    g: Tensor
+    geometry: Geometry
+    groups: int
+    left: Side
+    right: Side
+    stored: torch.dtype
+    arch: Arch
+
+    @property
+    def operand(self) -> tl.dtype:
+        """Return what the matrix units multiply."""
+        folded = self.right.weighted or self.right.fan_in > 1
+        return tl.float32 if folded else operand_dtype(self.x, self.g)
+
+    def tile(self) -> OuterTile:
+        """Choose the tile by rule; one of a grouped convolution has three axes, and lives in registers."""
+        samples, positions, k_out, k_in = self.x.shape[0], self.geometry.positions, self.left.k, self.right.k
+        if self.groups == 1:
+            return computed_tile(samples, positions, k_out, k_in, 4 if self.operand == tl.float32 else 2, self.arch)
+        block_o, block_i = 8, power_of_two(k_in, 8, 32)
+        programs = samples * cdiv(k_out, block_o) * cdiv(k_in, block_i)
+        return OuterTile(block_o, block_i, 16, 4, 1, splits(programs, positions, 16, self.arch))
 
 
-def compress_conv_int8(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Launch `compress_conv_int8`: int8 rows, and the scale of each."""
-    return _compress(torch.int8, *args, **kwargs)
-
-
-def _compress(
-    dtype: torch.dtype,
+@launches(compress_conv, compress_conv_int8)
+def launch_conv(
     x: Tensor,
     g: Tensor,
     kernel_size: Sequence[int],
@@ -216,7 +235,10 @@ def _compress(
     out_index: Tensor | None = None,
     out_weight: Tensor | None = None,
     group: int = 1,
+    *,
+    quantize: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_conv` on g's device."""
     window = (kernel_size, stride, padding, dilation)
     geometry = check_conv(x, g, *window, groups, in_index, in_weight, out_index, out_weight, group)
     check_device(g=g, x=x, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
@@ -224,57 +246,47 @@ def _compress(
     check_index("out_index", out_index, g.shape[1], group)
     left = Side.of(g, g.shape[1], out_index, out_weight, group)
     right = Side.of(x, geometry.taps, in_index, in_weight, 1)
-    arch = arch_of(g.device) or ARCHS["sm_80"]
-    samples, positions = x.shape[0], geometry.positions
+    stored, arch = torch.int8 if quantize else torch.float32, arch_of(g.device) or ARCHS["sm_80"]
+    return _launch_tile(_Problem(x, g, geometry, groups, left, right, stored, arch))
+
+
+def _launch_tile(problem: _Problem) -> tuple[Tensor, Tensor | None]:
+    x, g, geometry, left, right = problem.x, problem.g, problem.geometry, problem.left, problem.right
+    tile, samples = problem.tile(), problem.x.shape[0]
+    blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
+    shape = (samples, left.k, right.k)
+    out, scale, partial = outputs(shape, problem.stored, g.device, tile.splits, whole=blocks == 1)
     out_size, steps = _three(geometry.out, 1), _three(g.stride()[2:], 0)
     # One stride reaches all output positions where the spatial axes are packed.
     flat = steps[0] == steps[1] * out_size[1] or out_size[0] == 1
     flat = flat and (steps[1] == steps[2] * out_size[2] or out_size[1] == 1)
-    sizes = (*out_size[1:], *_three(x.shape[2:], 1))
-    strides = (*x.stride()[:2], *_three(x.stride()[2:], 0), *g.stride()[:2], steps[2], *steps)
-    operand = tl.float32 if right.weighted or right.fan_in > 1 else operand_dtype(x, g)
-    shared: dict[str, Any] = {
-        **_window(geometry), "FAN_IN": right.fan_in, "FAN_OUT": left.fan_in, "IN_WEIGHTED": right.weighted,
-        "OUT_WEIGHTED": left.weighted, "FLAT": flat,
+    share = cdiv(cdiv(geometry.positions, tile.block_t), tile.splits) * tile.block_t
+    args = (
+        x, g, out if partial is None else partial, out if scale is None else scale,
+        right.index, right.weight, left.index, left.weight,
+        geometry.positions, right.k, left.k, share, *out_size[1:], *_three(x.shape[2:], 1),
+    )  # fmt: skip
+    strides = (*x.stride()[:2], *_three(x.stride()[2:], 0), *g.stride()[:2], steps[2], *steps, out.numel())
+    grid, meta = (samples * blocks, tile.splits), _window(geometry) | {
+        "FAN_IN": right.fan_in, "FAN_OUT": left.fan_in, "IN_WEIGHTED": right.weighted, "OUT_WEIGHTED": left.weighted,
+        "FLAT": flat, "QUANTIZE": scale is not None and partial is None,
+        "BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_P": tile.block_t, "num_warps": tile.warps,
     }  # fmt: skip
-
-    def run(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
-        blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
-        shape = (samples, left.k, right.k)
-        out, scale, partial = outputs(shape, dtype, g.device, tile.splits, whole=blocks == 1)
-        share = cdiv(cdiv(positions, tile.block_t), tile.splits) * tile.block_t
-        head = (x, g, out if partial is None else partial, out if scale is None else scale)
-        tables = (right.index, right.weight, left.index, left.weight)
-        lengths = (positions, right.k, left.k, share, *sizes)
-        grid = (samples * blocks, tile.splits)
-        meta = shared | {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_P": tile.block_t}
-        meta["QUANTIZE"] = scale is not None and partial is None
-        if groups == 1:
-            meta |= {"OUT_GROUP": left.group, "DTYPE": operand, "PRECISION": arch.precision}
-            launch(
-                compress_conv_kernel, grid, g.device, *head, *tables, *lengths, *strides, out.numel(), **meta,
-                num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-        else:
-            channels = (g.shape[1] // groups, geometry.channels)
-            launch(
-                compress_conv_grouped_kernel, grid, g.device, *head, *tables, *lengths, *channels, *strides,
-                out.numel(), **meta, num_warps=tile.warps,
-            )  # fmt: skip
-        if partial is not None:
-            finish(partial, out, scale)
-        return out, scale
-
-    if groups > 1:
-        # A tile of three axes lives in registers.
-        block_o, block_i = 8, power_of_two(right.k, 8, 32)
-        programs = samples * cdiv(left.k, block_o) * cdiv(right.k, block_i)
-        return run(OuterTile(block_o, block_i, 16, 4, 1, splits(programs, positions, 16, arch)))
-    problem = (samples, positions, left.k, right.k, 4 if operand == tl.float32 else 2, arch)
-    return run(computed_tile(*problem))
+    if problem.groups == 1:
+        launch(
+            compress_conv_kernel, grid, g.device, *args, *strides, **meta, OUT_GROUP=left.group,
+            DTYPE=problem.operand, PRECISION=problem.arch.precision, num_stages=tile.stages,
+        )  # fmt: skip
+    else:
+        channels = (g.shape[1] // problem.groups, geometry.channels)
+        launch(compress_conv_grouped_kernel, grid, g.device, *args, *channels, *strides, **meta)
+    if partial is not None:
+        finish(partial, out, scale)
+    return out, scale
 
 
-def sketch_patches(
+@launches(sketch_patches)
+def launch_patches(
     x: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -283,7 +295,7 @@ def sketch_patches(
     index: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Launch `sketch_patches` on x's device; see `functional.sketch_patches`."""
+    """Launch `sketch_patches` on x's device."""
     geometry = check_patches(x, kernel_size, stride, padding, dilation, index, weight)
     check_device(x=x, index=index, weight=weight)
     check_index("index", index, geometry.taps)

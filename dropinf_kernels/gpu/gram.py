@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_device, launch
-from .linear import operand_dtype
-from .reference_score import check_gram
-from .tiles import sum_splits
-from .tiling import ARCHS, cdiv, gram_tile
+from ..device import ARCHS, arch_of
+from ..op import launches
+from ..ops.gram import check_gram, gram_update
+from .launch import check_device, launch
+from .tiles import operand_dtype, sum_splits
+from .tiling import cdiv, gram_tile
 
 _PART = 16  # side of what one program of the second stage sums
 
@@ -100,8 +101,9 @@ def gram_finish_kernel(p_F, p_partial, K, stride_r, stride_c, SPLITS, BLOCK: tl.
         add_block(p_F, values, i * PARTS + part_i, j * PARTS + part_j, K, stride_r, stride_c, PART)
 
 
-def gram_update(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
-    """Launch `gram_update` on F's device; see `functional.gram_update`."""
+@launches(gram_update)
+def launch_gram(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
+    """Launch `gram_update` on F's device."""
     check_gram(F, C, c_scale)
     check_device(F=F, C=C, c_scale=c_scale)
     rows, k = C.shape

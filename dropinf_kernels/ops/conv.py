@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._checks import check_bounds, check_float, check_table
-from .reference import accumulator, exact, fold
+from ..device import runs_triton
+from ..op import op
+from .checks import check_bounds, check_float, check_table
+from .plain import accumulator, columns_of, fold
+from .quantize import quantized
 
 # Gathered patches; beyond this, mapping fresh pages costs more than gathering.
 BUFFER_BYTES = 4 << 20
@@ -97,7 +101,7 @@ class _Taps:
 
     @property
     def width(self) -> int:
-        return self.geometry.taps if self.index is None else self.index.shape[1]
+        return columns_of(self.index, self.geometry.taps)
 
     def chunks(self, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (groups, columns, patches [N, groups, columns, T]), each within the buffer bound."""
@@ -205,7 +209,14 @@ def check_patches(
     return geometry
 
 
-@exact
+def _fake_conv(c: SimpleNamespace) -> Tensor:
+    taps = c.x.shape[1] // c.groups * math.prod(c.kernel_size)
+    shape = (c.x.shape[0], columns_of(c.out_index, c.g.shape[1]), columns_of(c.in_index, taps))
+    out: Tensor = c.x.new_empty(shape, dtype=accumulator(c.x, c.g))
+    return out
+
+
+@op(_fake_conv)
 def compress_conv(
     x: Tensor,
     g: Tensor,
@@ -220,6 +231,16 @@ def compress_conv(
     out_weight: Tensor | None = None,
     group: int = 1,
 ) -> Tensor:
+    """Compress the per-sample gradients of a 1d, 2d or 3d convolution with zero padding.
+
+    x [N, C_in, *S], g [N, C_out, *O] float -> [N, k_out, k_in] float32 (float64 if x or g is).
+    The gradient is viewed as [C_out, (C_in / groups) * prod(kernel_size)] in the weight's memory order:
+    out_index points into C_out, in_index into the product. Rows that fold output channels of several
+    groups sum them. Only kept taps are gathered, in chunks of about 4 MiB; runs (`group`) gain nothing.
+    Raises TypeError, ValueError for bad tables, windows or shapes, IndexError for an index out of range.
+    Source: C_n = S_out G_n S_in^T, where
+    G_n[o, (c, u)] = sum_p g_n[o, p] * x_n[c, p * stride - padding + u * dilation].
+    """
     window = (kernel_size, stride, padding, dilation)
     geometry = check_conv(x, g, *window, groups, in_index, in_weight, out_index, out_weight, group)
     for name, index, size in (("in_index", in_index, geometry.taps), ("out_index", out_index, g.shape[1])):
@@ -247,6 +268,9 @@ def compress_conv(
         else:
             out[block] = _grouped(g[block], rows, out_weight, taps, x[block])
     return out
+
+
+compress_conv_int8 = quantized(compress_conv)
 
 
 def _multiply(out: Tensor, left: Tensor, taps: _Taps, x: Tensor) -> None:
@@ -300,7 +324,18 @@ def _patches(x: Tensor, geometry: Geometry, index: Tensor, weight: Tensor | None
     return out
 
 
-@exact
+def _fake_patches(c: SimpleNamespace) -> Tensor:
+    positions = math.prod(conv_output_size(c.x.shape[2:], c.kernel_size, c.stride, c.padding, c.dilation))
+    size, k = c.x.shape[0], c.index.shape[1]
+    # The kernels write one position after another, the plain body one column after another.
+    if runs_triton([t for t in (c.x, c.index, c.weight) if t is not None]):
+        positions_first: Tensor = c.x.new_empty(size, positions, k)
+        return positions_first
+    columns_first: Tensor = c.x.new_empty(size, k, positions)
+    return columns_first.mT
+
+
+@op(_fake_patches)
 def sketch_patches(
     x: Tensor,
     kernel_size: Sequence[int],
@@ -310,6 +345,13 @@ def sketch_patches(
     index: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
+    """Sketch the patches that a convolution with one group reads, without unfolding them.
+
+    x [N, C_in, *S] float -> [N, T_out, k] in x's dtype, T_out the number of output positions;
+    index points into C_in * prod(kernel_size).
+    Raises TypeError, ValueError for a bad table or window, IndexError for an index out of range.
+    Source: S_in applied to the columns of im2col (torch.nn.functional.unfold).
+    """
     geometry = check_patches(x, kernel_size, stride, padding, dilation, index, weight)
     if not index.is_cuda:
         check_bounds("index", index, geometry.taps)

@@ -11,10 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check_sketch
-from .launch import arch_of, check_device, check_index, launch
+from ..device import ARCHS, arch_of
+from ..op import launches
+from ..ops.sketch import check_sketch, sketch
+from .launch import check_device, check_index, launch
 from .tiles import Side, below, load_side
-from .tiling import ARCHS, cdiv, sketch_tile
+from .tiling import cdiv, sketch_tile
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -74,8 +78,9 @@ def merged_rows(name: str, x: Tensor) -> tuple[int, int, int, int]:
     return n, t, stride_n, stride_t
 
 
-def sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
-    """Launch `sketch` on x's device; see `functional.sketch`."""
+@launches(sketch)
+def launch_sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
+    """Launch `sketch` on x's device."""
     check_sketch(x, index, weight, group)
     check_device(x=x, index=index, weight=weight)
     check_index("index", index, x.shape[-1], group)
@@ -100,6 +105,3 @@ def sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 
         DTYPE=DTYPES[x.dtype], BLOCK_R=tile.block_r, BLOCK_K=tile.block_k, num_warps=tile.warps,
     )  # fmt: skip
     return out
-
-
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -1,86 +1,22 @@
-"""What every launcher shares: where Triton runs, the device guard, and checks that must not make the host wait."""
+"""What every launcher shares: the device guard, checks that must not make the host wait, and timing of tiles."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._checks import check_bounds, check_ids, document_bounds
-from .tiling import ARCHS, Arch
+from ..device import arch_of
+from ..ops.checks import check_bounds, check_ids, document_bounds
 
-P = ParamSpec("P")
-R = TypeVar("R")
 T = TypeVar("T")
 _log = logging.getLogger("dropinf_kernels")
-_AMD = ("gfx90a", "gfx942", "gfx950")
-
-
-@functools.cache
-def arch_of(device: torch.device) -> Arch | None:
-    """Return the architecture of `device`, or None where these kernels do not run. CPU tensors mean the interpreter."""
-    if device.type != "cuda":
-        return ARCHS["sm_90"]
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-        arch = ARCHS["gfx942"] if name in _AMD else None
-    else:
-        capability = 10 * properties.major + properties.minor
-        name = f"sm_{capability}"
-        nearest = max((a for a in (80, 90, 100) if a <= capability), default=None)
-        arch = None if nearest is None else ARCHS[f"sm_{nearest}"]
-    if arch is None:
-        return None
-    shared = getattr(properties, "shared_memory_per_block_optin", arch.shared_bytes)
-    return replace(arch, name=name, multiprocessors=properties.multi_processor_count, shared_bytes=shared)
-
-
-@functools.cache
-def _supported(device: torch.device) -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        warnings.warn("triton is not installed; dropinf's ops run in plain PyTorch on the GPU, slower", stacklevel=4)
-        return False
-    if arch_of(device) is None:
-        warnings.warn(
-            f"{torch.cuda.get_device_name(device)} is older than sm_80 (or an AMD part that is not CDNA2 or later); "
-            "dropinf's ops run in plain PyTorch there, slower",
-            stacklevel=4,
-        )
-        return False
-    return True
-
-
-def runs_triton(tensors: Sequence[Tensor]) -> bool:
-    """Say whether a call on these tensors runs the Triton kernels: a supported GPU and no float64."""
-    device = next((t.device for t in tensors if t.is_cuda), None)
-    return device is not None and _supported(device) and all(t.dtype != torch.float64 for t in tensors)
-
-
-def routed(reference: Callable[P, R], module: str) -> Callable[P, R]:
-    """Return a body that runs the launcher of that name in `module` where Triton runs, else the reference."""
-
-    @functools.wraps(reference)
-    def body(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if tensors and runs_triton(tensors):
-            launcher = getattr(importlib.import_module(f".{module}", __package__), reference.__name__)
-            with torch.no_grad():
-                return launcher(*args, **kwargs)  # type: ignore[no-any-return]
-        return reference(*args, **kwargs)
-
-    return body
 
 
 def check_device(**tensors: Tensor | None) -> None:
@@ -161,7 +97,7 @@ def autotuned() -> bool:
 _tuned: dict[tuple[Any, ...], Any] = {}
 
 
-def choose(op: str, problem: tuple[Any, ...], candidates: Sequence[T], run: Callable[[T], object]) -> T:
+def choose(op: str, problem: tuple[Any, ...], candidates: Sequence[T], launch_tile: Callable[[T], object]) -> T:
     """Return the rule's tile, the first candidate; with DROPINF_AUTOTUNE=1 the fastest, timed once per problem."""
     if not autotuned() or len(candidates) < 2:
         return candidates[0]
@@ -169,7 +105,8 @@ def choose(op: str, problem: tuple[Any, ...], candidates: Sequence[T], run: Call
     if key not in _tuned:
         from triton.testing import do_bench
 
-        times = [do_bench(functools.partial(run, c), warmup=5, rep=20, return_mode="median") for c in candidates]
+        calls = [functools.partial(launch_tile, c) for c in candidates]
+        times = [do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls]
         _tuned[key] = candidates[times.index(min(times))]
         _log.info("autotune %s %s: %s (%.3f ms)", op, problem, _tuned[key], min(times))
     return _tuned[key]  # type: ignore[no-any-return]

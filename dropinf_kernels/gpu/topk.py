@@ -13,16 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, check_device, launch
-from .reference_score import check_topk
-from .tiling import ARCHS, MAX_TOP, cdiv, power_of_two, topk_tile
+from ..device import ARCHS, arch_of
+from ..op import launches
+from ..ops.topk import check_topk, score_topk
+from .launch import check_device, launch
+from .tiling import MAX_TOP, cdiv, power_of_two, topk_tile
 
 _KEYS = 1024  # that the second stage sorts at a time
 
 
 @triton.jit
 def to_key(score, row):
-    """Order-preserving integer of a float32 score above 0x7fffffff - row; NaN is the greatest, -0 equals 0."""
+    """Return a float32 score as an integer in its order, above 0x7fffffff - row; NaN is the greatest, -0 equals 0."""
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -99,16 +101,15 @@ def score_topk_merge_kernel(
     tl.store(p_indices + at, rows + offset, mask=backwards < k)
 
 
-def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Launch `score_topk` on q's device; see `functional.score_topk`. Raises ValueError for k beyond MAX_TOP."""
+@launches(score_topk)
+def launch_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Launch `score_topk` on q's device. Longer lists than the kernel keeps on chip take the plain body, in blocks."""
+    if k > MAX_TOP:
+        return score_topk.plain(q, c, k, c_scale, offset)
     check_topk(q, c, k, c_scale)
     check_device(q=q, c=c, c_scale=c_scale)
     queries, rows, width = q.shape[0], c.shape[0], q.shape[1]
     kept = min(k, rows)
-    if kept > MAX_TOP:
-        raise ValueError(
-            f"k is {k}; the kernel keeps at most {MAX_TOP} per query on chip: dropinf_kernels.score_topk takes any k"
-        )
     if rows > 0x7FFFFFFF:
         raise ValueError(f"c has {rows} rows; it must have at most 2^31 - 1: score it in blocks, with offset")
     values = torch.empty((queries, kept), dtype=torch.float32, device=q.device)

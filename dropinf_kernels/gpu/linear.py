@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check_linear, check_output_dtype
-from .launch import arch_of, check_cu_seqlens, check_device, check_index, choose, launch
-from .tiles import Side, finish, load_side, outputs, range_of, sample_and_block, store_block
-from .tiling import ARCHS, OuterTile, cdiv, outer_candidates
+from ..device import ARCHS, arch_of
+from ..op import launches
+from ..ops.linear import check_linear, check_output_dtype, compress_linear, compress_linear_int8
+from .launch import check_device, check_index, choose, launch
+from .tiles import Samples, Side, finish, load_side, operand_dtype, outputs, range_of, sample_and_block, store_block
+from .tiling import OuterTile, cdiv, outer_candidates
 
 
 @triton.jit
@@ -53,7 +55,8 @@ def compress_linear_kernel(
     store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
 
 
-def compress_linear(
+@launches(compress_linear, compress_linear_int8)
+def launch_linear(
     a: Tensor,
     g: Tensor,
     in_index: Tensor | None = None,
@@ -63,57 +66,11 @@ def compress_linear(
     group: int = 1,
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Launch `compress_linear` on the tensors' device; see `functional.compress_linear`."""
-    check_output_dtype(dtype)
-    return _compress(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens, dtype or torch.float32)[0]
-
-
-def compress_linear_int8(
-    a: Tensor,
-    g: Tensor,
-    in_index: Tensor | None = None,
-    in_weight: Tensor | None = None,
-    out_index: Tensor | None = None,
-    out_weight: Tensor | None = None,
-    group: int = 1,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launch `compress_linear_int8`: int8 [N, k_out, k_in] and the scale of each sample's row, float32 [N]."""
-    out, scale = _compress(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens, torch.int8)
-    assert scale is not None
-    return out, scale
-
-
-def packed_rows(name: str, x: Tensor) -> Tensor:
-    """Return [B, T, d] as a view [B * T, d]."""
-    try:
-        return x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"{name} has shape {list(x.shape)} and strides {list(x.stride())}; with cu_seqlens its rows must be evenly "
-            f"spaced: pass {name}.contiguous()"
-        ) from None
-
-
-def operand_dtype(a: Tensor, g: Tensor) -> tl.dtype:
-    """Return what the matrix units multiply: the common 16-bit dtype, or float32 where the two differ."""
-    if a.dtype == g.dtype and a.dtype in (torch.float16, torch.bfloat16):
-        return tl.float16 if a.dtype == torch.float16 else tl.bfloat16
-    return tl.float32
-
-
-def _compress(
-    a: Tensor,
-    g: Tensor,
-    in_index: Tensor | None,
-    in_weight: Tensor | None,
-    out_index: Tensor | None,
-    out_weight: Tensor | None,
-    group: int,
-    cu_seqlens: Tensor | None,
-    dtype: torch.dtype,
+    *,
+    quantize: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    """Launch `compress_linear` on g's device."""
+    check_output_dtype(dtype)
     check_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens)
     check_device(g=g, a=a, in_index=in_index, in_weight=in_weight, out_index=out_index, out_weight=out_weight)
     check_index("in_index", in_index, a.shape[-1], group)
@@ -121,33 +78,25 @@ def _compress(
     arch = arch_of(g.device) or ARCHS["sm_80"]
     left = Side.of(g, g.shape[-1], out_index, out_weight, group)
     right = Side.of(a, a.shape[-1], in_index, in_weight, group)
-    if cu_seqlens is None:
-        samples, length = g.shape[:2]
-        mean = length
-    else:
-        a, g = packed_rows("a", a), packed_rows("g", g)
-        cu_seqlens = check_cu_seqlens(cu_seqlens, g.shape[0], g.device)
-        samples, length = cu_seqlens.shape[0] - 1, g.shape[0]
-        mean = cdiv(length, max(1, samples))
-        a, g = a.unsqueeze(0), g.unsqueeze(0)
+    samples, (a, g) = Samples.of(cu_seqlens, a=a, g=g)
+    stored = torch.int8 if quantize else dtype or torch.float32
     operand = operand_dtype(a, g)
     itemsize = 4 if operand == tl.float32 else 2
-    problem = (samples, mean, left.k, right.k, itemsize, left.is_narrow or right.is_narrow, arch)
+    problem = (samples.number, samples.mean, left.k, right.k, itemsize, left.is_narrow or right.is_narrow, arch)
 
-    def run(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
+    def launch_tile(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
         blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
-        shape = (samples, left.k, right.k)
-        out, scale, partial = outputs(shape, dtype, g.device, tile.splits, whole=blocks == 1)
-        target = out if partial is None else partial
-        share = cdiv(cdiv(length, tile.block_t), tile.splits) * tile.block_t
+        shape = (samples.number, left.k, right.k)
+        out, scale, partial = outputs(shape, stored, g.device, tile.splits, whole=blocks == 1)
         launch(
-            compress_linear_kernel, (samples * blocks, tile.splits), g.device,
-            a, g, target, out if scale is None else scale, g if cu_seqlens is None else cu_seqlens,
+            compress_linear_kernel, (samples.number * blocks, tile.splits), g.device,
+            a, g, out if partial is None else partial, out if scale is None else scale,
+            g if samples.cu_seqlens is None else samples.cu_seqlens,
             right.index, right.weight, left.index, left.weight,
-            length, right.k, left.k, share if cu_seqlens is None else tile.splits,
+            samples.length, right.k, left.k, samples.chunk(tile.block_t, tile.splits),
             *a.stride(), *g.stride(), out.numel(),
             FAN_IN=right.fan_in, FAN_OUT=left.fan_in, IN_GROUP=right.group, OUT_GROUP=left.group,
-            IN_WEIGHTED=right.weighted, OUT_WEIGHTED=left.weighted, PACKED=cu_seqlens is not None,
+            IN_WEIGHTED=right.weighted, OUT_WEIGHTED=left.weighted, PACKED=samples.cu_seqlens is not None,
             QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
             BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -156,4 +105,4 @@ def _compress(
             finish(partial, out, scale)
         return out, scale
 
-    return run(choose("compress_linear", problem, outer_candidates(*problem), run))
+    return launch_tile(choose("compress_linear", problem, outer_candidates(*problem), launch_tile))

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check_float
+from ..op import launches
+from ..ops.checks import check_float
+from ..ops.quantize import check_quantized, dequantize_rows, quantize_rows
 from .launch import check_device, launch
-from .reference_score import check_quantized
 from .tiling import cdiv, power_of_two
 
 
@@ -49,7 +50,8 @@ def dequantize_rows_kernel(p_q, p_scale, p_out, K, stride_n, stride_k, BLOCK: tl
     tl.store(p_out + row * K + at, value.to(p_out.dtype.element_ty), mask=at < K)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+@launches(quantize_rows)
+def launch_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Launch `quantize_rows` on x's device; a row that is not finite gets scale NaN and q 0, as nothing waits here."""
     check_float("x", x, 2)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -62,8 +64,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Launch `dequantize_rows` on q's device; see `functional.dequantize_rows`."""
+@launches(dequantize_rows)
+def launch_dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Launch `dequantize_rows` on q's device."""
     check_quantized(q, scale)
     check_device(q=q, scale=scale)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
