@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dropinf_kernels import conv
+from dropinf_kernels import compress_conv, compress_conv_int8, sketch_patches
 from tests.cases.common import Case
 from tests.reference.helpers import make_table
 
@@ -20,15 +20,15 @@ def _calls(x: torch.Tensor, g: torch.Tensor, ks: tuple[int, ...]) -> Iterator[Ca
             right, left = make_table(channels * 9, k, fan_in, fan_in > 1), make_table(outputs, k, fan_in, fan_in > 1)
             yield Case(
                 f"{k}-{kind}",
-                lambda r=right, m=left: conv.compress_conv(x, g, *WINDOW, 1, *r, *m),
+                lambda r=right, m=left: compress_conv.triton(x, g, *WINDOW, 1, *r, *m),
                 "compress_conv_kernel",
             )
-            yield Case(f"patches-{k}-{kind}", lambda r=right: conv.sketch_patches(x, *WINDOW, *r))
-    yield Case("int8", lambda: conv.compress_conv_int8(x, g, *WINDOW, 1, *right, *left), "compress_conv_kernel")
+            yield Case(f"patches-{k}-{kind}", lambda r=right: sketch_patches.triton(x, *WINDOW, *r))
+    yield Case("int8", lambda: compress_conv_int8.triton(x, g, *WINDOW, 1, *right, *left), "compress_conv_kernel")
     for groups in (2, channels):
         right = make_table(channels // groups * 9, 9)
-        yield Case(f"groups-{groups}", lambda r=right, n=groups: conv.compress_conv(x, g, *WINDOW, n, *r))
-    yield Case("groups-int8", lambda: conv.compress_conv_int8(x, g, *WINDOW, groups, *right))
+        yield Case(f"groups-{groups}", lambda r=right, n=groups: compress_conv.triton(x, g, *WINDOW, n, *r))
+    yield Case("groups-int8", lambda: compress_conv_int8.triton(x, g, *WINDOW, groups, *right))
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
@@ -39,7 +39,7 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
         right, left = make_table(128 * 9, k), make_table(256, k)
         yield Case(
             f"{n}-samples-{k}",
-            lambda n=n, r=right, m=left: conv.compress_conv(x[:n], g[:n], *WINDOW, 1, *r, *m),
+            lambda n=n, r=right, m=left: compress_conv.triton(x[:n], g[:n], *WINDOW, 1, *r, *m),
             "compress_conv_kernel",
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dropinf_kernels import embedding
+from dropinf_kernels import compress_embedding, compress_embedding_int8
 from tests.cases.common import Case
 from tests.reference.helpers import make_table
 
@@ -18,9 +18,9 @@ def _calls(ids: torch.Tensor, g: torch.Tensor, rows: int, ks: tuple[int, ...]) -
     for k in ks:
         for kind, fan_in, group in (("scattered", 1, 1), ("runs", 1, 8), ("fold", 3, 8)):
             args = (rows, *make_table(rows, k, fan_in, fan_in > 1, group), *make_table(d, k, fan_in, fan_in > 1, group))
-            yield Case(f"{k}-{kind}", lambda a=args, m=group: embedding.compress_embedding(ids, g, *a, -1, m), kernel)
-    yield Case("packed", lambda: embedding.compress_embedding(ids, g, *args, 0, 8, cu_seqlens), kernel)
-    yield Case("int8", lambda: embedding.compress_embedding_int8(ids, g, *args, 0, 8), kernel)
+            yield Case(f"{k}-{kind}", lambda a=args, m=group: compress_embedding.triton(ids, g, *a, -1, m), kernel)
+    yield Case("packed", lambda: compress_embedding.triton(ids, g, *args, 0, 8, cu_seqlens), kernel)
+    yield Case("int8", lambda: compress_embedding_int8.triton(ids, g, *args, 0, 8), kernel)
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
@@ -31,7 +31,7 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
         args = (50304, *make_table(50304, k, 1, False, 8), *make_table(1024, k, 1, False, 8))
         yield Case(
             f"{n}-samples-{k}",
-            lambda n=n, a=args: embedding.compress_embedding(ids[:n], g[:n], *a, -1, 8),
+            lambda n=n, a=args: compress_embedding.triton(ids[:n], g[:n], *a, -1, 8),
             "compress_embedding_kernel",
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dropinf_kernels import linear
+from dropinf_kernels import compress_linear, compress_linear_int8
 from tests.cases.common import Case
 from tests.reference.helpers import make_table
 
@@ -24,10 +24,10 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
             right = make_table(d, k_in, fan_in, fan_in > 1, group)
 
             def both(left=left, right=right, group=group):
-                return linear.compress_linear(a, g, *right, *left, group, dtype=dtype)
+                return compress_linear.triton(a, g, *right, *left, group, dtype=dtype)
 
             def kept_input(left=left, kept=kept, group=group):
-                return linear.compress_linear(kept, g, None, None, *left, group)
+                return compress_linear.triton(kept, g, None, None, *left, group)
 
             kernel = "compress_linear_kernel"
             vector = kernel if group >= 8 else ""
@@ -41,18 +41,18 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
         for length in (4096, 2048, 1024):  # on sm_90, steps of 64, 32 and 16 positions in blocks of 32 x 32
 
             def few(t=length, tables=tables, group=group):
-                return linear.compress_linear(one_a[:, :t], one_g[:, :t], *tables, group)
+                return compress_linear.triton(one_a[:, :t], one_g[:, :t], *tables, group)
 
             kernel = "compress_linear_kernel"
             yield Case(f"one-sample-{length}-{kind}", few, kernel, kernel if group >= 8 else "")
     yield Case(
         "packed",
-        lambda: linear.compress_linear(a[:8].view(-1, d), g[:8].view(-1, d), *right, *left, 8, cu_seqlens),
+        lambda: compress_linear.triton(a[:8].view(-1, d), g[:8].view(-1, d), *right, *left, 8, cu_seqlens),
         "compress_linear_kernel",
     )
-    yield Case("int8", lambda: linear.compress_linear_int8(a, g, *right, *left, 8), "compress_linear_kernel")
+    yield Case("int8", lambda: compress_linear_int8.triton(a, g, *right, *left, 8), "compress_linear_kernel")
     yield Case(
-        "int8-split", lambda: linear.compress_linear_int8(a[:2], g[:2], *right, *left, 8), "compress_linear_kernel"
+        "int8-split", lambda: compress_linear_int8.triton(a[:2], g[:2], *right, *left, 8), "compress_linear_kernel"
     )
 
 
@@ -62,9 +62,9 @@ def small(dtype: torch.dtype) -> Iterator[Case]:
     cu_seqlens = torch.tensor([0, 5, 5, 74])
     for kind, group, fan_in in (("scattered", 1, 1), ("runs", 8, 1), ("fold", 4, 3)):
         right, left = make_table(40, 24, fan_in, fan_in > 1, group), make_table(24, 8, fan_in, fan_in > 1, group)
-        yield Case(kind, lambda i=right, o=left, n=group: linear.compress_linear(a, g, *i, *o, n))
+        yield Case(kind, lambda i=right, o=left, n=group: compress_linear.triton(a, g, *i, *o, n))
         yield Case(
-            f"{kind}-packed", lambda i=right, o=left, n=group: linear.compress_linear(a, g, *i, *o, n, cu_seqlens)
+            f"{kind}-packed", lambda i=right, o=left, n=group: compress_linear.triton(a, g, *i, *o, n, cu_seqlens)
         )
-        yield Case(f"{kind}-int8", lambda i=right, o=left, n=group: linear.compress_linear_int8(a, g, *i, *o, n))
-    yield Case("whole", lambda: linear.compress_linear(a.transpose(0, 1), g.transpose(0, 1)))
+        yield Case(f"{kind}-int8", lambda i=right, o=left, n=group: compress_linear_int8.triton(a, g, *i, *o, n))
+    yield Case("whole", lambda: compress_linear.triton(a.transpose(0, 1), g.transpose(0, 1)))

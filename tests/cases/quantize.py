@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import torch
 
-from dropinf_kernels import quantize
+from dropinf_kernels import dequantize_rows, quantize_rows
 from tests.cases.common import Case
 
 
 def large(dtype: torch.dtype) -> Iterator[Case]:
     x = torch.empty(1 << 14, 4096, dtype=dtype)
     q, scale = torch.empty(1 << 14, 4096, dtype=torch.int8), torch.empty(1 << 14)
-    yield Case("quantize", lambda: quantize.quantize_rows(x))
-    yield Case("dequantize", lambda: quantize.dequantize_rows(q, scale, dtype))
+    yield Case("quantize", lambda: quantize_rows.triton(x))
+    yield Case("dequantize", lambda: dequantize_rows.triton(q, scale, dtype))
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:
     x = torch.randn(5, 300).to(dtype)
     q, scale = torch.ones(5, 300, dtype=torch.int8), torch.ones(5)
-    yield Case("quantize", lambda: quantize.quantize_rows(x))
-    yield Case("dequantize", lambda: quantize.dequantize_rows(q, scale, dtype))
+    yield Case("quantize", lambda: quantize_rows.triton(x))
+    yield Case("dequantize", lambda: dequantize_rows.triton(q, scale, dtype))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import conv, reference_conv
+from dropinf_kernels import compress_conv, conv_output_size, sketch_patches
 from tests.interpreter.helpers import DTYPES, assert_close
 from tests.reference.helpers import layouts, make_table
 
@@ -24,16 +24,16 @@ EPS = torch.finfo(torch.float32).eps
 
 def make(name, dtype, channels=6, outputs=12, n=2):
     size, *window = WINDOWS[name]
-    out = reference_conv.conv_output_size(size, *window)
+    out = conv_output_size(size, *window)
     return torch.randn(n, channels, *size).to(dtype), torch.randn(n, outputs, *out).to(dtype), window
 
 
 def check(x, g, window, groups=1, right=NONE, left=NONE, group=1, eps=EPS):
     args = (*window, groups, *right, *left, group)
-    got = conv.compress_conv(x, g, *args)
+    got = compress_conv.triton(x, g, *args)
     positive = [None if w is None else w.abs() if w.is_floating_point() else w for w in (*right, *left)]
-    magnitude = reference_conv.compress_conv(x.double().abs(), g.double().abs(), *window, groups, *positive, group)
-    assert_close(got, reference_conv.compress_conv(x.double(), g.double(), *args), eps, magnitude=magnitude)
+    magnitude = compress_conv.plain(x.double().abs(), g.double().abs(), *window, groups, *positive, group)
+    assert_close(got, compress_conv.plain(x.double(), g.double(), *args), eps, magnitude=magnitude)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,11 +60,11 @@ def test_runs(group):
 def test_patches(dtype, window, fan_in):
     x, _, window = make(window, dtype)
     table = make_table(6 * math.prod(window[0]), 7, fan_in, fan_in > 1)
-    got = conv.sketch_patches(x, *window, *table)
+    got = sketch_patches.triton(x, *window, *table)
     positive = (table[0], None if table[1] is None else table[1].abs())
-    magnitude = reference_conv.sketch_patches(x.double().abs(), *window, *positive)
+    magnitude = sketch_patches.plain(x.double().abs(), *window, *positive)
     assert got.dtype == dtype
-    assert_close(got, reference_conv.sketch_patches(x.double(), *window, *table), torch.finfo(dtype).eps, 4, magnitude)
+    assert_close(got, sketch_patches.plain(x.double(), *window, *table), torch.finfo(dtype).eps, 4, magnitude)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "turned", "outer", "expanded", "channels_last"])
@@ -83,7 +83,7 @@ def test_strides(layout, groups):
 def test_long_samples_are_split_and_give_the_same_bits_again():
     x, g, window = torch.randn(1, 3, 20, 15), torch.randn(1, 4, 20, 15), ([3, 3], [1, 1], [1, 1], [1, 1])
     check(x, g, window)
-    assert torch.equal(conv.compress_conv(x, g, *window, 1), conv.compress_conv(x, g, *window, 1))
+    assert torch.equal(compress_conv.triton(x, g, *window, 1), compress_conv.triton(x, g, *window, 1))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -97,11 +97,11 @@ def test_no_samples_and_no_columns(groups):
 def test_bad_input():
     x, g, window = make("1d", torch.float32)
     with pytest.raises(IndexError, match="in_index has entries from 18 to 18"):
-        conv.compress_conv(x, g, *window, 1, torch.tensor([[18]], dtype=torch.int32))
+        compress_conv.triton(x, g, *window, 1, torch.tensor([[18]], dtype=torch.int32))
     with pytest.raises(ValueError, match="g has shape"):
-        conv.compress_conv(x, g[..., :2], *window, 1)
+        compress_conv.triton(x, g[..., :2], *window, 1)
     with pytest.raises(IndexError, match="index has entries from -1 to -1"):
-        conv.sketch_patches(x, *window, torch.tensor([[-1]], dtype=torch.int32))
+        sketch_patches.triton(x, *window, torch.tensor([[-1]], dtype=torch.int32))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -116,6 +116,6 @@ def test_bad_input():
 )
 def test_random_shapes(n, size, kernel, stride, padding, dilation, groups):
     window = ([kernel] * 2, [stride] * 2, [padding] * 2, [dilation] * 2)
-    out = reference_conv.conv_output_size([size, size], *window)
+    out = conv_output_size([size, size], *window)
     x, g = torch.randn(n, 4, size, size), torch.randn(n, 2, *out)
     check(x, g, window, groups, make_table(4 // groups * kernel**2, 3), make_table(2, 2))

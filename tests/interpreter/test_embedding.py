@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import embedding, reference_sparse
+from dropinf_kernels import compress_embedding
 from tests.interpreter.helpers import DTYPES, assert_close, on_cpu
 from tests.reference.helpers import layouts, make_table
 
@@ -16,13 +16,11 @@ EPS = torch.finfo(torch.float32).eps
 
 def check(ids, g, rows, left=NONE, right=NONE, padding_idx=-1, group=1, cu_seqlens=None, eps=EPS):
     args = (rows, *left, *right, padding_idx, group, cu_seqlens)
-    got = embedding.compress_embedding(ids, g, *args)
+    got = compress_embedding.triton(ids, g, *args)
     positive = [None if w is None else w.abs() if w.is_floating_point() else w for w in (*left, *right)]
-    magnitude = reference_sparse.compress_embedding(
-        ids, g.double().abs(), rows, *positive, padding_idx, group, cu_seqlens
-    )
-    assert_close(got, reference_sparse.compress_embedding(ids, g.double(), *args), eps, magnitude=magnitude)
-    torch.testing.assert_close(embedding.compress_embedding(ids, g, *args), got, rtol=0, atol=0)
+    magnitude = compress_embedding.plain(ids, g.double().abs(), rows, *positive, padding_idx, group, cu_seqlens)
+    assert_close(got, compress_embedding.plain(ids, g.double(), *args), eps, magnitude=magnitude)
+    torch.testing.assert_close(compress_embedding.triton(ids, g, *args), got, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,18 +50,18 @@ def test_padding_and_repeated_rows():
 
 def test_cancelling_weights_leave_exactly_zero():
     index, weight = torch.tensor([[2], [2]], dtype=torch.int32), torch.tensor([[1.5], [-1.5]])
-    got = embedding.compress_embedding(torch.tensor([[2, 2]]), torch.randn(1, 2, 4), 5, index, weight)
+    got = compress_embedding.triton(torch.tensor([[2, 2]]), torch.randn(1, 2, 4), 5, index, weight)
     assert (got == 0).all()
 
 
 def test_ids_outside_the_table_contribute_nothing():
-    got = embedding.compress_embedding(torch.tensor([[1, 7, -3]]), torch.ones(1, 3, 2), 5)
+    got = compress_embedding.triton(torch.tensor([[1, 7, -3]]), torch.ones(1, 3, 2), 5)
     assert got.sum().item() == 2.0
 
 
 @pytest.mark.parametrize("table", [NONE, (torch.tensor([[1, 5]], dtype=torch.int32), None)])
 def test_an_id_wider_than_32_bits_is_no_row_of_the_table(table):
-    got = embedding.compress_embedding(torch.tensor([[2**32 + 5, 1, -3, 5 - 2**32]]), torch.ones(1, 4, 2), 8, *table)
+    got = compress_embedding.triton(torch.tensor([[2**32 + 5, 1, -3, 5 - 2**32]]), torch.ones(1, 4, 2), 8, *table)
     assert got.sum().item() == 2.0
     assert got[0, 0, 1 if table is NONE else 0].item() == 1.0
 
@@ -90,11 +88,11 @@ def test_empty_shapes(shape):
 def test_bad_input():
     ids, g = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 4)
     with pytest.raises(IndexError, match="in_index has entries from 5 to 5"):
-        embedding.compress_embedding(ids, g, 5, torch.tensor([[5]], dtype=torch.int32))
+        compress_embedding.triton(ids, g, 5, torch.tensor([[5]], dtype=torch.int32))
     with pytest.raises(TypeError, match=r"ids has dtype torch\.float32"):
-        embedding.compress_embedding(ids.float(), g, 5)
+        compress_embedding.triton(ids.float(), g, 5)
     with pytest.raises(ValueError, match="cu_seqlens ends at 1"):
-        embedding.compress_embedding(ids, g, 5, cu_seqlens=on_cpu(0, 1))
+        compress_embedding.triton(ids, g, 5, cu_seqlens=on_cpu(0, 1))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import gram, reference_score
+from dropinf_kernels import gram_update
+from dropinf_kernels.gpu import gram
 from tests.interpreter.helpers import DTYPES, assert_close
 from tests.reference.helpers import layouts
 
@@ -14,12 +15,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def check(F, C, c_scale=None):
     start, exact = F.clone(), F.double()
-    gram.gram_update(F, C, c_scale)
-    reference_score.gram_update(exact, C if C.dtype == torch.int8 else C.double(), c_scale)
+    gram_update.triton(F, C, c_scale)
+    gram_update.plain(exact, C if C.dtype == torch.int8 else C.double(), c_scale)
     assert_close(F, exact)
     assert torch.equal(F, F.T)
     again = start.clone()
-    gram.gram_update(again, C, c_scale)
+    gram_update.triton(again, C, c_scale)
     assert torch.equal(again, F)
 
 
@@ -51,7 +52,7 @@ def test_scale_with_a_stride_and_a_row_that_is_not_finite():
     check(symmetric(20), C, c_scale)
     c_scale[4] = float("nan")
     F = torch.zeros(20, 20)
-    gram.gram_update(F, C, c_scale)
+    gram_update.triton(F, C, c_scale)
     assert F.isnan().all()
 
 
@@ -75,7 +76,7 @@ def test_only_one_triangle_is_computed():
     launch = gram.launch
     gram.launch = lambda kernel, grid, *args, **meta: grids.append(grid) or launch(kernel, grid, *args, **meta)
     try:
-        gram.gram_update(F, C)
+        gram_update.triton(F, C)
     finally:
         gram.launch = launch
     assert grids[0][0] == 55  # of 100 blocks
@@ -104,13 +105,13 @@ def test_triangle_is_exact_for_many_blocks():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="C is int8 and c_scale is missing"):
-        gram.gram_update(torch.zeros(4, 4), torch.zeros(2, 4, dtype=torch.int8))
+        gram_update.triton(torch.zeros(4, 4), torch.zeros(2, 4, dtype=torch.int8))
     with pytest.raises(ValueError, match=r"c_scale is torch\.float32 \[3\]; it must be float32 \[N\] with C's N = 2"):
-        gram.gram_update(torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(3))
+        gram_update.triton(torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(3))
     with pytest.raises(ValueError, match=r"F has shape \[4, 5\]"):
-        gram.gram_update(torch.zeros(4, 5), torch.zeros(2, 4))
+        gram_update.triton(torch.zeros(4, 5), torch.zeros(2, 4))
     with pytest.raises(TypeError, match=r"F has dtype torch\.float16"):
-        gram.gram_update(torch.zeros(4, 4).half(), torch.zeros(2, 4))
+        gram_update.triton(torch.zeros(4, 4).half(), torch.zeros(2, 4))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

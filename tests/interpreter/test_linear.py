@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import launch, linear, reference, tiling
+from dropinf_kernels import compress_linear
+from dropinf_kernels.gpu import launch, linear, tiling
 from tests.interpreter.helpers import DTYPES, ON_GPU, assert_close, on_cpu
 from tests.reference.helpers import layouts, make_table
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def want(a, g, *args):
-    return reference.compress_linear(a.double(), g.double(), *args)
+    return compress_linear.plain(a.double(), g.double(), *args)
 
 
 def operand_eps(dtype, fan_in=1, weighted=False):
@@ -27,7 +28,7 @@ def operand_eps(dtype, fan_in=1, weighted=False):
 def test_equals_the_reference(dtype, group, fan_in, weighted):
     a, g = torch.randn(2, 37, 64).to(dtype), torch.randn(2, 37, 48).to(dtype)
     tables = (*make_table(64, 32, fan_in, weighted, group), *make_table(48, 16, fan_in, weighted, group))
-    got = linear.compress_linear(a, g, *tables, group)
+    got = compress_linear.triton(a, g, *tables, group)
     assert got.dtype == torch.float32
     assert_close(
         got, want(a, g, *tables, group), operand_eps(dtype, fan_in, weighted), 4 if weighted or fan_in > 1 else 16
@@ -41,7 +42,7 @@ def test_a_side_kept_whole(dtype, sides, d):
     a, g = torch.randn(2, 9, d).to(dtype), torch.randn(2, 9, d).to(dtype)
     none = (None, None)
     tables = (*(make_table(d, 3) if sides == "in" else none), *(make_table(d, 3) if sides == "out" else none))
-    assert_close(linear.compress_linear(a, g, *tables), want(a, g, *tables))
+    assert_close(compress_linear.triton(a, g, *tables), want(a, g, *tables))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,14 +54,14 @@ def test_strides(dtype, layout):
         a, g = a[:1].expand(3, 8, 16), g[:, :1].expand(3, 8, 16)
     else:
         a, g = layouts(a)[layout], layouts(g)[layout]
-    assert_close(linear.compress_linear(a, g, *tables, 8), want(a, g, *tables, 8))
+    assert_close(compress_linear.triton(a, g, *tables, 8), want(a, g, *tables, 8))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (2, 0, 8, 8), (2, 4, 8, 0), (2, 4, 0, 8), (1, 1, 1, 1)])
 def test_empty_shapes(shape):
     n, t, d_in, d_out = shape
     a, g = torch.randn(n, t, d_in), torch.randn(n, t, d_out)
-    got = linear.compress_linear(a, g)
+    got = compress_linear.triton(a, g)
     assert got.shape == (n, d_out, d_in)
     assert_close(got, want(a, g))
 
@@ -71,7 +72,7 @@ def test_packed_documents(dtype, index_dtype):
     a, g = torch.randn(2, 70, 16).to(dtype), torch.randn(2, 70, 16).to(dtype)
     tables = (*make_table(16, 8), *make_table(16, 4))
     cu_seqlens = torch.tensor([0, 0, 1, 90, 90, 140], dtype=index_dtype)
-    assert_close(linear.compress_linear(a, g, *tables, 1, cu_seqlens), want(a, g, *tables, 1, cu_seqlens))
+    assert_close(compress_linear.triton(a, g, *tables, 1, cu_seqlens), want(a, g, *tables, 1, cu_seqlens))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -83,10 +84,10 @@ def test_split_positions(packed, monkeypatch):
     a, g = torch.randn(1, 700, 16), torch.randn(1, 700, 16)
     cu_seqlens = torch.tensor([0, 700]) if packed else None
     tables = (*make_table(16, 8), *make_table(16, 8))
-    got = linear.compress_linear(a, g, *tables, 1, cu_seqlens)
+    got = compress_linear.triton(a, g, *tables, 1, cu_seqlens)
     assert seen[0][1] > 1 if ON_GPU else seen[0][1] == 22  # every block of positions is a program of its own
     assert_close(got, want(a, g, *tables, 1, cu_seqlens))
-    torch.testing.assert_close(linear.compress_linear(a, g, *tables, 1, cu_seqlens), got, rtol=0, atol=0)
+    torch.testing.assert_close(compress_linear.triton(a, g, *tables, 1, cu_seqlens), got, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("k", [40, 130])
@@ -94,20 +95,20 @@ def test_split_positions(packed, monkeypatch):
 def test_several_blocks(k, dtype):
     a, g = torch.randn(1, 5, 150).to(dtype), torch.randn(1, 5, 150).to(dtype)
     tables = (*make_table(150, k), *make_table(150, k))
-    assert_close(linear.compress_linear(a, g, *tables), want(a, g, *tables))
+    assert_close(compress_linear.triton(a, g, *tables), want(a, g, *tables))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_dtype(dtype):
     a, g = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    got = linear.compress_linear(a, g, dtype=dtype)
+    got = compress_linear.triton(a, g, dtype=dtype)
     assert got.dtype == dtype
     assert_close(got, want(a, g), torch.finfo(dtype).eps)
 
 
 def test_mixed_dtypes():
     a, g = torch.randn(2, 5, 8).half(), torch.randn(2, 5, 8)
-    assert_close(linear.compress_linear(a, g), want(a, g))
+    assert_close(compress_linear.triton(a, g), want(a, g))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,7 +124,7 @@ def test_random_shapes(n, t, d_in, d_out, k, fan_in):
     a, g = torch.randn(n, t, d_in), torch.randn(n, t, d_out)
     in_index, in_weight = make_table(d_in, k, fan_in, True)
     out_index, _ = make_table(d_out, 1 + k // 2, fan_in)
-    got = linear.compress_linear(a, g, in_index, in_weight, out_index)
+    got = compress_linear.triton(a, g, in_index, in_weight, out_index)
     magnitude = want(a.abs(), g.abs(), in_index, in_weight.abs(), out_index)
     assert_close(got, want(a, g, in_index, in_weight, out_index), magnitude=magnitude)
 
@@ -156,16 +157,16 @@ BAD = [
 def test_bad_input(change, error, message):
     arguments = {"a": torch.zeros(2, 3, 8), "g": torch.zeros(2, 3, 8)} | change
     with pytest.raises(error, match=message):
-        linear.compress_linear(**arguments)
+        compress_linear.triton(**arguments)
 
 
 def test_a_table_is_checked_again_after_it_changes():
     a, g = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
     index = torch.tensor([[0, 1]], dtype=torch.int32)
-    linear.compress_linear(a, g, index)
+    compress_linear.triton(a, g, index)
     index[0, 1] = 8
     with pytest.raises(IndexError, match="entries from 0 to 8"):
-        linear.compress_linear(a, g, index)
+        compress_linear.triton(a, g, index)
 
 
 def test_every_block_of_the_rule_gives_the_same(monkeypatch):
@@ -174,4 +175,4 @@ def test_every_block_of_the_rule_gives_the_same(monkeypatch):
     exact = want(a, g, *tables, 8)
     for block in tiling._BLOCKS:
         monkeypatch.setattr(tiling, "outer_blocks", lambda k_out, k_in, block=block: block)
-        assert_close(linear.compress_linear(a, g, *tables, 8), exact)
+        assert_close(compress_linear.triton(a, g, *tables, 8), exact)

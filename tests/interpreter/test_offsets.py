@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -17,22 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropinf_kernels import (
-    conv,
-    embedding,
-    entries,
-    gather,
-    gram,
-    launch,
-    linear,
-    quantize,
-    reference,
-    reference_conv,
-    reference_score,
-    reference_sparse,
-    tiles,
-    topk,
-)
+import dropinf_kernels as ops
+from dropinf_kernels import gpu
+from dropinf_kernels.gpu import launch, tiles
 from tests.reference.helpers import make_table
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("offsets")
 COMMITTED = 1.5 * 2**30  # bytes
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python's mmap names since 3.13
-Call = tuple[Callable, Callable, tuple]
+Call = tuple[Callable, tuple]
 
 
 def uncommitted(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -68,7 +56,7 @@ def last_of_axis(d: int, k: int, fan_in: int = 1, weighted: bool = False) -> tup
 
 
 def calls(dtype: torch.dtype) -> dict[str, list[Call]]:
-    """Launcher, reference and arguments of each op."""
+    """Return calls of each op: the op and its arguments."""
     a, g = torch.randn(3, 5, 12).to(dtype), torch.randn(3, 5, 6).to(dtype)
     ids = torch.randint(0, 9, (3, 5))
     cu_seqlens = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
@@ -81,44 +69,45 @@ def calls(dtype: torch.dtype) -> dict[str, list[Call]]:
     )
     taps = last_of_axis(36, 5, 2, True)
     q, int8, scale = torch.randn(3, 4).to(dtype), torch.randint(-127, 128, (5, 4), dtype=torch.int8), torch.rand(5)
-    lookup, lookup_reference = embedding.compress_embedding, reference_sparse.compress_embedding
     return {
         "linear": [
-            (linear.compress_linear, reference.compress_linear, (a, g, *left, *right)),
-            (linear.compress_linear, reference.compress_linear, (a, g, *pick)),
-            (linear.compress_linear, reference.compress_linear, (a[0, :3], g[0, :3], *left, None, None, 1, cu_seqlens)),
+            (ops.compress_linear, (a, g, *left, *right)),
+            (ops.compress_linear, (a, g, *pick)),
+            (ops.compress_linear, (a[0, :3], g[0, :3], *left, None, None, 1, cu_seqlens)),
         ],
-        "gather": [
-            (gather.sketch, reference.sketch, (a[0], *left)),
-            (gather.sketch, reference.sketch, (torch.randn(3, 2, 256).to(dtype), last_of_axis(256, 4)[0])),
+        "sketch": [
+            (ops.sketch, (a[0], *left)),
+            (ops.sketch, (torch.randn(3, 2, 256).to(dtype), last_of_axis(256, 4)[0])),
         ],
-        "entries": [
-            (entries.compress_norm, reference.compress_norm, (a, a.flip(0), *left)),
-            (entries.compress_norm, reference.compress_norm, (None, g[0, :3], None, None, 1, cu_seqlens)),
-            (entries.compress_flat, reference_sparse.compress_flat, (a, g, right[0][0], pick[0][0, :3])),
-            (entries.compress_flat, reference_sparse.compress_flat, (ids, g, right[0][0], pick[0][0, :3])),
+        "norm": [
+            (ops.compress_norm, (a, a.flip(0), *left)),
+            (ops.compress_norm, (None, g[0, :3], None, None, 1, cu_seqlens)),
+        ],
+        "flat": [
+            (ops.compress_flat, (a, g, right[0][0], pick[0][0, :3])),
+            (ops.compress_flat, (ids, g, right[0][0], pick[0][0, :3])),
         ],
         "conv": [
-            (conv.compress_conv, reference_conv.compress_conv, (x, y, *window, 1, *taps, *last_of_axis(4, 3))),
-            (conv.compress_conv, reference_conv.compress_conv, (x, y, *window, 4, *last_of_axis(9, 5))),
-            (conv.compress_conv, reference_conv.compress_conv, (cube, cubes, [3, 2, 2], [1] * 3, [0] * 3, [1] * 3, 1)),
-            (conv.compress_conv, reference_conv.compress_conv, (line, lines, [2], [1], [0], [1], 1)),
-            (conv.sketch_patches, reference_conv.sketch_patches, (x, *window, *taps)),
+            (ops.compress_conv, (x, y, *window, 1, *taps, *last_of_axis(4, 3))),
+            (ops.compress_conv, (x, y, *window, 4, *last_of_axis(9, 5))),
+            (ops.compress_conv, (cube, cubes, [3, 2, 2], [1] * 3, [0] * 3, [1] * 3, 1)),
+            (ops.compress_conv, (line, lines, [2], [1], [0], [1], 1)),
+            (ops.sketch_patches, (x, *window, *taps)),
         ],
         "embedding": [
-            (lookup, lookup_reference, (ids, g, 9, *last_of_axis(9, 5, 2, True), *right)),
-            (lookup, lookup_reference, (ids[0, :3], g[0, :3], 9, None, None, None, None, -1, 1, cu_seqlens)),
+            (ops.compress_embedding, (ids, g, 9, *last_of_axis(9, 5, 2, True), *right)),
+            (ops.compress_embedding, (ids[0, :3], g[0, :3], 9, None, None, None, None, -1, 1, cu_seqlens)),
         ],
         "gram": [
-            (gram.gram_update, reference_score.gram_update, (torch.eye(130), torch.randn(4, 130).to(dtype))),
+            (ops.gram_update, (torch.eye(130), torch.randn(4, 130).to(dtype))),
         ],
         "topk": [
-            (topk.score_topk, reference_score.score_topk, (q, torch.randn(5, 4).to(dtype), 3)),
-            (topk.score_topk, reference_score.score_topk, (q, int8, 3, scale)),
+            (ops.score_topk, (q, torch.randn(5, 4).to(dtype), 3)),
+            (ops.score_topk, (q, int8, 3, scale)),
         ],
         "quantize": [
-            (quantize.quantize_rows, reference_score.quantize_rows, (q,)),
-            (quantize.dequantize_rows, reference_score.dequantize_rows, (int8, scale)),
+            (ops.quantize_rows, (q,)),
+            (ops.dequantize_rows, (int8, scale)),
         ],
     }
 
@@ -147,7 +136,7 @@ def large_outputs(op: str) -> Iterator[tuple[Callable, tuple, tuple]]:
     wide, taps = make_table(256, 1024)[0], make_table(18, 512)[0]
 
     def repeated(elements: int, samples: list[Tensor], *rest):
-        """Samples that differ in nothing, each of which yields so many elements."""
+        """Return samples that differ in nothing, each of which yields so many elements."""
         count = (1 << 31) // elements + 2
         return (*(v.expand(count, *v.shape[1:]) for v in samples), *rest), (*samples, *rest)
 
@@ -159,21 +148,22 @@ def large_outputs(op: str) -> Iterator[tuple[Callable, tuple, tuple]]:
 
     calls = {
         "linear": [
-            (linear.compress_linear, repeated(256 * 256, [a, g])),
-            (linear.compress_linear_int8, repeated(256 * 256, [a, g])),
-            (linear.compress_linear, ((long, long), (few, few))),
+            (ops.compress_linear, repeated(256 * 256, [a, g])),
+            (ops.compress_linear_int8, repeated(256 * 256, [a, g])),
+            (ops.compress_linear, ((long, long), (few, few))),
         ],
-        "gather": [
-            (gather.sketch, repeated(4, [a[0, :1]], last_of_axis(256, 4)[0])),
-            (gather.sketch, repeated(1024, [a[0, :1]], wide)),
+        "sketch": [
+            (ops.sketch, repeated(4, [a[0, :1]], last_of_axis(256, 4)[0])),
+            (ops.sketch, repeated(1024, [a[0, :1]], wide)),
         ],
-        "entries": [(entries.compress_norm, repeated(256, [a, g]))],
+        "norm": [(ops.compress_norm, repeated(256, [a, g]))],
+        "flat": [(ops.compress_flat, repeated(1024, [a, g], wide[0], wide[0]))],
         "conv": [
-            (conv.compress_conv, repeated(128 * 512, [x, y], *window, 1, taps)),
-            (conv.compress_conv, repeated(128 * 9, [x, y], *window, 2)),
+            (ops.compress_conv, repeated(128 * 512, [x, y], *window, 1, taps)),
+            (ops.compress_conv, repeated(128 * 9, [x, y], *window, 2)),
             *(
                 (
-                    conv.compress_conv,
+                    ops.compress_conv,
                     (
                         (channels[:, -5200 * n :], pixels, *window, n),
                         (channels[:, -32:], pixels[:, -small:], *window, n),
@@ -181,21 +171,21 @@ def large_outputs(op: str) -> Iterator[tuple[Callable, tuple, tuple]]:
                 )
                 for n in (1, 2)
             ),
-            (conv.sketch_patches, repeated(4 * 512, [x], *window, taps)),
+            (ops.sketch_patches, repeated(4 * 512, [x], *window, taps)),
         ],
         "embedding": [
-            (embedding.compress_embedding, repeated(256 * 256, [ids, g], 256)),
-            (embedding.compress_embedding, ((last_id, long, side), (last_id - side + small, few, small))),
+            (ops.compress_embedding, repeated(256 * 256, [ids, g], 256)),
+            (ops.compress_embedding, ((last_id, long, side), (last_id - side + small, few, small))),
         ],
-        "gram": [(gram.gram_update, ((F, C), (torch.zeros(small, small), C[:, -small:])))],
-        "topk": [(topk.score_topk, repeated(16, [a[0, :1]], torch.randn(20, 256), 16))],
+        "gram": [(ops.gram_update, ((F, C), (torch.zeros(small, small), C[:, -small:])))],
+        "topk": [(ops.score_topk, repeated(16, [a[0, :1]], torch.randn(20, 256), 16))],
         "quantize": [
-            (quantize.quantize_rows, repeated(256, [a[0, :1]])),
-            (quantize.dequantize_rows, repeated(256, [a[0, :1].to(torch.int8), torch.rand(1)])),
+            (ops.quantize_rows, repeated(256, [a[0, :1]])),
+            (ops.dequantize_rows, repeated(256, [a[0, :1].to(torch.int8), torch.rand(1)])),
         ],
     }
-    for launcher, (large, small) in calls[op]:
-        yield launcher, large, small
+    for declared, (large, small) in calls[op]:
+        yield declared.triton, large, small
 
 
 def last_program(launcher: Callable, arguments: tuple) -> tuple[Tensor, ...]:
@@ -211,12 +201,10 @@ def last_program(launcher: Callable, arguments: tuple) -> tuple[Tensor, ...]:
     def empty(shape, *, dtype, device):
         return uncommitted((shape,) if isinstance(shape, int) else shape, dtype)
 
-    module = sys.modules[launcher.__module__]
-    with (
-        mock.patch.object(module, "launch", launch_last),
-        mock.patch.object(tiles, "launch", launch_last),
-        mock.patch.object(torch, "empty", empty),
-    ):
+    with contextlib.ExitStack() as stack:
+        for module in (tiles, *(getattr(gpu, name) for name in gpu.__all__ if name != "flat")):
+            stack.enter_context(mock.patch.object(module, "launch", launch_last))
+        stack.enter_context(mock.patch.object(torch, "empty", empty))
         return results(launcher, arguments)
 
 
@@ -234,13 +222,13 @@ def copies(arguments: tuple) -> tuple:
 def run(op: str) -> None:
     """Ask for the same bits on stretched inputs as on small ones, and of those that they be the reference's numbers."""
     torch.manual_seed(0)
-    for launcher, body, arguments in calls(torch.float16)[op]:
-        want = results(launcher, copies(arguments))
+    for declared, arguments in calls(torch.float16)[op]:
+        want = results(declared.triton, copies(arguments))
         # Folds of fp16 inputs round once more than the reference.
-        torch.testing.assert_close(want, results(body, copies(arguments)), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(want, results(declared.plain, copies(arguments)), rtol=1e-2, atol=1e-2)
         for where, large in stretches(arguments):
-            for got, expected in zip(results(launcher, large), want, strict=True):
-                assert torch.equal(got, expected), f"{launcher.__name__}, {where}: {got} is not {expected}"
+            for got, expected in zip(results(declared.triton, large), want, strict=True):
+                assert torch.equal(got, expected), f"{declared.__name__}, {where}: {got} is not {expected}"
     for launcher, large, small in large_outputs(op):
         got, want = last_program(launcher, large), last_program(launcher, small)
         assert max(out.numel() for out in got) > 1 << 31

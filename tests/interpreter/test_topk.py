@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import reference_score, topk
+from dropinf_kernels import score_topk
+from dropinf_kernels.gpu import topk
 from tests.interpreter.helpers import DTYPES, ON_GPU, assert_close
 from tests.interpreter.sorting import fast_sort
 from tests.reference.helpers import layouts
@@ -22,12 +23,10 @@ def _fast_sort():
 
 
 def check(q, c, k, c_scale=None, offset=0):
-    values, indices = (out.cpu() for out in topk.score_topk(q, c, k, c_scale, offset))
+    values, indices = (out.cpu() for out in score_topk.triton(q, c, k, c_scale, offset))
     # The rest on the CPU, where an index out of range is an error and no more.
     q, c, c_scale = q.cpu(), c.cpu(), None if c_scale is None else c_scale.cpu()
-    exact, where = reference_score.score_topk(
-        q.double(), c if c.dtype == torch.int8 else c.double(), k, c_scale, offset
-    )
+    exact, where = score_topk.plain(q.double(), c if c.dtype == torch.int8 else c.double(), k, c_scale, offset)
     assert_close(values, exact)
     # Scores nearer than float32 resolves may swap; every index must still carry its own score.
     rows = c.double() if c_scale is None else c.double() * c_scale.double()[:, None]
@@ -46,7 +45,7 @@ def test_equals_the_reference(dtype, queries, rows, width, k):
 
 def test_same_bits_again():
     q, c = torch.randn(2, 8), torch.randn(100, 8)
-    for one, other in zip(topk.score_topk(q, c, 5), topk.score_topk(q, c, 5), strict=True):
+    for one, other in zip(score_topk.triton(q, c, 5), score_topk.triton(q, c, 5), strict=True):
         assert torch.equal(one, other)
 
 
@@ -55,8 +54,13 @@ def test_int8_rows(dtype):
     check(torch.randn(3, 20).to(dtype), torch.randint(-127, 128, (90, 20), dtype=torch.int8), 7, torch.rand(180)[::2])
 
 
-def test_the_most_it_keeps():
-    check(torch.randn(2, 4), torch.randn(600, 4), topk.MAX_TOP)
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_most_it_keeps_and_a_longer_list(extra, monkeypatch):
+    launched = []
+    launch = topk.launch
+    monkeypatch.setattr(topk, "launch", lambda *args, **meta: launched.append(args[0]) or launch(*args, **meta))
+    check(torch.randn(2, 4), torch.randn(600, 4), topk.MAX_TOP + extra)
+    assert bool(launched) == (extra == 0)
 
 
 @pytest.mark.parametrize(("k", "rows"), [(5, 300), (30, 400), (60, 400), (100, 600), (200, 1100)])
@@ -66,18 +70,18 @@ def test_ties_go_to_the_lowest_row_across_blocks_and_splits(k, rows):
     launch = topk.launch
     topk.launch = lambda kernel, grid, *args, **meta: splits.append(grid) or launch(kernel, grid, *args, **meta)
     try:
-        values, indices = topk.score_topk(q, c, k, offset=2**40)
+        values, indices = score_topk.triton(q, c, k, offset=2**40)
     finally:
         topk.launch = launch
     assert splits[0][1] > 1
-    exact, where = reference_score.score_topk(q, c, k, offset=2**40)
+    exact, where = score_topk.plain(q, c, k, offset=2**40)
     assert torch.equal(values, exact)
     assert torch.equal(indices, where)
 
 
 def test_a_block_that_beats_no_list_changes_nothing():
     q, c = torch.ones(2, 1), torch.arange(200.0, 0, -1)[:, None]
-    values, indices = topk.score_topk(q, c, 3)
+    values, indices = score_topk.triton(q, c, 3)
     assert values.tolist() == [[200, 199, 198]] * 2
     assert indices.tolist() == [[0, 1, 2]] * 2
 
@@ -85,8 +89,8 @@ def test_a_block_that_beats_no_list_changes_nothing():
 def test_order_of_ties_signed_zeros_nans_and_infinities():
     q = torch.ones(2, 1)
     c = torch.tensor([[0.0], [-0.0], [4.0], [float("nan")], [4.0], [-1.0], [float("inf")], [-float("inf")]])
-    values, indices = topk.score_topk(q, c, 8)
-    exact, where = reference_score.score_topk(q, c, 8)
+    values, indices = score_topk.triton(q, c, 8)
+    exact, where = score_topk.plain(q, c, 8)
     assert torch.equal(indices, where)
     assert indices[0].tolist() == [3, 6, 2, 4, 0, 1, 5, 7]
     torch.testing.assert_close(values, exact, rtol=0, atol=0, equal_nan=True)
@@ -97,7 +101,7 @@ def test_sign_of_a_scale_does_not_order_zeros_or_nans():
     c_scale = torch.stack([torch.tensor(1.0), nan.view(torch.float32), (nan | -(2**31)).view(torch.float32)])
     c_scale = torch.cat([c_scale, torch.tensor([-1.0, 1.0])])
     c = torch.tensor([[5], [1], [1], [0], [0]], dtype=torch.int8)
-    values, indices = topk.score_topk(torch.ones(1, 1), c, 5, c_scale)
+    values, indices = score_topk.triton(torch.ones(1, 1), c, 5, c_scale)
     assert indices.tolist() == [[1, 2, 0, 3, 4]]
     assert values[0, :2].isnan().all()
     assert values[0, 2:].tolist() == [5, 0, 0]
@@ -117,14 +121,12 @@ def test_strides(layout):
 
 def test_bad_input():
     q, c = torch.zeros(2, 4), torch.zeros(600, 4)
-    with pytest.raises(ValueError, match=r"k is 257; the kernel keeps at most 256 .*: dropinf_kernels\.score_topk"):
-        topk.score_topk(q, c, 257)
     with pytest.raises(ValueError, match="k is -1"):
-        topk.score_topk(q, c, -1)
+        score_topk.triton(q, c, -1)
     with pytest.raises(ValueError, match="c has 3 columns and q has 4"):
-        topk.score_topk(q, c[:, :3], 3)
+        score_topk.triton(q, c[:, :3], 3)
     with pytest.raises(ValueError, match="c is int8 and c_scale is missing"):
-        topk.score_topk(q, c.to(torch.int8), 3)
+        score_topk.triton(q, c.to(torch.int8), 3)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

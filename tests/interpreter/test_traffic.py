@@ -15,7 +15,7 @@ from bench.traffic.predict import Side, Work, gaussian, predicted
 from bench.traffic.recorder import Count, record
 from bench.traffic.report import count, missed
 from bench.traffic.resources import occupancy
-from dropinf_kernels.tiling import ARCHS
+from dropinf_kernels.device import ARCHS
 
 
 @triton.jit

@@ -5,8 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import gather, reference
-from dropinf_kernels.tiling import ARCHS, sketch_tile
+from dropinf_kernels import sketch
+from dropinf_kernels.device import ARCHS
+from dropinf_kernels.gpu.tiling import sketch_tile
 from tests.interpreter.helpers import DTYPES, assert_close
 from tests.reference.helpers import layouts, make_table
 
@@ -14,12 +15,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check(x, index, weight=None, group=1):
-    got = gather.sketch(x, index, weight, group)
+    got = sketch.triton(x, index, weight, group)
     assert got.dtype == x.dtype
-    magnitude = reference.sketch(x.double().abs(), index, None if weight is None else weight.abs(), group)
+    magnitude = sketch.plain(x.double().abs(), index, None if weight is None else weight.abs(), group)
     # One rounding of the sum into x's dtype.
-    assert_close(got, reference.sketch(x.double(), index, weight, group), torch.finfo(x.dtype).eps, 4, magnitude)
-    torch.testing.assert_close(gather.sketch(x, index, weight, group), got, rtol=0, atol=0)
+    assert_close(got, sketch.plain(x.double(), index, weight, group), torch.finfo(x.dtype).eps, 4, magnitude)
+    torch.testing.assert_close(sketch.triton(x, index, weight, group), got, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,19 +56,19 @@ def test_leading_shapes(shape):
 def test_leading_axes_that_do_not_merge_are_refused():
     x = torch.randn(5, 4, 3, 8).permute(2, 1, 0, 3)
     with pytest.raises(ValueError, match=r"must merge into two: pass x.contiguous\(\)"):
-        gather.sketch(x, make_table(8, 4)[0])
+        sketch.triton(x, make_table(8, 4)[0])
 
 
 def test_no_columns():
-    assert gather.sketch(torch.randn(2, 8), torch.zeros(1, 0, dtype=torch.int32)).shape == (2, 0)
+    assert sketch.triton(torch.randn(2, 8), torch.zeros(1, 0, dtype=torch.int32)).shape == (2, 0)
 
 
 def test_bad_input():
     index = torch.tensor([[0, 8]], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"index has entries from 0 to 8; they must lie in \[0, 8\)"):
-        gather.sketch(torch.randn(2, 8), index)
+        sketch.triton(torch.randn(2, 8), index)
     with pytest.raises(ValueError, match="not made of aligned runs of 2"):
-        gather.sketch(torch.randn(2, 8), torch.tensor([[1, 2]], dtype=torch.int32), None, 2)
+        sketch.triton(torch.randn(2, 8), torch.tensor([[1, 2]], dtype=torch.int32), None, 2)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dropinf_kernels import gather
+from dropinf_kernels import sketch
 from tests.cases.common import Case
 from tests.reference.helpers import make_table
 
@@ -19,9 +19,9 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
     ):  # fmt: skip
         table = make_table(4096, k, fan_in, fan_in > 1, group)
         vector = "sketch_gather_kernel" if group >= 8 else ""
-        yield Case(kind, lambda t=table, n=group: gather.sketch(x, *t, n), vector=vector, asynchronous=False)
+        yield Case(kind, lambda t=table, n=group: sketch.triton(x, *t, n), vector=vector, asynchronous=False)
     wide, table = torch.empty(32, 512, 16384, dtype=dtype), make_table(16384, 8192)
-    yield Case("wide-streamed", lambda: gather.sketch(wide, *table))
+    yield Case("wide-streamed", lambda: sketch.triton(wide, *table))
 
 
 def small(dtype: torch.dtype) -> Iterator[Case]:
@@ -33,4 +33,4 @@ def small(dtype: torch.dtype) -> Iterator[Case]:
         ("fold", 8, 3, 8),
     ):
         table = make_table(40, k, fan_in, fan_in > 1, group)
-        yield Case(kind, lambda t=table, n=group: gather.sketch(x, *t, n))
+        yield Case(kind, lambda t=table, n=group: sketch.triton(x, *t, n))
