@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dropinf_kernels import launch
-from dropinf_kernels.tiling import ARCHS
+import dropinf_kernels.gpu  # noqa: F401  `_launchers` looks for its modules
+from dropinf_kernels import device
+from dropinf_kernels.device import ARCHS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +63,7 @@ class Compiled:
 
     @property
     def code(self) -> str:
-        """SASS of an NVIDIA kernel, assembly of an AMD one."""
+        """Return the SASS of an NVIDIA kernel, or the assembly of an AMD one."""
         if "amdgcn" in self.kernel.asm:
             return self.kernel.asm["amdgcn"]
         if not self._sass:
@@ -76,7 +78,7 @@ class Compiled:
         return done.stdout
 
     def resources(self) -> dict[str, int]:
-        """Registers a thread, and bytes of stack or scratch (spills)."""
+        """Return the registers of a thread, and bytes of stack or scratch (spills)."""
         if "amdgcn" in self.kernel.asm:
             code = self.code
             read = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", code).group(1))  # noqa: E731
@@ -90,7 +92,7 @@ class Compiled:
         return {"registers": read("REG"), "spilled": read("STACK") + read("LOCAL")}
 
     def count(self, pattern: str) -> int:
-        """Instructions that match a regular expression."""
+        """Return how many instructions match a regular expression."""
         return len(re.findall(pattern, self.code))
 
 
@@ -103,7 +105,7 @@ def fake_driver(arch: str) -> _Driver:
 def gpu(arch: str) -> Iterator[list[Compiled]]:
     """Compile for `arch` what launchers launch on CPU tensors; yields the list of compiled kernels, in order."""
     done: list[Compiled] = []
-    run, arch_of = JITFunction.run, launch.arch_of
+    run, arch_of = JITFunction.run, device.arch_of
     modules = _launchers()
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -115,7 +117,7 @@ def gpu(arch: str) -> Iterator[list[Compiled]]:
     driver.set_active(fake_driver(arch))
     JITFunction.run = compile_only
     for module in modules:
-        module.arch_of = lambda device: ARCHS[arch]
+        module.arch_of = lambda _: ARCHS[arch]
     try:
         yield done
     finally:
@@ -125,6 +127,4 @@ def gpu(arch: str) -> Iterator[list[Compiled]]:
 
 
 def _launchers() -> list:
-    import sys
-
     return [m for name, m in sys.modules.items() if name.startswith("dropinf_kernels.") and hasattr(m, "arch_of")]

@@ -28,8 +28,8 @@ from triton_viz.core.data import AtomicCas, AtomicRMW, Load, Store
 from triton_viz.core.patch import _loop_patcher
 from triton_viz.frontends.triton import TRITON_FRONTEND
 
-import dropinf_kernels
-from dropinf_kernels import tiles
+from dropinf_kernels import gpu
+from dropinf_kernels.gpu import tiles
 from tests.interpreter.sorting import fast_sort
 
 # Addresses of a process stay below; the bits above carry which argument a pointer came from.
@@ -160,12 +160,12 @@ def _untagged(pointers: TensorHandle) -> TensorHandle:
 @contextlib.contextmanager
 def _traced(client: Client) -> Iterator[None]:
     """Run every kernel of the package under `client` for the duration of the context."""
-    names = [m.name for m in pkgutil.iter_modules(dropinf_kernels.__path__)]
+    names = [m.name for m in pkgutil.iter_modules(gpu.__path__)]
     with contextlib.ExitStack() as stack:
         # Loops are rewritten wherever they are, and only the module of the kernel itself is told of the name.
         stack.enter_context(mock.patch.object(standard, "_triton_viz_loop_patcher", _loop_patcher, create=True))
         stack.enter_context(mock.patch.object(tiles, "_triton_viz_loop_patcher", _loop_patcher, create=True))
-        for module in (importlib.import_module(f"dropinf_kernels.{name}") for name in names):
+        for module in (importlib.import_module(f"dropinf_kernels.gpu.{name}") for name in names):
             for name, kernel in list(vars(module).items()):
                 if isinstance(kernel, InterpretedFunction) and name.endswith("_kernel"):
                     traced = triton_viz.trace(client=client)(kernel)

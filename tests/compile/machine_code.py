@@ -1,19 +1,17 @@
-"""Every kernel, compiled for every architecture by its own launcher: machine code is read, nothing runs."""
+"""What the machine code of every kernel must be, compiled by its own launcher: it is read, and nothing runs."""
 
 from __future__ import annotations
 
-import importlib
 import re
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from dropinf_kernels.tiling import ARCHS
+from dropinf_kernels.device import ARCHS
+from tests.cases.common import Case
 from tests.compile.fake_gpu import TARGETS, Compiled, gpu
 
-CASES = (Path(__file__).parents[1] / "cases").glob("*.py")
-OPS = sorted(p.stem for p in CASES if "def large(" in p.read_text())
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX = {
     "sm_80": r"\bHMMA\.",
@@ -27,10 +25,14 @@ ASYNC = r"\b(LDGSTS\.E\.BYPASS(\.LTC\w+)?\.128|UTMALDG)"
 LOADS = r"\bLDG\.E(?!\.CONSTANT)[.\w]*"
 
 
-def compiled(op: str, dtype: str, arch: str) -> list[tuple[object, list[Compiled]]]:
-    cases = importlib.import_module(f"tests.cases.{op}").large(DTYPES[dtype])
+def every_build(test):
+    """Run a test for every dtype and every architecture."""
+    return pytest.mark.parametrize("arch", TARGETS)(pytest.mark.parametrize("dtype", DTYPES)(test))
+
+
+def compiled(cases: ModuleType, dtype: str, arch: str) -> list[tuple[Case, list[Compiled]]]:
     done = []
-    for case in cases:
+    for case in cases.large(DTYPES[dtype]):
         with gpu(arch) as kernels:
             case.call()
         assert kernels, f"{case.name} launched nothing"
@@ -38,12 +40,10 @@ def compiled(op: str, dtype: str, arch: str) -> list[tuple[object, list[Compiled
     return done
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_without_a_spill_and_with_the_right_instructions(op, dtype, arch):
+def check(cases: ModuleType, dtype: str, arch: str) -> None:
+    """Ask for no spill, for matrix instructions and for wide asynchronous loads, in what the large cases launch."""
     problems = []
-    for case, kernels in compiled(op, dtype, arch):
+    for case, kernels in compiled(cases, dtype, arch):
         for kernel in kernels:
             resources = kernel.resources()
             where = f"{case.name}: {kernel.name}"
@@ -62,7 +62,7 @@ def test_compiles_without_a_spill_and_with_the_right_instructions(op, dtype, arc
 
 
 def narrow(kernel: Compiled, arch: str, asynchronous: bool) -> list[str]:
-    """What is not a 128-bit asynchronous load, or a wide store, in a kernel that must have no other."""
+    """Return what is no 128-bit asynchronous load, or no wide store, of a kernel that must have no other."""
     if arch == "gfx942":
         found = re.findall(NARROW["gfx942"], kernel.code)
         wide = kernel.count(r"\b(global|buffer)_load_dwordx4")

@@ -1,0 +1,9 @@
+"""Machine code of compress_norm."""
+
+from tests.cases import norm
+from tests.compile.machine_code import check, every_build
+
+
+@every_build
+def test_compiles_without_a_spill_and_with_the_right_instructions(dtype, arch):
+    check(norm, dtype, arch)

@@ -1,0 +1,9 @@
+"""Accesses of compress_embedding."""
+
+from tests.cases import embedding
+from tests.sanitizer.accesses import check_bounds, every_dtype
+
+
+@every_dtype
+def test_every_access_lies_within_its_argument(dtype):
+    check_bounds(embedding, dtype)

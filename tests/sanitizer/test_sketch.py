@@ -1,0 +1,9 @@
+"""Accesses of sketch."""
+
+from tests.cases import sketch
+from tests.sanitizer.accesses import check_bounds, every_dtype
+
+
+@every_dtype
+def test_every_access_lies_within_its_argument(dtype):
+    check_bounds(sketch, dtype)
