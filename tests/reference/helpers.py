@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# cu_seqlens of twelve rows, with documents that are empty, one row long, or all there is.
+CUTS = [[0, 3, 3, 8, 12], [0, 0, 12], [0, 12, 12], [0, 1, 2, 12]]
 
 
 def make_table(d: int, k: int, fan_in: int = 1, weighted: bool = False, group: int = 1):
@@ -22,6 +28,12 @@ def dense(index: Tensor | None, weight: Tensor | None, d: int) -> Tensor:
         for j in range(index.shape[1]):
             matrix[j, index[f, j]] += 1.0 if weight is None else weight[f, j].item()
     return matrix
+
+
+def documents(x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """Return each document of packed rows as a batch of one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return [rows[lo:hi].unsqueeze(0) for lo, hi in pairwise(cu_seqlens)]
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def window(kernel_size, stride, padding, dilation):
 
 
 def per_sample_gradients(x: Tensor, g: Tensor, args: list[list[int]], groups: int) -> Tensor:
-    """Gradients of the real module's weight, one backward per sample, as [N, C_out, taps]."""
+    """Return the gradients of the real module's weight, one backward per sample, as [N, C_out, taps]."""
     layer = CONVS[x.dim() - 2](x.shape[1], g.shape[1], *args, groups=groups, bias=False, dtype=torch.float64)
     grads = [
         torch.autograd.grad((layer(x[n : n + 1].double()) * g[n : n + 1].double()).sum(), layer.weight)[0]
@@ -135,7 +135,7 @@ def test_chunks_do_not_change_the_result(groups, monkeypatch):
     index, weight = make_table(9 * groups, 7, 2, True)
     patches = kernels.sketch_patches(x, *args, index, weight)
     for budget in (1, 7 * 6 * 8 * 2, 7 * 6 * 8 * 20):
-        monkeypatch.setattr("dropinf_kernels.reference_conv.BUFFER_BYTES", budget)
+        monkeypatch.setattr("dropinf_kernels.ops.conv.BUFFER_BYTES", budget)
         torch.testing.assert_close(kernels.compress_conv(x, g, *args, groups, *tables), want)
         torch.testing.assert_close(kernels.sketch_patches(x, *args, index, weight), patches)
 

@@ -18,7 +18,7 @@ WINDOW = ([3, 2], [2, 1], [1, 0], [1, 1])
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
-    """Positional arguments of every op, in the order of its public signature."""
+    """Return positional arguments of every op, in the order of its public signature."""
     torch.manual_seed(0)
     a, g = torch.randn(2, 6, 8, dtype=dtype), torch.randn(2, 6, 4, dtype=dtype)
     x, y = torch.randn(2, 4, 5, 4, dtype=dtype), torch.randn(2, 6, 3, 3, dtype=dtype)
@@ -174,12 +174,13 @@ def test_inputs_are_not_written():
                     assert torch.equal(old, new), (name, i)
 
 
-def test_import_touches_no_device():
+def test_import_touches_no_device_and_no_kernel():
     script = (
-        "import torch; "
+        "import sys, torch; "
         "torch.cuda._lazy_init = lambda: exit('device touched'); "
         "import dropinf_kernels; "
         "torch.ops.dropinf.sketch; "
-        "assert not torch.cuda.is_initialized()"
+        "assert not torch.cuda.is_initialized(); "
+        "assert not any(name == 'triton' or name.startswith('dropinf_kernels.gpu') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=120)

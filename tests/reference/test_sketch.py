@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dropinf_kernels as kernels
-from tests.reference.helpers import dense, layouts, make_table
-
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+from tests.reference.helpers import DTYPES, dense, layouts, make_table
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])

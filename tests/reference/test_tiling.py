@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from dropinf_kernels import launch, tiling
-from dropinf_kernels.tiling import ARCHS
+from dropinf_kernels.device import ARCHS
+from dropinf_kernels.gpu import launch, tiling
 
 SHAPES = [(1, 4096), (8, 512), (512, 1), (3, 0), (0, 7)]
 KS = [1, 16, 48, 64, 100, 256, 1000]
@@ -48,7 +48,7 @@ def test_few_long_samples_use_every_multiprocessor(arch, itemsize, samples, k):
 
 
 def busy(length, block, splits):
-    """Ranges of positions that are not empty, as launchers cut them."""
+    """Return how many ranges of positions are not empty, as launchers cut them."""
     return tiling.cdiv(length, block * tiling.cdiv(tiling.cdiv(length, block), splits))
 
 
