@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dropinf_kernels import conv, embedding, entries, gather, gram, linear, quantize, topk
-from dropinf_kernels.launch import arch_of
-from dropinf_kernels.tiling import ARCHS, cdiv, gram_tile
+import dropinf_kernels as ops
+from dropinf_kernels.device import ARCHS, arch_of
+from dropinf_kernels.gpu.tiling import cdiv, gram_tile
 
 from . import minimum
 from .predict import Side, Work, gaussian
@@ -124,7 +124,7 @@ def linear_case(
     sides = Side(minimum.all_bytes(g), d, k), Side(minimum.all_bytes(a), a.shape[-1], k)
     least, sectors = read(group, (a, right), (g, left))
     return Problem(
-        lambda: linear.compress_linear(a, g, *right, *left, group),
+        lambda: ops.compress_linear.triton(a, g, *right, *left, group),
         least + outputs,
         sectors + outputs,
         limit,
@@ -137,26 +137,26 @@ def sketch_case(rows: int, d: int, k: int, make: Callable[..., Table], group: in
     x = torch.zeros(rows, d, dtype=HALF)
     out = rows * k * x.element_size()
     least, sectors = read(group, (x, table))
-    return Problem(lambda: gather.sketch(x, *table, group), least + out, sectors + out)
+    return Problem(lambda: ops.sketch.triton(x, *table, group), least + out, sectors + out)
 
 
 def norm_case(n: int, t: int, d: int, k: int, make: Callable[..., Table], group: int = 1) -> Problem:
     table = make(d, k)
     a, g = torch.zeros(n, t, d, dtype=HALF), torch.zeros(n, t, d, dtype=HALF)
     least, sectors = read(group, (a, table), (g, table))
-    return Problem(lambda: entries.compress_norm(a, g, *table, group), least + n * k * 4, sectors + n * k * 4)
+    return Problem(lambda: ops.compress_norm.triton(a, g, *table, group), least + n * k * 4, sectors + n * k * 4)
 
 
 def bias_case(n: int, t: int, d: int) -> Problem:
     g = torch.zeros(n, t, d, dtype=HALF)
-    return Problem(lambda: entries.compress_norm(None, g), minimum.all_bytes(g) + n * d * 4)
+    return Problem(lambda: ops.compress_norm.triton(None, g), minimum.all_bytes(g) + n * d * 4)
 
 
 def flat_case(n: int, t: int, d: int, k: int) -> Problem:
     a, g = torch.zeros(n, t, d, dtype=HALF), torch.zeros(n, t, d, dtype=HALF)
     rows, cols = (torch.randint(0, d, (k,), generator=torch.Generator().manual_seed(s)).int() for s in (0, 1))
     least = minimum.touched_columns(g, rows) + minimum.touched_columns(a, cols) + n * k * 4
-    return Problem(lambda: entries.compress_flat(a, g, rows, cols), least)
+    return Problem(lambda: ops.compress_flat.triton(a, g, rows, cols), least)
 
 
 def flat_ids_case(n: int, t: int, vocabulary: int, d: int, k: int) -> Problem:
@@ -166,7 +166,7 @@ def flat_ids_case(n: int, t: int, vocabulary: int, d: int, k: int) -> Problem:
     rows = torch.randint(0, d, (k,), generator=generator).int()
     cols = torch.randint(0, vocabulary, (k,), generator=generator).int()
     least = minimum.matched_entries(g, ids, rows, cols) + minimum.all_bytes(ids) + n * k * 4
-    return Problem(lambda: entries.compress_flat(ids, g, rows, cols), least)
+    return Problem(lambda: ops.compress_flat.triton(ids, g, rows, cols), least)
 
 
 def conv_case(n: int, channels: int, size: int, k_in: int, k_out: int, make: Callable[..., Table]) -> Problem:
@@ -179,7 +179,7 @@ def conv_case(n: int, channels: int, size: int, k_in: int, k_out: int, make: Cal
     # Gaussian factors as a convolution to k channels: x is read once and no patch is written.
     sides = (Side(minimum.all_bytes(g), channels, k_out), Side(minimum.all_bytes(x), taps, k_in))
     return Problem(
-        lambda: conv.compress_conv(x, g, *window, 1, *right, *left),
+        lambda: ops.compress_conv.triton(x, g, *window, 1, *right, *left),
         least + outputs,
         gaussian=gaussian(rows, *sides, outputs, x.element_size()),
     )
@@ -190,7 +190,7 @@ def embedding_case(n: int, t: int, vocabulary: int, d: int, k: int, group: int) 
     ids = torch.randint(0, vocabulary, (n, t), generator=torch.Generator().manual_seed(0))
     right, left = dropout(vocabulary, k, group), dropout(d, k, group, seed=1)
     least = minimum.named_rows(g, ids, right[0], left[0]) + minimum.all_bytes(ids) + n * k * k * 4
-    return Problem(lambda: embedding.compress_embedding(ids, g, vocabulary, *right, *left, -1, group), least)
+    return Problem(lambda: ops.compress_embedding.triton(ids, g, vocabulary, *right, *left, -1, group), least)
 
 
 def gram_case(rows: int, k: int) -> Problem:
@@ -206,18 +206,18 @@ def gram_case(rows: int, k: int) -> Problem:
 
     lower = k * (k + 1) // 2 * 4
     # The lower triangle is read, all of F is written. A split leaves partial results, which have no limit here.
-    return Problem(lambda: gram.gram_update(F, C), minimum.all_bytes(C, F) + lower, limit=None, checks=checks)
+    return Problem(lambda: ops.gram_update.triton(F, C), minimum.all_bytes(C, F) + lower, limit=None, checks=checks)
 
 
 def topk_case(queries: int, rows: int, width: int, top: int) -> Problem:
     q, c, scale = torch.zeros(queries, width, dtype=HALF), torch.zeros(rows, width, dtype=torch.int8), torch.ones(rows)
     least = minimum.all_bytes(q, c, scale) + queries * top * (4 + 8)
-    return Problem(lambda: topk.score_topk(q, c, top, scale), least)
+    return Problem(lambda: ops.score_topk.triton(q, c, top, scale), least)
 
 
 def quantize_case(rows: int, k: int) -> Problem:
     x = torch.zeros(rows, k, dtype=HALF)
-    return Problem(lambda: quantize.quantize_rows(x), minimum.all_bytes(x) + rows * (k + 4))
+    return Problem(lambda: ops.quantize_rows.triton(x), minimum.all_bytes(x) + rows * (k + 4))
 
 
 def runs(group: int) -> Callable[..., Table]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dropinf_kernels.tiling import ARCHS, Arch
+from dropinf_kernels.device import ARCHS, Arch
 
 PARTS = {"H100": ARCHS["sm_90"], "MI300X": ARCHS["gfx942"]}
 FORMULA = "Predicted time = sum over launches of max(DRAM bytes / bandwidth, matrix operations / matrix rate)"

@@ -9,8 +9,9 @@ from unittest import mock
 
 import torch
 
-from dropinf_kernels import quantize
-from dropinf_kernels.launch import launch
+from dropinf_kernels import dequantize_rows
+from dropinf_kernels.gpu import quantize
+from dropinf_kernels.gpu.launch import launch
 from tests.gpu.problems import DTYPES
 
 OPS = sorted(p.stem for p in (Path(__file__).parents[1] / "cases").glob("*.py") if "def small(" in p.read_text())
@@ -34,7 +35,7 @@ def run_out_of_bounds() -> None:
         launch(kernel, grid, device, q, scale, out, K + 64, *rest, **meta)
 
     with mock.patch.object(quantize, "launch", wider):
-        quantize.dequantize_rows(torch.ones(3, 30, dtype=torch.int8, device="cuda"), torch.ones(3, device="cuda"))
+        dequantize_rows.triton(torch.ones(3, 30, dtype=torch.int8, device="cuda"), torch.ones(3, device="cuda"))
     torch.cuda.synchronize()
 
 

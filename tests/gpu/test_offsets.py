@@ -36,10 +36,10 @@ def compare(launcher, arguments, want, where):
 @pytest.mark.parametrize("op", stretching.OPS)
 def test_inputs_that_span_more_than_two_billion_elements(op):
     needs(40)
-    for launcher, _, arguments in stretching.calls(torch.float16)[op]:
-        want = stretching.results(launcher, stretching.copies(arguments))
+    for declared, arguments in stretching.calls(torch.float16)[op]:
+        want = stretching.results(declared.triton, stretching.copies(arguments))
         for where, large in stretching.stretches(arguments):
-            compare(launcher, large, want, where)
+            compare(declared.triton, large, want, where)
             # Before the next one is made: two at once would not fit.
             del large
 

@@ -12,7 +12,8 @@ import torch
 import triton.testing
 
 import dropinf_kernels as ops
-from dropinf_kernels import launch, linear
+from dropinf_kernels import device
+from dropinf_kernels.gpu import launch, linear
 from tests.gpu.problems import DTYPES, NAMES, check, problems, results
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def test_every_op_has_a_problem():
 def test_equals_the_reference(name, dtype):
     problem = problems(dtype)[name]
     args = problem.on("cuda")
-    assert launch.runs_triton([v for v in args if torch.is_tensor(v)])
+    assert device.runs_triton([v for v in args if torch.is_tensor(v)])
     got = results(getattr(ops, problem.op), args)
     check(problem, got)
     registered = results(getattr(torch.ops.dropinf, problem.op), problem.on("cuda"))
@@ -44,10 +45,10 @@ def test_float64_takes_the_reference(name):
 @pytest.fixture
 def _unsupported(monkeypatch):
     """A part on which these kernels do not run."""
-    monkeypatch.setattr(launch, "arch_of", lambda device: None)
-    launch._supported.cache_clear()
+    monkeypatch.setattr(device, "arch_of", lambda device: None)
+    device._supported.cache_clear()
     yield
-    launch._supported.cache_clear()
+    device._supported.cache_clear()
 
 
 @pytest.mark.usefixtures("_unsupported")
