@@ -18,7 +18,7 @@ from .plain import accumulator, columns_of, fold
 from .quantize import quantized
 
 # Gathered patches; beyond this, mapping fresh pages costs more than gathering.
-BUFFER_BYTES = 4 << 20
+PATCH_BYTES = 4 << 20
 
 
 def conv_output_size(
@@ -109,8 +109,8 @@ class _Taps:
         table = offsets.unsqueeze(0) if self.index is None else offsets[self.index.long()]
         bases = self.present * (self.geometry.channels * channel_stride)
         unit = x.shape[0] * self.geometry.positions * self.dtype.itemsize
-        columns = max(1, min(self.width, BUFFER_BYTES // unit))
-        groups = max(1, BUFFER_BYTES // (unit * max(1, self.width)))
+        columns = max(1, min(self.width, PATCH_BYTES // unit))
+        groups = max(1, PATCH_BYTES // (unit * max(1, self.width)))
         for i in range(0, bases.numel(), groups):
             for j in range(0, self.width, columns):
                 picked, part = slice(i, i + groups), slice(j, j + columns)
@@ -258,7 +258,7 @@ def compress_conv(
     k_out = g.shape[1] if out_index is None else out_index.shape[1]
     out = x.new_empty(x.shape[0], k_out, taps.width, dtype=dtype)
     lines = max(taps.width * present.numel(), k_out if rows is None else rows.channels.numel(), 1)
-    samples = max(1, BUFFER_BYTES // (lines * geometry.positions * dtype.itemsize))
+    samples = max(1, PATCH_BYTES // (lines * geometry.positions * dtype.itemsize))
     for n in range(0, x.shape[0], samples):
         block = slice(n, n + samples)
         if rows is None:
@@ -317,7 +317,7 @@ def _patches(x: Tensor, geometry: Geometry, index: Tensor, weight: Tensor | None
         return plain if weight is None else plain.to(dtype).mul_(weight[0].to(dtype).unsqueeze(1)).to(x.dtype)
     taps = _Taps(geometry, index, weight, torch.zeros(1, dtype=torch.int64, device=x.device), dtype)
     out = x.new_empty(x.shape[0], k, geometry.positions)
-    samples = max(1, BUFFER_BYTES // (max(1, k) * geometry.positions * dtype.itemsize))
+    samples = max(1, PATCH_BYTES // (max(1, k) * geometry.positions * dtype.itemsize))
     for n in range(0, x.shape[0], samples):
         for _, columns, patches in taps.chunks(x[n : n + samples]):
             out[n : n + samples, columns] = patches.squeeze(1)

@@ -135,7 +135,7 @@ def test_chunks_do_not_change_the_result(groups, monkeypatch):
     index, weight = make_table(9 * groups, 7, 2, True)
     patches = kernels.sketch_patches(x, *args, index, weight)
     for budget in (1, 7 * 6 * 8 * 2, 7 * 6 * 8 * 20):
-        monkeypatch.setattr("dropinf_kernels.ops.conv.BUFFER_BYTES", budget)
+        monkeypatch.setattr("dropinf_kernels.ops.conv.PATCH_BYTES", budget)
         torch.testing.assert_close(kernels.compress_conv(x, g, *args, groups, *tables), want)
         torch.testing.assert_close(kernels.sketch_patches(x, *args, index, weight), patches)
 
