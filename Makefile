@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LIBRARY := $(addprefix tests/,api bench browser capture cli demo distributed faults fisher index sketch text)
 COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
@@ -12,7 +13,7 @@ demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
-	$(BIN)/python -m pytest tests/reference tests/api tests/distributed tests/faults tests/browser
+	$(BIN)/python -m pytest tests/reference $(LIBRARY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/interpreter
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/sanitizer
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m pytest -n 2 tests/compile
