@@ -8,18 +8,20 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from bench.peak import peak_mb
 
+HERE = Path(__file__).parent
 Job = Callable[[], object]
 
 
 @pytest.fixture
 def record(request):
     """Call with what was run and what was found: a row of the table. `package` is the toolkit's name on PyPI."""
-    toolkit = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    toolkit = request.path.relative_to(HERE).parts[0].removeprefix("test_").removesuffix(".py")
 
     def add(package: str, what: str, **found: object) -> None:
         row = {"toolkit": toolkit, "version": version(package), "what": what}

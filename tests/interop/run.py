@@ -63,12 +63,18 @@ def environment(name: str) -> Path:
     return python
 
 
+def tests_of(name: str) -> str:
+    """A toolkit's folder of tests, or its one file."""
+    folder = f"tests/interop/{name}"
+    return folder if (ROOT / folder).is_dir() else f"tests/interop/test_{name}.py"
+
+
 def run(name: str) -> tuple[int, list[dict[str, str]]]:
     out = ROOT / "out" / "interop" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     done = subprocess.run(
-        [str(environment(name)), "-m", "pytest", f"tests/interop/test_{name}.py", "-p", "no:cacheprovider"],
+        [str(environment(name)), "-m", "pytest", tests_of(name), "-p", "no:cacheprovider"],
         cwd=ROOT,
         env={**os.environ, "DROPINF_INTEROP_OUT": str(out), "OMP_NUM_THREADS": "1"},
     )

@@ -1,100 +1,41 @@
-"""bergson 2.5.1: its collectors, readers, queries and scores on gradients that dropinf compressed."""
+"""bergson 2.5.1's scores, queries and command line on gradients that dropinf compressed, and files both ways."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
-import bergson
 import pytest
 import torch
 from bergson import Attributor as TheirAttributor
 from bergson import (
     CollectorComputer,
-    DataConfig,
     GradientProcessor,
     IndexConfig,
     PreprocessConfig,
-    ScoreConfig,
     Scorer,
     load_gradient_dataset,
     load_gradients,
-    load_module_gradients,
 )
 from bergson import InMemoryCollector as TheirInMemory
 from bergson.build import build
-from bergson.collector.collector import HookCollectorBase
-from bergson.config import DistributedConfig
-from bergson.data import load_scores
-from bergson.gradients import AdafactorNormalizer, AdamNormalizer
-from bergson.score.score import score_dataset
+from bergson.gradients import AdamNormalizer
 from bergson.score.score_writer import InMemorySequenceScoreWriter, InMemoryTokenScoreWriter
-from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dropinf
 from dropinf.interop import bergson as adapter
-
-LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
-CONFIGS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"intermediate_size": 48, "num_attention_heads": 4}),
-    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_inner": 48, "num_attention_heads": 4}),
-    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {"intermediate_size": 48, "num_attention_heads": 4}),
-}
-
-
-def make_model(kind="llama", dtype=torch.float64, **options):
-    model, config, more = CONFIGS[kind]
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    made = model(config(**{**sizes, **more, **options})).eval().to(dtype)
-    made.requires_grad_(False)
-    made.get_input_embeddings().requires_grad_(True)  # as bergson's setup_model_and_peft leaves it
-    return made
-
-
-def make_data(n=24, start=0, least=10, most=40):
-    """Bytes of a text in passages of several lengths."""
-    text = LICENSE.read_bytes()[start:]
-    lengths = [least + 7 * i % (most - least + 1) for i in range(n)]
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    ids = [list(text[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
-    return Dataset.from_dict({"input_ids": ids, "length": lengths})
-
-
-def batches_of(data, size=5):
-    return [list(range(i, min(i + size, len(data)))) for i in range(0, len(data), size)]
-
-
-def index(path, model, data, compressor=None, *, processor=None, **options):
-    """Build an index with bergson's collect_gradients, or with ours; returns its folder."""
-    cfg = IndexConfig(run_path=str(path), **options)
-    cfg.partial_run_path.mkdir(parents=True)
-    if processor is None:
-        processor = GradientProcessor(projection_dim=options.get("projection_dim"))
-    if compressor is None:
-        bergson.collect_gradients(model, data, processor, cfg, batches=batches_of(data))
-    else:
-        adapter.collect_gradients(model, data, processor, cfg, batches=batches_of(data), compressor=compressor)
-    return cfg.partial_run_path
-
-
-def stored(path):
-    return torch.from_numpy(load_gradients(path).copy())
-
-
-def as_queries(path):
-    grads = load_module_gradients(path)
-    return {name: torch.from_numpy(grads[name].copy()) for name in grads}
-
-
-def error_of(got, want):
-    return float((got - want).abs().max() / want.abs().max())
-
-
-CFG = IndexConfig(run_path="unused")
+from tests.interop.bergson.models import (
+    CFG,
+    CONFIGS,
+    as_queries,
+    batches_of,
+    error_of,
+    index,
+    make_data,
+    make_model,
+    run_pipeline,
+    stored,
+)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -116,121 +57,6 @@ def test_uncompressed_scores_are_bergsons(kind, tmp_path, record):
         agreement=max(errors),
     )
     assert max(errors) < 1e-5
-
-
-SKETCHES = {
-    "dropout": dropinf.Dropout(8),
-    "runs": dropinf.Dropout((8, 16), group=8),
-    "flat": dropinf.Dropout(64, mode="flat"),
-    "rotated": dropinf.Dropout(8, rank=24, whiten=True),
-    "rotated outputs": dropinf.Dropout(8, rank=(24, 8)),
-    "gaussian": dropinf.Gaussian(8),
-}
-
-
-@pytest.mark.parametrize("sketch", SKETCHES)
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_stored_gradients_are_the_compressors(kind, sketch, tmp_path):
-    model, data = make_model(kind), make_data()
-    compressor = adapter.make_compressor(model, SKETCHES[sketch], CFG)
-    rows = [data[i] for i in batches_of(data)]
-    compressor.calibrate(rows)
-    want = compressor.compress(rows)
-    got = adapter.import_index(index(tmp_path / "index", model, data, compressor))
-    got.check_same_sketch(want)
-    assert error_of(got.flat, want.flat) < 1e-12
-    assert not any("head" in name or "embed_out" in name for name in want.shapes)
-
-
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("sketch", ["dropout", "rotated outputs"])
-def test_models_in_bfloat16(sketch, tokens, tmp_path):
-    model, data = make_model(dtype=torch.bfloat16), make_data(6)
-    compressor = adapter.make_compressor(model, SKETCHES[sketch], CFG)
-    compressor.calibrate([data[:]])
-    path = index(tmp_path / "index", model, data, compressor, attribute_tokens=tokens)
-    got = torch.from_numpy(load_gradients(path).astype("float32"))
-    if tokens:
-        got = torch.stack([part.sum(0) for part in got.split([n - 1 for n in data["length"]])])
-    assert error_of(got, compressor.compress([data[i] for i in batches_of(data)]).flat.float()) < 2**-6
-
-
-def test_means_labels_and_advantages_are_bergsons(tmp_path):
-    model, data = make_model(), make_data()
-    labels = [[-100] * 4 + row[4:] for row in data["input_ids"]]
-    data = data.add_column("labels", labels).add_column("advantage", [(-1.0) ** i for i in range(len(data))])
-    options = {"loss_reduction": "mean", "label_smoothing": 0.1}
-    compressor = adapter.make_compressor(model, dropinf.Dropout(8), IndexConfig(run_path="unused", **options))
-    want = compressor.compress([data[i] for i in batches_of(data)])
-    got = index(tmp_path / "index", model, data, compressor, **options)
-    assert error_of(stored(got), want.flat) < 1e-12
-
-
-def test_target_and_filtered_modules_are_bergsons(tmp_path):
-    model, data = make_model(), make_data()
-    compressor = adapter.make_compressor(
-        model, dropinf.Dropout(8), IndexConfig(run_path="unused", filter_modules="*.mlp.*")
-    )
-    path = index(tmp_path / "index", model, data, compressor, filter_modules="*.mlp.*")
-    assert list(load_module_gradients(path)) == [
-        f"layers.{i}.self_attn.{p}_proj" for i in range(2) for p in ("q", "k", "v", "o")
-    ]
-    assert error_of(stored(path), compressor.compress([data[:]]).flat) < 1e-12
-
-
-def test_only_the_sketched_input_is_kept():
-    model, data = make_model(), make_data()
-    compressor = adapter.make_compressor(model, dropinf.Dropout(8), CFG)
-    collector = adapter.InMemoryCollector(model=model.base_model, data=data, cfg=CFG, compressor=compressor)
-    with collector, torch.no_grad():
-        model(torch.tensor([data[0]["input_ids"]]))
-        kept = {name: model.base_model.get_submodule(name)._inputs for name in collector.plans}
-    assert len(kept) == 14
-    assert all(a.shape[-1] == 8 and a.untyped_storage().nbytes() == a.numel() * 8 for a in kept.values())
-
-
-@pytest.mark.parametrize("normalizer", [AdamNormalizer, AdafactorNormalizer])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_normalizers_go_before_the_mask(kind, normalizer, tmp_path):
-    model, data = make_model(kind), make_data(6)
-    targets = HookCollectorBase.discover_targets(model.base_model)
-    torch.manual_seed(1)
-    moments = {name: AdamNormalizer(torch.rand(shape, dtype=torch.float64)) for name, (_, shape, _) in targets.items()}
-    if normalizer is AdafactorNormalizer:
-        moments = {name: adam.to_adafactor() for name, adam in moments.items()}
-    whole = as_queries(index(tmp_path / "theirs", model, data, processor=GradientProcessor(moments)))
-    compressor = adapter.make_compressor(model, dropinf.Dropout(8), CFG)
-    path = index(tmp_path / "ours", model, data, compressor, processor=GradientProcessor(moments))
-    got, digest = load_module_gradients(path), json.loads((path / adapter.LAYOUT).read_text())
-    for name, plan_name, _, _ in digest:
-        plan = compressor.layers[plan_name]
-        rows, columns = plan.out_axis.index[0].long(), plan.in_axis.index[0].long()
-        want = whole[name].view(6, *targets[name][1])[:, rows[:, None], columns]
-        torch.testing.assert_close(torch.from_numpy(got[name].copy()).view_as(want), want, rtol=1e-9, atol=1e-12)
-
-
-def test_an_adam_normalizer_with_another_sketch_is_one_clear_line(tmp_path):
-    model, data = make_model(), make_data(3)
-    targets = HookCollectorBase.discover_targets(model.base_model)
-    moments = {name: AdamNormalizer(torch.ones(shape, dtype=torch.float64)) for name, (_, shape, _) in targets.items()}
-    compressor = adapter.make_compressor(model, dropinf.Gaussian(8), CFG)
-    with pytest.raises(ValueError, match=r"^compressor: an Adam normalizer goes with plain Dropout alone[^\n]*$"):
-        index(tmp_path / "ours", model, data, compressor, processor=GradientProcessor(moments))
-
-
-def test_token_gradients_add_up_to_those_of_samples(tmp_path):
-    model, data = make_model(), make_data(6)
-    compressor = adapter.make_compressor(model, dropinf.Dropout(8), CFG)
-    tokens = index(tmp_path / "tokens", model, data, compressor, attribute_tokens=True)
-    counts = torch.tensor(data["length"]) - 1
-    parts = stored(tokens).split(counts.tolist())
-    want = stored(index(tmp_path / "samples", model, data, compressor))
-    assert error_of(torch.stack([p.sum(0) for p in parts]), want) < 1e-12
-    with pytest.raises(ValueError, match=r"its rows are tokens, not samples; build it with attribute_tokens=False$"):
-        adapter.import_index(tokens)
-    flat = adapter.make_compressor(model, dropinf.Dropout(8, mode="flat"), CFG)
-    with pytest.raises(ValueError, match=r"^compressor: attribute_tokens needs the factors"):
-        index(tmp_path / "flat", model, data, flat, attribute_tokens=True)
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -268,42 +94,6 @@ def test_trace_compresses_the_query(tmp_path):
     query = compressor.compress([{"input_ids": x.tolist()}])
     want = dropinf.score(query, train, kind="dot")
     assert error_of(result.scores, want.gather(1, result.indices)) < 1e-12
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A model, its tokenizer and two data sets on disk, as bergson's command line reads them."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path / "model"
-    make_model(dtype=torch.float32).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0").save_pretrained(folder)
-    make_data().save_to_disk(str(tmp_path / "train"))
-    make_data(3, start=2000).save_to_disk(str(tmp_path / "query"))
-
-    def config(run, data, **options):
-        return IndexConfig(
-            run_path=str(tmp_path / run),
-            model=str(folder),
-            data=DataConfig(dataset=str(tmp_path / data)),
-            token_batch_size=128,
-            distributed=DistributedConfig(nproc_per_node=options.pop("processes", 1)),
-            **options,
-        )
-
-    return config
-
-
-def run_pipeline(config, path, context, **options):
-    """bergson's own two steps: a query index, and scores of the training set against it."""
-    with context:
-        build(config("queries", "query", **options), PreprocessConfig())
-        score_dataset(
-            config("scores", "train", **options), ScoreConfig(query_path=str(path / "queries")), PreprocessConfig()
-        )
-    return torch.from_numpy(load_scores(path / "scores")[:].copy())
 
 
 def test_build_and_score_of_the_command_line(saved, tmp_path, record):
