@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .capture import sharded
+from .capture.hooks import Calibration, Compression
 from .capture.layer import Layer
 from .capture.masks import fingerprint, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
-from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer
 from .fisher.fisher import Fisher, FisherKind

@@ -111,7 +111,7 @@ def test_ranks_of_torchrun_make_the_same_index(loader):
         LOADER
         + """
 import os
-from dropinf import indexing
+from dropinf.cli import index as indexing
 
 if os.environ.get("RANK") == "1":
     indexing._shuffled = lambda count, seed: range(count)

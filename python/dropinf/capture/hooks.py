@@ -1,4 +1,4 @@
-"""Hooks that compress per-sample gradients as they are formed, and the guards that keep them honest.
+"""Hooks that take per-sample gradients as they are formed, and the recorders of what they take.
 
 The forward hook keeps only the compressed input; a hook on the output's gradient compresses that and multiplies. Each
 call of a module hangs its own `Call` on the autograd graph, so modules called twice, activation checkpointing and
@@ -8,7 +8,7 @@ nested calls are right by construction. Weights need no gradient, and none is co
 from __future__ import annotations
 
 import contextlib
-import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
 from dropinf_kernels.op import no_autograd
 
-from . import sharded
 from .checks import untied_message
+from .layer import Layer
 from .modules import NormUse, Samples, Untied, Use
-from .recorders import Recorder
-
-_SEQUENCES = (list, tuple)
+from .moments import Moments
+from .preserved import preserved
 
 
 class _Tap(torch.autograd.Function):
@@ -47,6 +45,96 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         ctx.call(g)
         return g.new_zeros(()) if ctx.is_anchor else g, None, None
+
+
+class Recorder(ABC):
+    """What is recorded of one forward and backward of a batch."""
+
+    def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
+        """Return what backward needs of one call's input."""
+        return use.save(x, out)
+
+    @abstractmethod
+    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+        """Take one call's output gradient, with what `save` returned.
+
+        Raises:
+            Untied: it cannot be tied to samples.
+        """
+
+    @abstractmethod
+    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
+        """Take whole per-sample gradients [n, *shape] of the next samples, of a parameter that no hook covers."""
+
+    @abstractmethod
+    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:
+        """End the batch. Return layer name -> compressed gradients [N, *stored_shape], if that is what was recorded."""
+
+
+class Compression(Recorder):
+    """Compressed gradients of one batch."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+        for layer, c in use.emit(saved, g, samples):
+            before = self._found.get(layer.name)
+            self._found[layer.name] = c if before is None else before + c  # a module called twice sums its calls
+
+    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
+        wide = torch.promote_types(gradients.dtype, torch.float32)
+        self._parts.setdefault(layer.name, []).append(layer.compress_exact(gradients.to(wide)))
+
+    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:
+        found = self._found | {name: torch.cat(parts) for name, parts in self._parts.items()}
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        # A layer that the batch does not reach has a zero gradient.
+        return {
+            name: found[name] if name in found else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
+            for name, layer in layers.items()
+        }
+
+
+class Calibration(Recorder):
+    """Second moments of one batch, added to those of the batches before."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._moments = moments
+
+    def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
+        return use.inputs(x, out)
+
+    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+        assert saved is not None
+        use.observe(self._moments, saved, g, samples)
+
+    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
+        self._moments.add_whole(layer, gradients)
+
+    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        self._moments.count(losses)
+        return {}
+
+
+class Attribution(Recorder):
+    """The check that rows belong to samples: of the losses of every second sample, `untouched` and on see nothing."""
+
+    def __init__(self, untouched: int) -> None:
+        self._untouched = untouched
+
+    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:  # noqa: ARG002
+        others = samples.select(use.rows(g), self._untouched)
+        # A NaN is not proof: 0 * NaN is NaN within its own sample. It gets its own error.
+        if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
+            raise Untied
+
+    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
+        """Such gradients are computed sample by sample: there is nothing to check."""
+
+    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        return {}
 
 
 @dataclass
@@ -107,46 +195,6 @@ class Call:
         self.current.emit(self.use, self.saved, g)
 
 
-class UseGuard(TorchFunctionMode):
-    """Finds tracked parameters that are used by anything but their own module's forward."""
-
-    def __init__(
-        self,
-        owners: Mapping[int, set[nn.Module]],
-        active: Counter[nn.Module],
-        shards: Mapping[tuple[nn.Module, str], int],
-    ) -> None:
-        super().__init__()
-        self.owners, self.active, self.shards = owners, active, shards
-        self.found: set[int] = set()
-        self._gathered: dict[int, int] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            for item in value if isinstance(value, _SEQUENCES) else (value,):
-                # The ids of every call of the model: nothing but a look-up until one is found.
-                if id(item) in self.owners or self.shards:
-                    self._note(item, result)
-        return result
-
-    def _note(self, parameter: Any, result: Any) -> None:
-        if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
-            return  # its shape was asked for, say
-        key = self._shard_of(parameter) if self.shards else id(parameter)
-        modules = self.owners.get(key)
-        if modules is not None and not any(self.active[m] > 0 for m in modules):
-            self.found.add(key)
-
-    def _shard_of(self, parameter: nn.Parameter) -> int:
-        """A gathered parameter is another object than its shard, known by the place that it takes."""
-        if id(parameter) not in self._gathered:
-            places = self.shards.items()
-            self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}
-            self._gathered.setdefault(id(parameter), id(parameter))
-        return self._gathered[id(parameter)]
-
-
 class Capture:
     """Hooks on the tracked modules of one model. They do nothing outside :meth:`run`."""
 
@@ -160,7 +208,7 @@ class Capture:
     def attached(self) -> Iterator[None]:
         """Hooks on, weights frozen; afterwards the model is bit for bit and flag for flag what it was."""
         handles = []
-        with _preserved(self.model):
+        with preserved(self.model):
             try:
                 for use in self.uses.values():
                     handles.append(use.module.register_forward_pre_hook(self._enter))
@@ -230,43 +278,3 @@ def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:
 def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
     """A tensor that all samples share, as one (unmaterialised) copy per sample."""
     return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
-
-
-@contextlib.contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
-    """Freeze every parameter inside; restore flags, buffers and random state afterwards."""
-    sharded.initialise(model)
-    sharded.reshard(model)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    # Only train mode updates buffers (spectral norm's vectors, say).
-    training = any(m.training for m in model.modules())
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=devices), _eager():
-        try:
-            # The fused inference path of nn.TransformerEncoderLayer would call none of its modules.
-            torch.backends.mha.set_fastpath_enabled(False)
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        except BaseException:
-            sharded.reset(model)
-            raise
-        finally:
-            sharded.reshard(model)
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code does not see hooks that are added later: run it eagerly while they are on."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance

@@ -15,11 +15,11 @@ from ..workload import CuSeqlens, LossFn, batch_size_hint
 from . import sharded
 from .checks import check_batchnorm, check_finite, check_losses, explain, untied_message
 from .exact import ExactGradients
-from .hooks import Capture, Pass, UseGuard
+from .guard import UseGuard
+from .hooks import Attribution, Capture, Pass, Recorder
 from .kinds import USES, module_kind
 from .layer import Layer, clean_name
 from .modules import Samples, Use
-from .recorders import Attribution, Recorder
 from .targets import Target
 
 

@@ -1,0 +1,52 @@
+"""Which tracked parameters are used by anything but their own module's forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SEQUENCES = (list, tuple)
+
+
+class UseGuard(TorchFunctionMode):
+    """Finds tracked parameters that are used by anything but their own module's forward."""
+
+    def __init__(
+        self,
+        owners: Mapping[int, set[nn.Module]],
+        active: Counter[nn.Module],
+        shards: Mapping[tuple[nn.Module, str], int],
+    ) -> None:
+        super().__init__()
+        self.owners, self.active, self.shards = owners, active, shards
+        self.found: set[int] = set()
+        self._gathered: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            for item in value if isinstance(value, _SEQUENCES) else (value,):
+                # The ids of every call of the model: nothing but a look-up until one is found.
+                if id(item) in self.owners or self.shards:
+                    self._note(item, result)
+        return result
+
+    def _note(self, parameter: Any, result: Any) -> None:
+        if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
+            return  # its shape was asked for, say
+        key = self._shard_of(parameter) if self.shards else id(parameter)
+        modules = self.owners.get(key)
+        if modules is not None and not any(self.active[m] > 0 for m in modules):
+            self.found.add(key)
+
+    def _shard_of(self, parameter: nn.Parameter) -> int:
+        """A gathered parameter is another object than its shard, known by the place that it takes."""
+        if id(parameter) not in self._gathered:
+            places = self.shards.items()
+            self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}
+            self._gathered.setdefault(id(parameter), id(parameter))
+        return self._gathered[id(parameter)]
