@@ -35,7 +35,7 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
 
 
 def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str]) -> None:
-    """Raise ValueError where a batch's gradients are not finite. Waits for each device once, not once a layer."""
+    """Raise ValueError where a batch's gradients are not finite. Wait for each device once, not once a layer."""
     sums: dict[torch.device, list[Tensor]] = {}
     for c in store.values():
         sums.setdefault(c.device, []).append(c.sum().float())
@@ -54,7 +54,7 @@ def _check_layer(name: str, c: Tensor, where: Callable[[int], str]) -> None:
 
 
 def explain(model: nn.Module, batch: Any) -> ValueError | None:
-    """What a failed forward most likely is, if it is data on another device than the model."""
+    """Return the likely error behind a failed forward if the data is on another device than the model, else None."""
     here = {str(p.device) for p in model.parameters()}
     there = {str(t.device) for t in tensors(batch)}
     if there and not there & here:
@@ -66,7 +66,7 @@ def explain(model: nn.Module, batch: Any) -> ValueError | None:
 
 
 def check_batchnorm(model: nn.Module) -> None:
-    """A batch norm on batch statistics mixes samples: no per-sample gradient exists."""
+    """Raise ValueError where a batch norm mixes samples by batch statistics: no per-sample gradient exists then."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             state = "is in train mode" if module.training else "has no running statistics"
@@ -77,7 +77,7 @@ def check_batchnorm(model: nn.Module) -> None:
 
 
 def untied_message(name: str, shape: tuple[int, ...], n: int) -> str:
-    """What to say of a tensor that cannot be tied to samples."""
+    """Return what to say of a tensor that cannot be tied to samples."""
     return (
         f"layer {name}: a tensor of shape {list(shape)} cannot be tied to the {n} samples of the batch; it must have "
         f"them in its leading dimension ([N, ...] or [N*T, d], row by row of each sample) and must not mix them. "

@@ -48,8 +48,10 @@ class ConvUse(Use):
 
     @property
     def keeps_patches(self) -> bool:
-        """The sketched patches are kept where they are smaller than the input, whose positions are as many as the
-        output's, times the strides."""
+        """Whether the sketched patches are kept instead of the input, since they are smaller.
+
+        The input has as many positions as the output, times the strides.
+        """
         axis = None if self.weight is None else self.weight.in_axis
         if axis is None or self.groups > 1:
             return False
@@ -91,7 +93,7 @@ class ConvUse(Use):
         return samples.sum_parts(torch.cat(parts))
 
     def _call(self, x: Tensor, g: Tensor, *tables: Tensor | None) -> Tensor:
-        """The per-sample gradients of each image, sketched by (in_index, in_weight, out_index, out_weight)."""
+        """Return the gradient of each image, sketched by (in_index, in_weight, out_index, out_weight)."""
         in_index, in_weight, out_index, out_weight = tables or (None,) * 4
         return ops.compress_conv(
             x,

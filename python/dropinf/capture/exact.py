@@ -36,7 +36,7 @@ class ExactGradients:
         self.routes = [self._vmapped, self._one_by_one, self._row_by_row]
 
     def __call__(self, batch: Any, losses: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Chunks of consecutive samples, in order."""
+        """Yield layer name -> gradients [n, *shape] of chunks of consecutive samples, in order."""
         size = sum(p.numel() * p.element_size() for p in self.parameters.values())
         step = max(1, CHUNK_BYTES // max(1, size))
         while True:
@@ -100,7 +100,7 @@ class ExactGradients:
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:
-        """The parameters require gradients inside."""
+        """Have the parameters require gradients inside."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         try:
@@ -121,7 +121,10 @@ class ExactGradients:
         }
 
     def _check(self, value: Tensor, losses: Tensor) -> None:
-        """A route that cut the batch wrongly gives other losses. Random layers in train mode cannot be compared."""
+        """Raise ValueError where single samples have other losses than in the batch: the route cut the batch wrongly.
+
+        In train mode nothing is compared, as random layers give other losses each time.
+        """
         if self.model.training:
             return
         tolerance = 1e-3 if losses.dtype.itemsize >= 4 else 5e-2

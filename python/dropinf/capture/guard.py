@@ -44,7 +44,10 @@ class UseGuard(TorchFunctionMode):
             self.found.add(key)
 
     def _shard_of(self, parameter: nn.Parameter) -> int:
-        """A gathered parameter is another object than its shard, known by the place that it takes."""
+        """Return the id of a parameter, or that of its shard where it is gathered.
+
+        A gathered parameter is another object than its shard: its module and attribute lead to the shard.
+        """
         if id(parameter) not in self._gathered:
             places = self.shards.items()
             self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}

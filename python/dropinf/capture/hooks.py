@@ -131,7 +131,7 @@ class Attribution(Recorder):
             raise Untied
 
     def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
-        """Such gradients are computed sample by sample: there is nothing to check."""
+        """Check nothing: such gradients are computed sample by sample."""
 
     def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         return {}
@@ -196,7 +196,7 @@ class Call:
 
 
 class Capture:
-    """Hooks on the tracked modules of one model. They do nothing outside :meth:`run`."""
+    """Hooks on the tracked modules of one model. They do nothing outside :meth:`running`."""
 
     def __init__(self, model: nn.Module, uses: Mapping[str, Use]) -> None:
         self.model, self.uses = model, dict(uses)
@@ -206,7 +206,7 @@ class Capture:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on, weights frozen; afterwards the model is bit for bit and flag for flag what it was."""
+        """Hook the modules and freeze the weights inside; restore the model afterwards, bit for bit, flag for flag."""
         handles = []
         with preserved(self.model):
             try:
@@ -222,7 +222,7 @@ class Capture:
 
     @contextlib.contextmanager
     def running(self, current: Pass) -> Iterator[None]:
-        """Hooks feed ``current`` inside."""
+        """Have the hooks feed ``current`` inside."""
         self.active.clear()
         self._pass = current
         try:
@@ -265,7 +265,7 @@ class Capture:
 
 
 def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:
-    """``call`` on the gradient of one output of a node, for half of what a node of its own costs."""
+    """Have ``call`` take the gradient of one output of a node. A node of its own for that would cost twice as much."""
 
     def hook(gradients: tuple[Tensor | None, ...]) -> None:
         g = gradients[output]
@@ -276,5 +276,5 @@ def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:
 
 
 def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
-    """A tensor that all samples share, as one (unmaterialised) copy per sample."""
+    """Return a tensor that all samples share as one (unmaterialised) copy per sample."""
     return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)

@@ -13,8 +13,10 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def module_kind(module: nn.Module) -> LayerKind | None:
-    """How a module's ``weight`` is captured, or None. By ``forward``, not by class: a subclass that overrides
-    ``forward`` may compute anything."""
+    """Return how a module's ``weight`` is captured, or None.
+
+    ``forward`` decides, not the class: a subclass that overrides ``forward`` may compute anything.
+    """
     forward = type(module).forward
     if forward is nn.Linear.forward or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return "linear"

@@ -45,18 +45,18 @@ class Layer:
         return matrix_shape(self.shape, self.transposed)
 
     def as_matrix(self, gradient: Tensor) -> Tensor:
-        """[N, *shape] -> [N, d_out, d_in]."""
+        """Return gradients [N, *shape] as matrices [N, d_out, d_in]."""
         flat = gradient.reshape(len(gradient), self.shape[0] if self.shape else 1, -1)
         return flat.mT if self.transposed else flat
 
     @property
     def is_gather(self) -> bool:
-        """Plain dropout: each stored value is one entry of the gradient."""
+        """Whether this is plain dropout: each stored value is one entry of the gradient."""
         return all(axis.is_gather for axis in (self.out_axis, self.in_axis) if axis is not None)
 
     @cached_property
     def entries(self) -> Tensor:
-        """Where a gather finds what is stored in the flattened parameter, int64 [k]."""
+        """The positions in the flattened parameter of the entries that a gather stores, int64 [k]."""
         rows, columns = self.matrix_shape
         assert self.out_axis.index is not None
         index = self.out_axis.index[0].long()
@@ -78,7 +78,7 @@ class Layer:
         return self.out_axis.apply(self.in_axis.apply(matrix).mT).mT
 
     def to(self, device: torch.device) -> Layer:
-        """The plan with its tables on ``device``."""
+        """Return the plan with its tables on ``device``."""
         out_axis, in_axis = self.out_axis.to(device), None if self.in_axis is None else self.in_axis.to(device)
         if out_axis is self.out_axis and in_axis is self.in_axis:
             return self
@@ -86,12 +86,12 @@ class Layer:
 
 
 def matrix_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
-    """A parameter's gradient as a matrix: its first dimension against the rest."""
+    """Return [d_out, d_in] of a parameter: its first dimension against the rest, swapped where transposed."""
     rows = shape[0] if shape else 1
     columns = torch.Size(shape[1:]).numel()
     return (columns, rows) if transposed else (rows, columns)
 
 
 def clean_name(name: str) -> str:
-    """A module's name without what compile, checkpoint and FSDP wrappers insert, so that masks agree."""
+    """Return a module's name without what compile, checkpoint and FSDP wrappers insert, so that masks agree."""
     return _WRAPPER.sub("", name).lstrip(".")

@@ -31,7 +31,7 @@ def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
 
 
 def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: Sums, samples: int) -> None:
-    """Write every layer's tables, and the sums of its calibration, by a temporary name."""
+    """Write every layer's tables and the sums of its calibration, atomically."""
     tables, plan = {}, {}
     for name, layer in layers.items():
         plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in _axes(layer)}
@@ -43,7 +43,7 @@ def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: 
 
 
 def masked_layers(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the layers that a file of masks is of.
+    """Return the names of the layers in a file of masks.
 
     Raises FileNotFoundError where there is none, ValueError where it is another kind of file.
     """
@@ -53,7 +53,7 @@ def masked_layers(path: str | os.PathLike[str]) -> list[str]:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Any]]:
-    """The header of a file of masks, and the open file."""
+    """Open a file of masks, and yield its header and the file."""
     try:
         with safe_open(os.fspath(path), "pt") as file:
             yield read_header(file.metadata(), Path(path), FORMAT), file
@@ -62,7 +62,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Any]
 
 
 def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tuple[dict[str, Layer], Sums, int]:
-    """``layers`` with the axes of the file; the sums of its calibration, and of how many samples.
+    """Return ``layers`` with the file's axes, the sums of its calibration, and how many samples these are of.
 
     Raises ValueError where they belong to another model.
     """

@@ -30,7 +30,7 @@ class Samples:
     cu_seqlens: Tensor | None = None
 
     def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
-        """[*lead, *features] -> ([N, T, *features], None); where packed ([rows, *features], cu_seqlens)."""
+        """Return [*lead, *features] as ([N, T, *features], None), or, packed, as ([rows, *features], cu_seqlens)."""
         if self.cu_seqlens is None and x.ndim == 2 + features and x.shape[0] == self.n:
             return x, None
         lead = x.shape[: x.ndim - features]
@@ -51,14 +51,14 @@ class Samples:
         raise Untied
 
     def select(self, x: Tensor, start: int) -> Tensor:
-        """The rows of every second sample from ``start`` on."""
+        """Return the rows of every second sample from ``start`` on."""
         rows, cu = self.tie(x)
         if cu is None:
             return rows[start::2]
         return rows[(torch.repeat_interleave(cu.diff()) % 2 == start % 2).to(rows.device)]
 
     def sum_parts(self, parts: Tensor) -> Tensor:
-        """[N * m, ...] -> [N, ...]: the sum over the m parts of each sample."""
+        """Return [N, ...], the sums over the m parts of each sample in [N * m, ...]."""
         if len(parts) == self.n:
             return parts
         if self.n == 0 or len(parts) % self.n:
@@ -67,7 +67,7 @@ class Samples:
 
 
 def rms_epsilon(module: nn.Module) -> float | None:
-    """The epsilon of a transformers-style RMSNorm, which has no common base class."""
+    """Return the epsilon of a transformers-style RMSNorm (these have no common base class), or None."""
     value = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return value if isinstance(value, float) else None
 
@@ -79,15 +79,15 @@ class Use:
         self.name, self.module, self.weight, self.bias = name, module, weight, bias
 
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:
-        """What the weight multiplies, uncompressed: [..., d_in]."""
+        """Return what the weight multiplies, uncompressed: [..., d_in]."""
         return x.to(out.dtype) if out.dtype.itemsize < x.dtype.itemsize else x  # autocast: as the layer saw it
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
-        """What backward needs of the input: the compressed input, and no more."""
+        """Return what backward needs of the input: the compressed input, and no more."""
         raise NotImplementedError
 
     def emit(self, saved: Tensor | None, g: Tensor, samples: Samples) -> Iterator[tuple[Layer, Tensor]]:
-        """The compressed gradients of this call, from what was saved and the output gradient."""
+        """Yield (plan, compressed gradients) of this call, from what was saved and the output gradient."""
         if self.bias is not None:
             yield self.bias, sketched_sum(None, self.rows(g), self.bias.out_axis, samples)
         if self.weight is not None:
@@ -107,11 +107,11 @@ class Use:
             self.observe_weight(moments, self.weight, saved, rows, samples)
 
     def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:
-        """Add those of the weight's two sides; `rows` is the output gradient as [*lead, d_out]."""
+        """Add the second moments of the weight's two sides; `rows` is the output gradient as [*lead, d_out]."""
         raise NotImplementedError
 
     def rows(self, g: Tensor) -> Tensor:
-        """The output gradient as [*lead, d_out]."""
+        """Return the output gradient as [*lead, d_out]."""
         return g
 
 
@@ -122,7 +122,10 @@ def summed(a: Tensor | None, g: Tensor, samples: Samples) -> Tensor:
 
 
 def sketched_sum(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """Sketch of sum_t a_t * g_t; ``a`` None is all ones, and is gathered already where the sketch is a gather."""
+    """Return the sketch of sum_t a_t * g_t; ``a`` None is all ones.
+
+    Where the sketch is a gather, ``a`` is gathered already.
+    """
     g, cu = samples.tie(g)
     if a is not None:
         a, _ = samples.tie(a)
@@ -136,7 +139,7 @@ def sketched_sum(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> T
 
 @no_autograd
 def sketched_outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
+    """Return sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
     if axis.is_gather and not g.is_cuda:
         (a, cu), (g, _) = samples.tie(a), samples.tie(axis.apply(g))
         return outer_products(a, g, cu)  # the op without its checks
@@ -149,7 +152,7 @@ def sketched_outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor
 
 
 def _pairs(layer: Layer) -> tuple[Tensor, Tensor]:
-    """The (row, column) of every coordinate that a flat mask keeps."""
+    """Return the rows and the columns of the coordinates that a flat mask keeps."""
     index = layer.out_axis.index
     assert index is not None
     columns = layer.matrix_shape[1]
@@ -277,7 +280,7 @@ class NormUse(Use):
         return self.weight.out_axis.apply(normalized) if self.weight.out_axis.is_gather else normalized
 
     def is_scale_of(self, x: Tensor, out: Tensor) -> bool:
-        """Whether the output is normalised input times weight, or times 1 + weight: RMSNorm's variants."""
+        """Return whether the output is normalised input times weight, or times 1 + weight: RMSNorm's variants."""
         if self.weight is None or isinstance(self.module, nn.RMSNorm) or self.channels_first:
             return True
         if isinstance(self.module, nn.LayerNorm):

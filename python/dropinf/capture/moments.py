@@ -40,7 +40,10 @@ class Moments:
         return bool(self.needs)
 
     def of(self, name: str) -> dict[str, Tensor]:
-        """Side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached."""
+        """Return side -> E[x_j^2] [d] or E[x x^T] [d, d]; zero where the layer was never reached.
+
+        E is the mean over samples of the sum over a sample's rows.
+        """
         found = {}
         for side, need in self.needs.get(name, {}).items():
             found[side] = self.sums.get(Place(name, side), _zeros(need)) / max(1, self.samples)
@@ -59,7 +62,7 @@ class Moments:
         self.samples = int(samples)
 
     def count(self, losses: Tensor) -> None:
-        """End a batch. Raises ValueError where its values, and so the sums, are not finite; the sums start anew."""
+        """End a batch. Raise ValueError where its values, and so the sums, are not finite; the sums then start anew."""
         for place, total in self.sums.items():
             if bool(total.sum().isfinite()):
                 continue

@@ -46,7 +46,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code does not see hooks that are added later: run it eagerly while they are on."""
+    """Return a context in which compiled code runs eagerly, as it does not see hooks that are added later."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def _modules(model: nn.Module) -> list[Any]:
-    """The FSDP2 modules, each before those inside it."""
+    """Return the FSDP2 modules, each before those inside it."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -25,8 +25,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def initialise(model: nn.Module) -> None:
-    """What FSDP does at its first forward, before any flag changes: it takes the dtype of its gradients from the
-    parameters that require one, once and for all."""
+    """Have FSDP do the work of its first forward now, before any flag changes.
+
+    It takes the dtype of its gradients, once and for all, from the parameters that require one.
+    """
     for module in _modules(model):
         module._get_fsdp_state()._lazy_init()
 
@@ -39,7 +41,7 @@ def reset(model: nn.Module) -> None:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is a shard."""
+    """Return whether a parameter is a shard."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor

@@ -49,8 +49,11 @@ class Sweep:
         progress: bool,
         where: Callable[[int], str] | None = None,
     ) -> Generator[tuple[dict[str, Tensor], int]]:
-        """Yield what a new recorder makes of each batch, and the batch's number of samples. Close it, and the model is
-        as it was before. ``where`` names a sample of the current batch in errors."""
+        """Yield what a new recorder makes of each batch, and the batch's number of samples.
+
+        Once the generator is closed, the model is as it was before. ``where`` names a sample of the current batch in
+        errors.
+        """
         check_batchnorm(self.model)
         self._warn_train_mode()
         sharded.reshard(self.model)
@@ -65,7 +68,7 @@ class Sweep:
                 yield store, n
 
     def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
-        """The hooked modules, with the plans of their weight and bias."""
+        """Return the hooked modules, with the plans of their weight and bias."""
         by_parameter = {id(t.tensor): layers[n] for n, t in self.targets.items() if n not in self.exact_names}
         uses = {}
         for full_name, module in self.model.named_modules():
@@ -83,8 +86,11 @@ class Sweep:
     def _batch(
         self, capture: Capture, layers: Mapping[str, Layer], batch: Any, recorder: Callable[[], Recorder]
     ) -> tuple[dict[str, Tensor], int]:
-        """One batch. Runs again where the first run shows that the plan must change: a parameter used outside its
-        module, or an output that all samples share."""
+        """Return what the recorder makes of one batch, and the number of its samples.
+
+        The batch runs again where the first run shows that the plan must change: a parameter is used outside its
+        module, or all samples share an output.
+        """
         cu = None if self.cu_seqlens is None else self.cu_seqlens(batch)
         n = len(cu) - 1 if cu is not None else batch_size_hint(batch)
         known = cu is not None
@@ -128,8 +134,10 @@ class Sweep:
     def _losses(
         self, batch: Any, guard: UseGuard, cu: Tensor | None, suspects: Mapping[str, tuple[int, ...]]
     ) -> Tensor:
-        """The losses of a batch, under the guard. ``suspects``: modules whose output was just taken to be shared by
-        all samples, which is what a failure here then disproves."""
+        """Return the losses of a batch, computed under the guard.
+
+        ``suspects``: modules whose output was just taken to be shared by all samples; a failure here disproves that.
+        """
         try:
             with guard, torch.enable_grad():
                 losses = self.loss_fn(self.model, batch)
@@ -145,13 +153,13 @@ class Sweep:
         return losses
 
     def _untied(self, names: Mapping[str, tuple[int, ...]], n: int) -> ValueError:
-        """The error for outputs that neither belong to samples nor are shared by all of them."""
+        """Return the error for outputs that neither belong to samples nor are shared by all of them."""
         self._known_shared -= set(names)
         name, shape = next(iter(names.items()))
         return ValueError(untied_message(name, shape, n))
 
     def _reroute(self, capture: Capture, found: set[int], current: Pass) -> bool:
-        """Move what the hooks do not cover to the exact route."""
+        """Move what the hooks do not cover to the exact route; return whether anything moved."""
         names = {n for n, t in self.targets.items() if id(t.tensor) in found}
         names |= {u.weight.name for n in current.unfit if (u := capture.uses[n]).weight is not None}
         new = names - self.exact_names
@@ -165,8 +173,10 @@ class Sweep:
         return True
 
     def _backward(self, capture: Capture, current: Pass, losses: Tensor) -> dict[str, tuple[int, ...]]:
-        """Backward through the hooks. Returns the modules whose output has no sample dimension, and must be expanded
-        to one copy per sample in another run; none where this one is done."""
+        """Backpropagate through the hooks, and return the modules whose output has no sample dimension.
+
+        In another run, their outputs must be expanded to one copy per sample; without such modules this run is done.
+        """
         hooked = any(u.weight is not None or u.bias is not None for u in capture.uses.values())
         if not hooked or (not current.calls and self.exact_names):
             return {}
@@ -190,7 +200,7 @@ class Sweep:
         return current.untied
 
     def _check_attribution(self, current: Pass, losses: Tensor) -> None:
-        """Backpropagate every other loss: the rows of the samples between must see no gradient. Then the others'."""
+        """Backpropagate every second loss, then the rest: the rows of the other samples must see no gradient."""
         for chosen in (0, 1):
             every_other = torch.zeros_like(losses)
             every_other[chosen::2] = 1

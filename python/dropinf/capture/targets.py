@@ -42,11 +42,11 @@ class Target:
         return tuple(self.tensor.shape)
 
     def plan(self, out_axis: Axis, in_axis: Axis | None) -> Layer:
-        """The layer's plan, with its axes."""
+        """Return the layer's plan, with these axes."""
         return Layer(self.name, self.kind, self.parameter, self.shape, self.transposed, out_axis, in_axis, self.route)
 
     def kept_whole(self) -> Layer:
-        """Return a plan that keeps everything: what calibration runs with."""
+        """Return the plan that calibration runs with: it keeps everything."""
         return self.plan(Axis(1), Axis(1))
 
 
@@ -79,7 +79,7 @@ def _selected(layers: LayerFilter, model: nn.Module) -> Callable[[str, nn.Module
 
 
 def find_targets(model: nn.Module, layers: LayerFilter) -> tuple[dict[str, Target], dict[str, str]]:
-    """Every parameter to track, by layer name, and the reason for every one that is not."""
+    """Return the parameters to track, by layer name, and for every other parameter why it is not tracked."""
     selected = _selected(layers, model)
     frozen = layers is None and not any(p.requires_grad for p in model.parameters())
     uses: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
@@ -142,7 +142,7 @@ class AxisPlan:
 
 
 def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
-    """What a calibration pass must gather for a target, by side."""
+    """Return what a calibration pass must gather for a target, by side."""
     needs = {}
     for name, plan in _axes(target, sketch).items():
         wanted = sketch.statistics_of(plan.size, plan.dim, plan.place)
@@ -160,7 +160,7 @@ def axis_statistics(target: Target, sketch: Sketch) -> dict[str, Need]:
 
 
 def _axes(target: Target, sketch: Sketch) -> dict[str, AxisPlan]:
-    """The axes of a target."""
+    """Return the axes of a target, by side."""
     rows, columns = matrix_shape(target.shape, target.transposed)
     if target.kind in ("bias", "norm") or len(target.shape) < 2:
         return {"out": AxisPlan(rows * columns, sketch.dims(target.name)[0], Place(target.name, "out"))}
@@ -175,7 +175,7 @@ def _axes(target: Target, sketch: Sketch) -> dict[str, AxisPlan]:
 
 
 def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor]) -> Layer:
-    """Draw a target's sketches."""
+    """Draw a target's sketches, and return its plan."""
     axes = {
         name: sketch.make(plan.size, plan.dim, plan.place, statistics.get(name))
         for name, plan in _axes(target, sketch).items()

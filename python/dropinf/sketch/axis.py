@@ -31,12 +31,12 @@ class Axis:
 
     @classmethod
     def identity(cls, size: int) -> Axis:
-        """The axis kept whole."""
+        """Return an axis of ``size`` that is kept whole."""
         return cls(size, torch.arange(size, dtype=torch.int32)[None], group=size)
 
     @property
     def dim(self) -> int:
-        """What is stored, k."""
+        """The number of stored values, k."""
         if self.matrix is not None:
             return len(self.matrix)
         assert self.index is not None
@@ -44,17 +44,17 @@ class Axis:
 
     @property
     def is_whole(self) -> bool:
-        """Nothing is dropped: the sketch is the identity."""
+        """Whether nothing is dropped: the sketch is the identity."""
         return self.matrix is None and self.weight is None and self.dim == self.size
 
     @property
     def is_gather(self) -> bool:
-        """Plain dropout: each output is one input, so the sketch commutes with elementwise products."""
+        """Whether this is plain dropout: each output is one input, so the sketch commutes with elementwise products."""
         return self.matrix is None and self.weight is None
 
     @cached_property
     def _runs(self) -> Tensor:
-        """Which runs of ``group`` a gather keeps."""
+        """The runs of ``group`` that a gather keeps."""
         assert self.index is not None
         return runs_of(self.index[0], self.group)
 
@@ -64,7 +64,7 @@ class Axis:
         return (None, None) if self.is_whole else (self.index, self.weight)
 
     def apply(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
+        """Sketch [..., size] to [..., dim], in the dtype of ``x`` (at least float32 where ``matrix`` is used)."""
         if self.is_whole:
             return x
         if self.is_gather and not x.is_cuda:
@@ -75,23 +75,23 @@ class Axis:
         return self.rotate(x)
 
     def rotate(self, gathered: Tensor) -> Tensor:
-        """[..., kept] -> [..., dim]: what the matrix does to the values of the table."""
+        """Multiply the values of the table, [..., kept], by the matrix, if there is one: [..., dim]."""
         if self.matrix is None:
             return gathered
         dtype = torch.promote_types(gathered.dtype, torch.float32)
         return gathered.to(dtype) @ self.matrix.to(dtype).T
 
     def fold(self, gathered: Tensor) -> Tensor:
-        """[..., fan_in * dim] -> [..., dim]: finish a table sketch whose ``index.flatten()`` is gathered already."""
+        """Finish a table sketch whose ``index.flatten()`` is gathered already: [..., fan_in * dim] -> [..., dim]."""
         if self.weight is None:
             return gathered
         parts = gathered.view(*gathered.shape[:-1], len(self.weight), self.dim)
         return (parts * self.weight.to(gathered.dtype)).sum(-2)
 
     def scaled(self, factors: Tensor) -> Axis:
-        """This sketch with every coordinate multiplied by its factor first.
+        """Return this sketch with every coordinate multiplied by its factor first.
 
-        factors [size]; [kept] where a rotation follows a table, and they are those of its values.
+        ``factors`` [size]; or [kept], of the table's values, where a rotation follows a table.
         """
         factors = factors.float()
         weight, matrix = self.weight, self.matrix
@@ -103,19 +103,19 @@ class Axis:
         return Axis(self.size, self.index, weight, matrix, self.group)
 
     def to(self, device: torch.device) -> Axis:
-        """The same sketch with its tables on ``device``."""
+        """Return the same sketch with its tables on ``device``."""
         tables = {name: table.to(device) for name, table in self.tensors().items()}
         if all(tables[name] is table for name, table in self.tensors().items()):
             return self
         return Axis(self.size, tables.get("index"), tables.get("weight"), tables.get("matrix"), self.group)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tables by field name, for saving and for :meth:`digest`."""
+        """Return the tables by field name, for saving and for :meth:`digest`."""
         parts = {"index": self.index, "weight": self.weight, "matrix": self.matrix}
         return {name: table for name, table in parts.items() if table is not None}
 
     def digest(self) -> bytes:
-        """A fingerprint of the map: two axes with equal digests compress alike."""
+        """Return a fingerprint of the map: two axes with equal digests compress alike."""
         h = hashlib.blake2b(str(self.size).encode(), digest_size=16)
         for name, table in self.tensors().items():
             h.update(f"{name}{tuple(table.shape)}".encode())

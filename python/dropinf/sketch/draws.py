@@ -46,7 +46,7 @@ def fold_table(order: np.ndarray, runs: int, group: int, weights: np.ndarray) ->
 
 
 def chances(energies: np.ndarray, count: float) -> np.ndarray:
-    """Chances [n] that sum to ``count`` <= n, proportional to the energies but for those that would exceed 1."""
+    """Return chances [n] that sum to ``count`` <= n: in proportion to the energies, or 1 where that would exceed 1."""
     found: np.ndarray = np.zeros(len(energies))
     while (left := count - found.sum()) > 0:
         weights = np.where(found == 0, energies, 0.0)
@@ -61,7 +61,7 @@ def chances(energies: np.ndarray, count: float) -> np.ndarray:
 
 
 def systematic(chances: np.ndarray, order: np.ndarray, start: float) -> np.ndarray:
-    """A sample without replacement in which each item has exactly its chance, over a ``start`` uniform in (0, 1).
+    """Draw without replacement, each item with exactly its chance where ``start`` is uniform in (0, 1).
 
     The chances lie end to end, in the given order, and a point falls at every whole step. Source: Madow (1949).
     """

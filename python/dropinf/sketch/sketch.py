@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def _by_layer(name: str, value: T | Mapping[str, T], layer: str) -> T:
-    """The value of the first pattern that matches a layer's name."""
+    """Return the value of the first pattern that matches a layer's name."""
     if not isinstance(value, Mapping):
         return value
     for pattern, found in value.items():
@@ -79,33 +79,33 @@ class Sketch(ABC):
         self.seed = seed
 
     def dims(self, layer: str) -> tuple[int, int]:
-        """What is stored of a layer's (out, in) axes."""
+        """Return how many values are stored of a layer's (out, in) axes."""
         dim = _by_layer("dim", self.dim, layer)
         return dim if isinstance(dim, tuple) else (dim, dim)
 
     def dim_flat(self, layer: str) -> int:
-        """What is stored of a flattened matrix: as much as of a factorized one."""
+        """Return how many values are stored of a flattened matrix: as many as of a factorized one."""
         return math.prod(self.dims(layer))
 
     @abstractmethod
     def axis(self, size: int, dim: int, place: Place, statistics: Tensor | None) -> Axis:
-        """The sketch of the axis at ``place``, of length ``size``, to ``dim`` < ``size`` values.
+        """Return the sketch of the axis at ``place``, of length ``size``, to ``dim`` < ``size`` values.
 
         ``statistics`` is E[x_j^2] [size] or E[x x^T] [size, size] over the calibration pass, that of the survivors
         [kept, kept], or None.
         """
 
     def statistics_of(self, size: int, dim: int, place: Place) -> Statistics | None:  # noqa: ARG002
-        """What :meth:`make` asks for the axis at ``place``."""
+        """Return the statistics that :meth:`make` needs of the axis at ``place``, or None."""
         wanted = self.statistics if dim < size else None
         return wanted or ("energy" if self.whiten else None)
 
     def survivors(self, size: int, dim: int, place: Place) -> Axis | None:  # noqa: ARG002
-        """What is kept of an axis before any statistics are known: None where the covariance of all of it is wanted."""
+        """Return the part of an axis whose covariance is wanted, drawn before the statistics are known; None: all."""
         return None
 
     def make(self, size: int, dim: int, place: Place, statistics: Tensor | None = None) -> Axis:
-        """:meth:`axis`, or the axis kept whole where ``dim`` >= ``size``; of whitened coordinates on request."""
+        """Return :meth:`axis`, or the axis kept whole where ``dim`` >= ``size``; of whitened coordinates on request."""
         axis = Axis.identity(size) if dim >= size else self.axis(size, dim, place, statistics)
         if not self.whiten:
             return axis
@@ -113,14 +113,14 @@ class Sketch(ABC):
         return axis.scaled(whitening(statistics))
 
     def _directions(self, covariance: Tensor, dim: int) -> Tensor:
-        """The leading principal directions of the coordinates as they are sketched, whitened or not: [dim, size]."""
+        """Return the leading principal directions [dim, size] of the coordinates, whitened where the sketch whitens."""
         if self.whiten:
             factors = whitening(covariance)
             covariance = factors[:, None] * covariance * factors
         return _principal(covariance, dim)
 
     def __repr__(self) -> str:
-        """The call that makes it, of what is not as by default."""
+        """Return the call that makes it, with the options that differ from their defaults."""
         by_default = {name: p.default for name, p in signature(type(self)).parameters.items()}
         given = {
             name: getattr(self, name) for name in by_default if name not in ("dim", "seed") and hasattr(self, name)
@@ -130,7 +130,7 @@ class Sketch(ABC):
 
 
 def whitening(statistics: Tensor) -> Tensor:
-    """What E[x_j^2], or E[x x^T], says to multiply each coordinate by; 1 where the axis is zero."""
+    """Return the factor that whitens each coordinate, from E[x_j^2] or E[x x^T]; 1 where the axis is zero."""
     energies = (statistics if statistics.ndim == 1 else statistics.diagonal()).double()
     mean = energies.mean()
     return (energies + _FLOOR * mean).rsqrt() if mean > 0 else torch.ones_like(energies)
@@ -143,7 +143,7 @@ def _leading(size: int, dim: int, energies: Tensor) -> Axis:
 
 
 def _principal(covariance: Tensor, dim: int) -> Tensor:
-    """The ``dim`` leading eigenvectors [dim, size], float32."""
+    """Return the ``dim`` leading eigenvectors [dim, size], float32."""
     vectors: Tensor = torch.linalg.eigh(covariance.double()).eigenvectors[:, -dim:].flip(1).T
     # An eigenvector's sign is arbitrary: fix it, so that equal statistics give equal sketches.
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
@@ -222,7 +222,7 @@ class Dropout(Sketch):
         return (sampling[place.side == "in"] if isinstance(sampling, tuple) else sampling) == "energy"
 
     def _kept(self, dim: int, place: Place) -> int:
-        """How many values of an axis are kept, to be rotated onto ``dim``; 0 without a rotation."""
+        """Return how many values of an axis are kept, to be rotated onto ``dim``; 0 without a rotation."""
         if self.rank is None:
             return 0
         rank, dims = cast("Dim", _by_layer("rank", self.rank, place.layer)), self.dims(place.layer)
@@ -270,7 +270,7 @@ class Dropout(Sketch):
         return Axis(size, index, weight if folded or self.scale else None, group=group)
 
     def _runs(self, runs: int, count: int, place: Place, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """Which ``count`` of ``runs`` survive, in random order, and the chance of every run."""
+        """Return which ``count`` of ``runs`` survive, in random order, and the chance of every run."""
         order = np.argsort(bits(self.seed, place, runs), kind="stable")
         if energies is None:
             return order[:count], np.full(runs, count / runs)
