@@ -90,7 +90,7 @@ def choose(
     Score what the choice stores with ``build_fisher(train, "block", "auto")``, or ``"joint"`` and a damping of 1 for a
     model whose output layer has most of the gradient, as language models have.
     The same arguments give the same choice on every machine, up to rounding.
-    Raises ValueError for a budget too small for one value per layer and axis.
+    Raises ValueError for a budget too small for one value per layer.
     """
     if allocate not in get_args(Allocation):
         raise ValueError(f"allocate is {allocate!r}; it must be one of {', '.join(map(repr, get_args(Allocation)))}")
@@ -164,11 +164,11 @@ class _Plan:
     weight: float
 
     def picked(self, picks: tuple[int, ...]) -> list[_Option]:
-        """The options of a combination."""
+        """Return the options of a combination."""
         return [axis.options[i] for axis, i in zip(self.axes, picks, strict=True)]
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """(values stored, energy kept by weight) of every combination of its axes' options."""
+        """Return (values stored, weighted energy kept) for every combination of the axes' options."""
         values, kept = np.ones(()), np.full((), self.weight)
         for axis in self.axes:
             values = np.multiply.outer(values, np.array([option.dim for option in axis.options]))
@@ -195,7 +195,7 @@ def _plan(
 def _options(
     size: int, statistics: Tensor, oversample: int, affordable: float, whiten: bool, group: int
 ) -> tuple[_Option, ...]:
-    """Every size of one axis that is tried, with what it keeps. ``statistics``: of the whole axis, or of a part."""
+    """Return the sizes to try for an axis, with what each keeps; ``statistics`` are of the whole axis or of a part."""
     factors = whitening(statistics) if whiten else torch.ones(len(statistics), dtype=torch.float64)
     energies = statistics if statistics.ndim == 1 else statistics.diagonal()
     white = (energies * factors.square()).numpy()
@@ -236,7 +236,7 @@ class _Rotation:
         return cls((values.cumsum(0) / trace).numpy(), (columns.cumsum(0) / columns.sum()).numpy())
 
     def kept(self, dim: int, rank: int, size: int) -> float:
-        """The share of the axis's energy in ``dim`` directions of ``rank`` survivors of ``size`` coordinates."""
+        """Return the share of an axis's energy in ``dim`` directions of ``rank`` survivors of ``size`` coordinates."""
         part = len(self.spectrum)
         seen = max(1, min(dim, dim * part // rank))  # of the part, which stands for the survivors
         told = self.explained[max(1, round(rank * part / size)) - 1]
@@ -244,7 +244,7 @@ class _Rotation:
 
 
 def _sizes(size: int, group: int) -> list[int]:
-    """Sizes from 1 to the whole axis, in whole runs, each about a tenth more than the one before."""
+    """Return sizes from 1 to the whole axis, in whole runs, each about a tenth more than the one before."""
     found, dim = [], 1.0
     while dim < size:
         whole = math.ceil(dim)
@@ -254,7 +254,10 @@ def _sizes(size: int, group: int) -> list[int]:
 
 
 def _largest(plans: Mapping[str, _Plan], values: int) -> dict[str, tuple[int, ...]]:
-    """The options that keep the most energy: by one price per value for all layers; the rest to the heaviest."""
+    """Choose the options that keep the most energy in ``values`` values, by one price per value for all layers.
+
+    What is left over goes to the layers of most weight.
+    """
     tables = {name: plan.tables() for name, plan in plans.items()}
 
     def at(price: float) -> dict[str, tuple[int, ...]]:
@@ -281,7 +284,7 @@ def _argmax(table: np.ndarray) -> tuple[int, ...]:
 
 
 def _equal(plans: Mapping[str, _Plan], values: int) -> dict[str, tuple[int, ...]]:
-    """The largest size that all axes can have."""
+    """Choose the largest size that all axes can have within ``values`` values."""
 
     def at(dim: int) -> dict[str, tuple[int, ...]]:
         return {

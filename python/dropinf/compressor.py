@@ -72,9 +72,10 @@ class Compressor:
         *,
         cu_seqlens: CuSeqlens | None = None,
     ) -> Compressor:
-        """Return the compressor that made the rows of an index, for its queries: with the masks that it keeps.
+        """Return a compressor for the queries of an index, with the masks that the index keeps.
 
-        ``path``: the index's folder. ``model``: as it was then. Its ``sketch`` is None, as nothing is drawn.
+        ``path``: the index's folder. ``model``: the model the index was made with. The compressor's ``sketch`` is None,
+        as nothing is drawn.
         Raises FileNotFoundError where the folder has no masks, ValueError where they belong to another model.
         """
         check_arguments(model, loss_fn)
@@ -142,10 +143,10 @@ class Compressor:
         group: dist.ProcessGroup | None = None,
         progress: bool = False,
     ) -> Gradients | Index:
-        """The compressed gradient of every sample, in order.
+        """Return the compressed gradient of every sample, in order.
 
-        ``out``: the folder of an `Index` to write instead of holding them. Whatever ends it, the same call goes on with
-        the next batch, and yields the same bytes. The rest is of the index:
+        ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes at the
+        next batch when you repeat it; the bytes are those of an uninterrupted one. These go with ``out``:
         ``dtype``: float64, float32, bfloat16, float16 or int8 (these two with a scale per row); by default as computed.
         ``fisher``: a kind, or an empty `Fisher`, built in the same pass and kept with the index.
         ``ids(batch) -> [str]``: what to call a batch's samples.
@@ -185,8 +186,10 @@ class Compressor:
         progress: bool = False,
         where: Callable[[int], str] | None = None,
     ) -> None:
-        """Call ``take`` with the compressed gradients [n, K] of each batch, on the CPU. ``where`` names a sample of the
-        current batch in errors."""
+        """Call ``take`` with the compressed gradients [n, K] of each batch, on the CPU.
+
+        ``where`` names a sample of the current batch in errors.
+        """
         shapes, digest = self.shapes, self.digest()
         with closing(self._sweep.passes(batches, self._placed(), Compression, progress=progress, where=where)) as found:
             for store, n in found:
@@ -211,8 +214,10 @@ class Compressor:
         self._draw()
 
     def merge_calibration(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up what all ranks of ``torch.distributed`` calibrated on, each on its own samples; the masks are then the
-        same on all. Every rank of the group must call it."""
+        """Add up the calibrations of all ranks of ``torch.distributed``, each on its own samples.
+
+        The masks are then the same on all ranks. Every rank of the group must call it.
+        """
         if self._moments.needed:
             self._moments.all_reduce(group)
             self._draw()
@@ -222,7 +227,10 @@ class Compressor:
         self._layers = {n: make_layer(t, self.sketch, self._moments.of(n)) for n, t in self._targets.items()}
 
     def moments(self, name: str) -> Mapping[str, Tensor]:
-        """What calibration found of a layer: "out", "in" or "flat" -> E[x_j^2] [d] or E[x x^T] [d, d], float64."""
+        """Return what calibration found of a layer: "out", "in" or "flat" -> E[x_j^2] [d] or E[x x^T] [d, d], float64.
+
+        E is the mean over samples of the sum over a sample's rows (tokens, say).
+        """
         return self._moments.of(name)
 
     @property
@@ -236,11 +244,11 @@ class Compressor:
         return any(sharded.is_sharded(p) for p in self.model.parameters())
 
     def fingerprint(self) -> str:
-        """Return a checksum of the model's weights: rows of equal ones belong together."""
+        """Return a checksum of the model's weights: rows made with equal weights belong together."""
         return fingerprint(self.model)
 
     def digest(self) -> dict[str, str]:
-        """Layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
+        """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
         return {name: _layer_digest(layer) for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -265,7 +273,7 @@ def compress(
     layers: LayerFilter = None,
     progress: bool = False,
 ) -> Gradients:
-    """One call for :class:`Compressor`: calibrates on ``batches`` where the sketch needs it, then compresses them.
+    """Calibrate on ``batches`` where the sketch needs it, then compress them: :class:`Compressor` in one call.
 
     Masks without statistics agree between calls with the same seed.
     """
@@ -278,7 +286,7 @@ def compress(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """Return the module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Files: whole or not there at all, known by their checksums."""
+"""Files that are written atomically, and known by their checksums."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def file_checksum(path: Path) -> str:
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is complete and on disk once it has its name; until then it has a temporary one.
+    """Write a file atomically: under a temporary name, renamed once its bytes are on disk.
 
     Raises:
         OSError: the disk is full, or a limit on file sizes is reached; nothing is left under either name.
@@ -74,7 +74,7 @@ def _unwritten(error: OSError, path: Path, then: str = "") -> OSError:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` once the block is done, and is nothing where it fails.
+    """Yield a temporary name beside `path`; rename the file to `path` after the block, or remove it where that fails.
 
     Raises:
         OSError: the disk is full, or a limit on file sizes is reached.
@@ -111,7 +111,7 @@ class ArrayFile:
 
 @contextmanager
 def new_array(path: str | os.PathLike[str], shape: tuple[int, int], dtype: torch.dtype) -> Iterator[ArrayFile]:
-    """A new .npy or .safetensors file (there named "rows"), which has its name in the end."""
+    """Open a new .npy or .safetensors file (its tensor is "rows") to write; it gets its name after the block."""
     kind = torch.empty(0, dtype=dtype).numpy().dtype
     size = math.prod(shape) * kind.itemsize
     if Path(path).suffix == SUFFIX:

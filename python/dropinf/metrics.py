@@ -30,7 +30,7 @@ class Estimate:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """Ranks from 1 along the last axis, float64; equal values share the mean of theirs."""
+    """Return the ranks from 1 along the last axis, float64; equal values share their mean rank."""
     x = x.contiguous()
     ordered = x.sort(-1).values
     below, upto = (torch.searchsorted(ordered, x, right=right) for right in (False, True))
@@ -38,19 +38,22 @@ def ranks(x: Tensor) -> Tensor:
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation along the last axis, float64; 0 where one of the two is constant."""
+    """Return the correlation along the last axis, float64; 0 where one of the two is constant."""
     x, y = (v.double() - v.double().mean(-1, keepdim=True) for v in (x, y))
     norm = x.norm(dim=-1) * y.norm(dim=-1)
     return torch.where(norm > 0, (x * y).sum(-1) / norm.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Rank correlation along the last axis, float64. Source: Spearman (1904); ties as in scipy.stats.spearmanr."""
+    """Return the rank correlation along the last axis, float64; ties as in scipy.stats.spearmanr.
+
+    Source: Spearman (1904).
+    """
     return pearson(ranks(x), ranks(y))
 
 
 def sample_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
-    """Random subsets of equal size for :func:`lds`: bool [count, n], the same for equal arguments on every machine."""
+    """Draw subsets of equal size for :func:`lds`: bool [count, n], the same for equal arguments on every machine."""
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}: it is the share of samples in a subset")
     order = torch.rand(count, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).argsort(1)
@@ -59,8 +62,9 @@ def sample_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) 
 
 
 def lds(scores: Tensor, subsets: Tensor, losses: Tensor, *, seed: int = 0) -> Estimate:
-    """Linear datamodeling score: over subsets, the rank correlation of the summed scores with what retraining gives.
+    """Return the linear datamodeling score: how well the summed scores of subsets rank what retraining on them gives.
 
+    It is the rank correlation over subsets, for each query.
     scores [Q, N]; subsets bool [M, N]; losses [M, Q], query q's loss under a model trained on subset m (the mean over
     seeds, where there are several). The interval resamples subsets and queries.
     Source: Park et al., "TRAK", arXiv 2303.14186, section 2 (with the model's output -loss).
@@ -79,7 +83,7 @@ def lds(scores: Tensor, subsets: Tensor, losses: Tensor, *, seed: int = 0) -> Es
 
 
 def datamodel(scores: Tensor, subsets: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`lds` correlates: summed scores and negative losses, float64 [Q, M] both; arguments as there."""
+    """Return the summed scores and negative losses that :func:`lds` correlates, float64 [Q, M]; arguments as there."""
     _check("subsets", subsets, scores.shape[1], "the scores' N")
     if losses.shape != (len(subsets), len(scores)):
         raise ValueError(
@@ -94,7 +98,7 @@ def datamodel(scores: Tensor, subsets: Tensor, losses: Tensor) -> tuple[Tensor, 
 
 
 def agreement(scores: Tensor, reference: Tensor, *, seed: int = 0) -> Estimate:
-    """Rank correlation, for each query, of two methods' scores [Q, N]: it is free of training noise."""
+    """Return the rank correlation, for each query, of two methods' scores [Q, N]: it is free of training noise."""
     if scores.shape != reference.shape:
         raise ValueError(
             f"scores has shape {list(scores.shape)} and reference {list(reference.shape)}; they must agree"
@@ -103,7 +107,9 @@ def agreement(scores: Tensor, reference: Tensor, *, seed: int = 0) -> Estimate:
 
 
 def leave_one_out(scores: Tensor, changes: Tensor, *, seed: int = 0) -> Estimate:
-    """Correlation of scores [Q, N] with leave-one-out retraining: changes[q, n] is q's loss without n, minus with it.
+    """Return the correlation of scores [Q, N] with leave-one-out retraining.
+
+    ``changes[q, n]``: query q's loss after training without n, minus that with it.
 
     Source: Koh & Liang, "Understanding black-box predictions via influence functions", arXiv 1703.04730, section 4.
     """
@@ -113,10 +119,10 @@ def leave_one_out(scores: Tensor, changes: Tensor, *, seed: int = 0) -> Estimate
 
 
 def mislabel_auc(self_influence: Tensor, flipped: Tensor) -> float:
-    """Area under the ROC curve of finding wrong labels by self-influence [N]; flipped bool [N] says which they are.
+    """Return the area under the ROC curve of finding wrong labels, ``flipped`` bool [N], by self-influence [N].
 
-    The chance that a flipped sample lies above a clean one, ties counting one half. Source: Hanley & McNeil (1982);
-    the task is Koh & Liang's (arXiv 1703.04730, section 5.4).
+    It is the chance that a flipped sample lies above a clean one, ties counting one half.
+    Source: Hanley & McNeil (1982); the task is Koh & Liang's (arXiv 1703.04730, section 5.4).
     """
     _check("flipped", flipped[None], len(self_influence), "the number of samples")
     positive = int(flipped.sum())
@@ -130,7 +136,7 @@ def mislabel_auc(self_influence: Tensor, flipped: Tensor) -> float:
 def brittleness(
     scores: Tensor, retrain: Callable[[Tensor], Tensor], counts: Sequence[int], *, seed: int = 0
 ) -> dict[int, Estimate]:
-    """Remove each query's ``count`` top samples and retrain: the fraction of queries that are then misclassified.
+    """Return, by count, the fraction of queries misclassified after retraining without their ``count`` top samples.
 
     ``retrain(kept bool [N]) -> bool [Q]``: which queries a model trained on those samples classifies rightly. It is
     called Q times per count. Source: Ilyas et al., "Datamodels", arXiv 2202.00622, section 4.2.
@@ -149,7 +155,7 @@ def brittleness(
 def tail_patch(
     scores: Tensor, before: Tensor, step: Callable[[Tensor], Tensor], count: int, *, seed: int = 0
 ) -> Estimate:
-    """How much training on a query's ``count`` top samples lowers its loss, from the finished model.
+    """Return how much training on a query's ``count`` top samples lowers its loss, from the finished model.
 
     ``before`` [Q]: losses of the finished model. ``step(indices int64 [count]) -> [Q]``: losses after a training step
     on those samples from the finished model, which the function restores. Positive is good.

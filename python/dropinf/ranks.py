@@ -32,7 +32,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must be to be sent."""
+        """The device that tensors must be on to be sent."""
         return torch.device("cuda" if self.group is not None and dist.get_backend(self.group) == "nccl" else "cpu")
 
     def sum(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Ranks:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Within all ranks do the same: an error is one of another rank that is gone, and says so."""
+        """Turn a RuntimeError inside, where all ranks do the same, into one which says that another rank is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -101,13 +101,13 @@ class Ranks:
             ) from error
 
     def check(self) -> None:
-        """Raise RuntimeError if another rank failed or was not heard of for `PATIENCE` seconds."""
+        """Raise RuntimeError if another rank failed or was not heard from for `PATIENCE` seconds."""
         if self._lost is not None:
             raise RuntimeError(f"{self._lost}; this rank ({self.rank}) stops too. Run it again to go on from here")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within: tell the others that this rank lives, and of the error that ends it; listen to them."""
+        """Exchange signs of life with the other ranks inside, and tell them of the error that ends this one."""
         if self.world == 1:
             yield
             return
@@ -160,7 +160,7 @@ _calls = 0
 
 
 def _serial() -> int:
-    """Number the calls: every rank makes the same ones in the same order."""
+    """Return the number of this call: every rank makes the same calls in the same order."""
     global _calls
     _calls += 1
     return _calls

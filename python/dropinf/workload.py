@@ -31,7 +31,7 @@ class Workload:
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """The same structure with every tensor replaced. Other leaves stay."""
+    """Return the same structure with every tensor replaced. Other leaves stay."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -59,7 +59,7 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """Every tensor of a batch, in a fixed order."""
+    """Return every tensor of a batch, in a fixed order."""
     found: list[Tensor] = []
 
     def note(t: Tensor) -> Tensor:
@@ -71,17 +71,17 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
-    """The same structure with its tensors taken from ``values``, in the order of :func:`tensors`."""
+    """Return the same structure with its tensors taken from ``values``, in the order of :func:`tensors`."""
     return map_tensors(lambda _: next(values), batch)
 
 
 def batch_size_hint(batch: Any) -> int | None:
-    """The leading size of the batch's first tensor that has one."""
+    """Return the leading size of the batch's first tensor that has one, or None."""
     return next((len(t) for t in tensors(batch) if t.ndim), None)
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Return the first batch, and the batches with it."""
+    """Return the first batch, and all batches, the first included."""
     if isinstance(batches, Sequence):
         if not len(batches):
             raise ValueError("batches: it is empty; pass at least one batch")

@@ -70,7 +70,7 @@ class Block(ABC):
         """Return whether what was loaded is all that a block with samples has."""
 
     def all_reduce(self, ranks: Ranks, dtype: torch.dtype) -> None:
-        """Add up the sums of all ranks in place, each of its own samples; the same on all then."""
+        """Add up the sums of all ranks in place, each of its own samples; all ranks then hold the same."""
         self.count = int(ranks.sum(torch.tensor(self.count)))
         self._reduce_sums(ranks, dtype)
         self.fourths = float(ranks.sum(torch.tensor(self.fourths, dtype=torch.float64)))
@@ -144,7 +144,7 @@ class Block(ABC):
         self.fourths += other.fourths
 
     def _fourths(self, c: Tensor) -> float:
-        """Return `sum_n |c_n|^4`, and each coordinate's own where coordinates are known apart."""
+        """Return `sum_n |c_n|^4`; a diagonal block sums the fourth powers of its coordinates instead."""
         return float(torch.linalg.vector_norm(c, dim=1).double().pow(4).sum())
 
     def _chosen(self, mean_diagonal: float, squares: float, fourths: float) -> float:

@@ -117,7 +117,7 @@ def _checked(matrix: Tensor) -> Tensor | None:
 
 
 def _factor(matrix: Tensor) -> Tensor | None:
-    """Cholesky in place, by blocks of rows of the upper triangle; returned turned, in LAPACK's order.
+    """Factor in place, by blocks of rows of the upper triangle; return the factor turned, in LAPACK's order.
 
     cholesky_ex spends most of its time on clearing the other triangle of a large matrix, entry by entry.
     """

@@ -92,11 +92,11 @@ class Fisher:
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are and results come out: the device of the first gradients."""
+        """The device of the first gradients, where the sums are and results come out."""
         return self._device
 
     def update(self, gradients: GradientSource) -> Fisher:
-        """Add samples; returns self. Drops the factorization, and the correction of a Kronecker Fisher.
+        """Add samples. Return self. Drop the factorization, and the correction of a Kronecker Fisher.
 
         Raises:
             ValueError: compressed differently from the samples before.
@@ -109,7 +109,7 @@ class Fisher:
         return self
 
     def merge(self, other: Fisher) -> Fisher:
-        """Add the sums of another Fisher, of other samples; returns self. Keeps self's damping.
+        """Add the sums of another Fisher, of other samples. Return self. Keep self's damping.
 
         A Kronecker Fisher loses its correction, since its eigenbasis changes: call `correct` again.
 
@@ -129,9 +129,9 @@ class Fisher:
         return self
 
     def correct(self, gradients: GradientSource) -> Fisher:
-        """Add samples to the EK-FAC eigenvalues of a Kronecker Fisher; returns self.
+        """Add samples to the EK-FAC eigenvalues of a Kronecker Fisher. Return self.
 
-        A second pass over what `update` has seen, in as many calls as wanted. Without it the eigenvalues are
+        This is a second pass over what `update` has seen, in as many calls as wanted. Without it the eigenvalues are
         K-FAC's products.
 
         Raises:
@@ -147,7 +147,7 @@ class Fisher:
         return self
 
     def all_reduce(self, like: GradientSource, ranks: Ranks) -> Fisher:
-        """Add up the sums of all ranks in place, each of its own samples; the same on all then. Returns self.
+        """Add up the sums of all ranks in place, each of its own samples; all ranks then hold the same. Return self.
 
         `like` gives the layers to a rank that had no samples.
         """
@@ -160,7 +160,10 @@ class Fisher:
         return self
 
     def correct_together(self, mine: GradientSource, ranks: Ranks) -> Fisher:
-        """`correct` with every rank's own samples, in the eigenbasis of rank 0; the same on all then. Returns self."""
+        """Correct with every rank's own samples, in the eigenbasis of rank 0. Return self.
+
+        All ranks then hold the same.
+        """
         blocks = [block for _, block in self._blocks if isinstance(block, KroneckerBlock)]
         if ranks.world > 1:
             for block in blocks:
@@ -212,7 +215,7 @@ class Fisher:
     def whiten(self, gradients: Gradients) -> Gradients:
         """Return rows w(c), in at least fp32, with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`; raises as `solve` does.
 
-        What any inner-product search takes: `|w(c)|^2` is a sample's self-influence.
+        Any inner-product search takes these rows; `|w(c)|^2` is a sample's self-influence.
         """
         self.check(gradients)
         flat = gradients.flat.to(self._device)
@@ -224,7 +227,7 @@ class Fisher:
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write the sums to a safetensors file, complete once it has its name, and return its checksum.
 
-        A dense block of N < K samples is its N rows.
+        A dense block of N < K samples is written as its N rows.
         """
         tensors: dict[str, Tensor] = {}
         blocks = []

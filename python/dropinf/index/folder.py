@@ -25,7 +25,7 @@ _STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
 
 @contextmanager
 def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of the folder; whatever ends this one lets go of it."""
+    """Keep other runs out of the folder while inside; the lock is released however this run ends."""
 
     def acquire() -> int:
         make_folder(folder)
@@ -48,7 +48,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ValueError where a folder without a manifest holds what is not an index's."""
+    """Raise ValueError where a folder without a manifest holds files that are not an index's."""
     own = {SHARDS, PARTS, SKETCH, FISHER, PASSAGES, ".lock"}
     found = (path.name for path in folder.iterdir())
     others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))

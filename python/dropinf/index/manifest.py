@@ -67,7 +67,7 @@ class Manifest:
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
-        """Those of every finished run, in order."""
+        """The shards of every finished run, in order."""
         return tuple(shard for run in self.runs for shard in run.shards or ())
 
     @property
@@ -209,7 +209,10 @@ def _strings(value: object, what: str) -> dict[str, str]:
 
 
 def find_run(manifest: Manifest, first: str, count: int | None) -> int | None:
-    """The number of the run whose first batch has this checksum, of as many batches where both are known; or None."""
+    """Return the number of the run whose first batch has this checksum, or None.
+
+    Where both numbers of batches are known, they must be equal too.
+    """
     for number, run in enumerate(manifest.runs):
         if run.first == first and (None in (count, run.batches) or count == run.batches):
             return number

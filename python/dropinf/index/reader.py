@@ -61,7 +61,7 @@ class Index:
 
     @classmethod
     def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
-        """Return these shards alone, by number, of an index that may not be finished."""
+        """Return an Index of these shards alone, by number; the folder's index need not be finished."""
         index = cls.__new__(cls)
         index._hold(folder, manifest, shards, MEMORY_BYTES)
         return index
@@ -97,7 +97,7 @@ class Index:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What rows are read in: float32 where they are stored with scales."""
+        """The dtype that rows are read in: float32 where they are stored with scales."""
         return self._codec.decoded
 
     @property
@@ -106,7 +106,7 @@ class Index:
 
     @property
     def bytes_per_sample(self) -> int:
-        """What a sample takes on disk."""
+        """The bytes that a sample takes on disk."""
         return self._codec.row_bytes
 
     def __len__(self) -> int:
@@ -133,7 +133,7 @@ class Index:
         return Gradients(out, self.shapes, self.digest)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
-        """Yield (offset of the first sample, up to `rows` samples), in order; the next are read meanwhile."""
+        """Yield (offset of the first sample, up to `rows` samples), in order; the next block is read meanwhile."""
         shapes, digest = self.shapes, self.digest
         for offset, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
             yield offset, Gradients(values, shapes, digest)
@@ -145,7 +145,7 @@ class Index:
         return one_ahead(self._stored(pieces) for pieces in self._pieces(rows))
 
     def factors(self) -> Tensor | None:
-        """What each stored column is multiplied by, [K], or None for 1."""
+        """Return what each stored column is multiplied by, [K], or None for 1."""
         return self._codec.factors()
 
     def ids(self, rows: Rows = slice(None)) -> list[str]:
@@ -209,7 +209,7 @@ class Index:
                 rows.write(offset, 0, part)
 
     def share(self, rank: int, world: int) -> Index:
-        """Return the index as one of `world` ranks reads it: of every shard in turn, its own. Offsets stay."""
+        """Return the index as one of `world` ranks reads it: every `world`-th shard from `rank` on. Offsets stay."""
         mine = copy.copy(self)
         mine._mine = range(rank, len(self._files), world)
         return mine

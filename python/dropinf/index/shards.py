@@ -65,7 +65,7 @@ class Codec:
 
     @property
     def row_bytes(self) -> int:
-        """What a stored row takes."""
+        """The bytes that a stored row takes."""
         return self.width * DTYPES[self.dtype].itemsize + (4 if self.scaled else 0)
 
     @property
@@ -74,7 +74,7 @@ class Codec:
         return torch.float32 if self.scaled else DTYPES[self.dtype]
 
     def factors(self) -> Tensor | None:
-        """What each stored column is multiplied by, [K], or None for 1."""
+        """Return what each stored column is multiplied by, [K], or None for 1."""
         if self.dtype != "int8":
             return None
         return torch.repeat_interleave(torch.tensor(self.sizes), torch.tensor(self.widths))
@@ -112,7 +112,7 @@ class ShardFile:
     rows: int
 
     def check_size(self) -> None:
-        """Raise ValueError where there is no file that has room for so many rows."""
+        """Raise ValueError unless the file is there and large enough for its rows."""
         try:
             found = self.path.stat().st_size
         except FileNotFoundError:

@@ -63,7 +63,7 @@ class PassageFile:
         """Make sure that lines `start` to `stop` are `new`, appending them if there are none.
 
         `stop` is None where the file ends with them, and `known` is the checksum of the file as the manifest has it.
-        Return the file's new checksum, or None where it is that one.
+        Return the file's new checksum, or None where it has not changed.
 
         Raises:
             ValueError: other passages are there, an id is there already, or the file is damaged.

@@ -74,7 +74,7 @@ def read_passages(
 
 
 def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Batches of padded samples: positions in `lengths`, the longest first, so that memory problems show at once.
+    """Return padded batches as positions in `lengths`, the longest first, so that memory problems show at once.
 
     A batch's size times its longest is at most `tokens`, but every batch has a sample. Equal lengths keep their order.
     """
@@ -90,7 +90,7 @@ def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def packed_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Documents that share one packed row of at most `tokens`: positions in `lengths`, by first-fit decreasing.
+    """Return packed rows of at most `tokens` as positions in `lengths`, by first-fit decreasing.
 
     A document longer than that has a row of its own. Takes O(n log n).
     """
@@ -201,7 +201,7 @@ def _dataset_rows(name: str, fields: Mapping[str, str]) -> PlacedRows:
 
 
 def _dataset(datasets: Any, name: str) -> Any:
-    """One split, from a folder or by name."""
+    """Load one split of a dataset, from a folder or by name."""
     folder, _, split = (name, "", "") if Path(name).exists() else name.partition(":")
     saved = any((Path(folder) / marker).is_file() for marker in _SAVED)
     try:

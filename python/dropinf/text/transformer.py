@@ -129,7 +129,7 @@ class TextModel:
         return Workload(self.model, loss_fn, batches, itemgetter("ids"))
 
     def _limit(self, max_tokens: int | None) -> int | None:
-        """Where texts are cut; None where neither model nor tokenizer has a limit."""
+        """Return where texts are cut; None where neither model nor tokenizer has a limit."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for name, module in self.model.named_modules():
             # RoBERTa's first positions are never used.
@@ -145,7 +145,10 @@ class TextModel:
         return max_tokens
 
     def _pad(self) -> int | None:
-        """The id that fills batches up, by which a classifier that reads the last token finds it; or None."""
+        """Return the id that fills batches up, or None, and set it in the model's config.
+
+        A classifier that reads the last token finds it by this id.
+        """
         config = self.model.config.get_text_config()
         known = (config.pad_token_id, self.tokenizer.pad_token_id)
         config.pad_token_id = next((i for i in known if i is not None and 0 <= i < self._vocabulary), None)
@@ -201,7 +204,7 @@ class TextModel:
         return torch.tensor([passage.label for passage in passages])
 
     def _check_packing(self, rows: _Rows) -> None:
-        """A document in a row with its own copy must be read as if alone, twice."""
+        """Raise ValueError unless the model reads two copies of a document in one row as it reads one alone."""
         config = self.model.config.get_text_config()
         longest = max(rows.lengths)
         windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -284,7 +287,7 @@ class _Rows:
 
 
 def causal_losses(model: nn.Module, batch: Batch, *, reduction: Reduction) -> Tensor:
-    """Next-token cross entropy of each padded document, [N]."""
+    """Return the next-token cross entropy of each padded document, [N]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     counts = (batch["labels"][:, 1:] != _IGNORED).sum(1)
     losses = _next_token(logits, batch["labels"]).sum(1)
@@ -292,20 +295,20 @@ def causal_losses(model: nn.Module, batch: Batch, *, reduction: Reduction) -> Te
 
 
 def packed_losses(model: nn.Module, batch: Batch, *, reduction: Reduction) -> Tensor:
-    """Next-token cross entropy of each document of a packed row, [N]."""
+    """Return the next-token cross entropy of each document of a packed row, [N]."""
     losses = F.pad(_next_token(_packed_logits(model, batch), batch["labels"])[0], (1, 0))
     documents = losses.split(batch["cu_seqlens"].diff().tolist())
     return torch.stack([d.sum() / (len(d) - 1) if reduction == "mean" else d.sum() for d in documents])
 
 
 def class_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of each label, [N]."""
+    """Return the cross entropy of each label, [N]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return F.cross_entropy(_wide(logits), batch["labels"], reduction="none")
 
 
 def _next_token(logits: Tensor, labels: Tensor) -> Tensor:
-    """[N, T, V], [N, T] -> [N, T - 1]: what each position loses on the next label, 0 where that is ignored."""
+    """Return the loss [N, T - 1] of each position on the next label, 0 where that is ignored."""
     losses = F.cross_entropy(
         _wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED, reduction="none"
     )
@@ -313,7 +316,7 @@ def _next_token(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _packed_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[1, T, V] of documents that do not see each other."""
+    """Return the logits [1, T, V] of packed documents, which do not see each other."""
     ids, lengths = batch["input_ids"], batch["cu_seqlens"].diff()
     document = torch.arange(len(lengths)).repeat_interleave(lengths).to(ids.device)
     visible = (document[:, None] == document).tril()
