@@ -89,7 +89,7 @@ def build_app() -> "typer.Typer":
 
 
 def _guarded(command: F, debug: Callable[[], bool]) -> F:
-    """The command, whose errors are one line and an exit status."""
+    """Return the command with its errors turned into one line and an exit status."""
     import typer
 
     @functools.wraps(command)
@@ -115,7 +115,7 @@ def _guarded(command: F, debug: Callable[[], bool]) -> F:
 
 
 def explain(error: Exception) -> str | None:
-    """One line on an error of the data, the model, the index or the machine; None for a fault of the program."""
+    """Return a line on an error of the data, the model, the index or the machine; None for a fault of the program."""
     if isinstance(error, ModuleNotFoundError):
         return missing(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -128,7 +128,7 @@ def explain(error: Exception) -> str | None:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """One line on a library that is not installed."""
+    """Return one line on a library that is not installed."""
     package = (error.name or "").partition(".")[0]
     if package not in _EXTRAS:
         return str(error)
@@ -137,7 +137,7 @@ def missing(error: ModuleNotFoundError) -> str:
 
 
 def _with_options(message: str) -> str:
-    """A message of the library with its arguments named as options."""
+    """Return a message of the library with its arguments named as options."""
     message = message.replace("pass append=True", "pass --append").replace("pass packed=False", "leave --packed out")
 
     def option(found: re.Match[str]) -> str:
@@ -152,7 +152,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _say(line: str) -> None:
-    """On standard error; an error of any rank is said."""
+    """Print a line on standard error, on any rank; where there are several, name the rank."""
     rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"dropinf: {rank}{line}", file=sys.stderr, flush=True)
 

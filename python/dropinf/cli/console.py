@@ -18,7 +18,7 @@ Found = dict[str, Any]  # a sample or a query of a result
 
 
 def is_first() -> bool:
-    """Whether this process is the one of all ranks that reports."""
+    """Return whether this process is the one that reports for all ranks."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"
 
 
@@ -29,7 +29,7 @@ def note(text: str) -> None:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes, as people read it."""
+    """Return a number of bytes as people read it."""
     units = ["bytes", "KB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size /= 1000
@@ -53,7 +53,7 @@ class Meter:
         return found
 
     def summary(self, done: int) -> str:
-        """How many samples in how many seconds."""
+        """Return how many samples were compressed in how many seconds, as text."""
         seconds = time.monotonic() - self._start
         if not done:
             return "nothing was left to compress"

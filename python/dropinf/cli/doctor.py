@@ -74,7 +74,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def kernels(device: torch.device) -> str:
-    """Which bodies of the ops run on a device, and why."""
+    """Return which bodies of the ops run on a device, and why."""
     if device.type != "cuda":
         return "plain PyTorch, as there is no GPU"
     if importlib.util.find_spec("triton") is None:
@@ -85,7 +85,7 @@ def kernels(device: torch.device) -> str:
 
 
 def check(device: torch.device) -> str | None:
-    """What is wrong with one op on a device, against float64; None where nothing is."""
+    """Return what is wrong with one op on a device, against float64; None where nothing is."""
     torch.manual_seed(0)
     a, g = torch.randn(4, 64, 96), torch.randn(4, 64, 80)
     into, out = (torch.randperm(size)[:16].sort().values.int()[None] for size in (96, 80))

@@ -158,7 +158,7 @@ def index(
 
 
 def _begun(out: Path) -> Manifest | None:
-    """The manifest of an index to go on with; None where the folder is free."""
+    """Return the manifest of an index to go on with; None where the folder is free."""
     try:
         return Manifest.load(out)
     except FileNotFoundError:
@@ -246,7 +246,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
 
 
 def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
-    """Draw the sketch and keep it: every rank takes that of the first, as rounding may differ."""
+    """Draw the sketch, and save that of rank 0 for all ranks to load, as rounding may differ between them."""
     recipe, work = source.recipe, source.work
     if recipe.calibration is not None:
         work = source.part()
@@ -274,7 +274,7 @@ def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
 
 
 def _ids(source: Source, start: int) -> Ids:
-    """What to call the samples, the first of which is number `start` of the index."""
+    """Return the function that names samples, of which the first is number `start` of the index."""
     ids = source.work.ids
     if not (source.numbered and start):
         return ids

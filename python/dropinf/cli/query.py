@@ -209,7 +209,7 @@ def _check_there(path: Path) -> None:
 
 
 def open_index(path: Path) -> Index:
-    """Open it. Raises FileNotFoundError that names the command which makes one."""
+    """Open an index; raise FileNotFoundError that names the command to make one where there is none."""
     _check_there(path)
     return Index.open(path)
 
@@ -226,7 +226,7 @@ def _reads_fisher(kind: str, damping: str | None) -> bool:
 
 
 def read_fisher(index: Index, damping: str | None, otherwise: str = "") -> Fisher:
-    """The Fisher matrix kept in an index, with another damping on request."""
+    """Return the Fisher matrix kept in an index, with another damping on request."""
     value = None if damping is None else parse_damping(damping)
     if FISHER not in index.manifest.files:
         more = f", {otherwise}" if otherwise else ""
@@ -238,12 +238,12 @@ def read_fisher(index: Index, damping: str | None, otherwise: str = "") -> Fishe
 
 
 def about_fisher(fisher: Fisher) -> str:
-    """Its kind and damping."""
+    """Return the kind and the damping of a Fisher matrix, as text."""
     return f"{fisher.kind}, damping {fisher.damping}"
 
 
 def _compressed(work: Workload, train: Index) -> tuple[list[str], Gradients]:
-    """The ids and compressed gradients of queries, by the sketch of the index."""
+    """Return the ids and compressed gradients of queries, by the sketch of the index."""
     check_weights(work, train.manifest.model, train.path)
     compressor = Compressor.from_index(train.path, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     ids = [name for batch in work.batches for name in work.ids(batch)]
@@ -268,7 +268,7 @@ def _answers(train: Index, ids: list[str], texts: list[str] | None, best: list[T
 
 
 def _samples(train: Index, best: list[TopK]) -> list[list[list[Found]]]:
-    """What is known of the samples of each TopK, by query and rank."""
+    """Return what is known of the samples of each TopK, by query and rank."""
     positions = sorted({i for side in best for i in side.indices.flatten().tolist()})
     names = dict(zip(positions, train.ids(positions), strict=True))
     texts = passage_texts(train, set(names.values()))
@@ -285,7 +285,7 @@ def _samples(train: Index, best: list[TopK]) -> list[list[list[Found]]]:
 
 
 def passage_texts(index: Index, wanted: set[str]) -> dict[str, str]:
-    """The texts of these passages, by id; none where the index has no passages. One scan of the file, none kept."""
+    """Return the texts of these passages by id, none where the index has no passages, in one scan of the file."""
     if PASSAGES not in index.manifest.files:
         return {}
     return PassageFile(index.path / PASSAGES).texts(wanted)

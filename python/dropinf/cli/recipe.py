@@ -49,13 +49,13 @@ class Recipe:
     dtype: StoredDtype = "float32"
 
     def about(self) -> dict[str, str]:
-        """As the manifest keeps it."""
+        """Return the recipe as the manifest keeps it."""
         found = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: value if name in _TEXT else json.dumps(value) for name, value in found.items()}
 
     @classmethod
     def of(cls, about: Mapping[str, str]) -> Recipe | None:
-        """What a manifest keeps; None where the index was not made by the command line."""
+        """Return the recipe that a manifest keeps; None where the index was not made by the command line."""
         if not {"model", "loader"} & about.keys():
             return None
         known = {field.name for field in fields(cls)}
@@ -127,7 +127,7 @@ def check_weights(work: Workload, expected: str, folder: object) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or a GPU where there is one; of the ranks of torchrun, each its own."""
+    """Return the device of that name, by default a GPU where there is one; each rank of torchrun has its own."""
     wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
@@ -143,7 +143,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
-    """The ranks that torchrun started; None where it did not."""
+    """Connect the ranks that torchrun started, and yield their group; yield None where it started none."""
     if "WORLD_SIZE" not in os.environ:
         yield None
         return
@@ -155,7 +155,11 @@ def process_group(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
 
 
 def parse_damping(text: str) -> float | Literal["auto"]:
-    """Raises typer.BadParameter unless it is "auto" or a finite number of at least 0."""
+    """Return the damping that the text names: "auto", or a finite number of at least 0.
+
+    Raises:
+        typer.BadParameter: the text is neither.
+    """
     if text == "auto":
         return "auto"
     try:

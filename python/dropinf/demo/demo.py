@@ -82,7 +82,7 @@ class DemoResult:
         return float((self.predictions == self.data.test_labels).double().mean())
 
     def auc(self, method: str) -> float:
-        """ROC AUC of finding the flipped labels by the self-influence of `method`."""
+        """Return the ROC AUC of finding the flipped labels by the self-influence of `method`."""
         return float(roc_auc_score(self.data.flipped, self.methods[method].self_influence))
 
     @property
@@ -91,11 +91,11 @@ class DemoResult:
         return float(roc_auc_score(self.data.flipped, self.train_losses))
 
     def correlation(self, method: str) -> float:
-        """Spearman correlation of the scores with the uncompressed ones, over training images, mean over queries."""
+        """Return Spearman's correlation with the uncompressed scores over training images, mean over queries."""
         return rank_correlation(self.methods[method].scores, self.methods["uncompressed"].scores)
 
     def ratio(self, method: str) -> float:
-        """How many times smaller than uncompressed a gradient of `method` is."""
+        """Return how many times smaller a gradient of `method` is than an uncompressed one."""
         return self.methods["uncompressed"].bytes_per_sample / self.methods[method].bytes_per_sample
 
 
@@ -191,7 +191,7 @@ def attribute(model: nn.Module, sketch: dropinf.Sketch, config: DemoConfig, data
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman correlation of the rows of `a` with those of `b`, each `[Q, N]`, averaged over rows."""
+    """Return Spearman's correlation of the rows of `a` with those of `b`, each `[Q, N]`, averaged over rows."""
     ranks = torch.stack([x.argsort(1).argsort(1).double() for x in (a, b)])
     unit = F.normalize(ranks - ranks.mean(-1, keepdim=True), dim=-1)
     return float((unit[0] * unit[1]).sum(-1).mean())
@@ -243,7 +243,7 @@ def run_demo(config: DemoConfig, out: Path) -> DemoResult:
 
 
 def table_rows(result: DemoResult) -> list[list[str]]:
-    """The header and one row a method, as text."""
+    """Return the header and one row a method, as text."""
     names = "method, mislabel AUC, seconds to compress, bytes per sample, times smaller, score agreement"
     rows = [names.split(", ")]
     for name, method in result.methods.items():
@@ -253,7 +253,7 @@ def table_rows(result: DemoResult) -> list[list[str]]:
 
 
 def to_json(result: DemoResult) -> dict[str, object]:
-    """What `result.json` holds."""
+    """Return what `result.json` holds."""
     methods = result.methods
     return {
         **asdict(result.config),
@@ -270,7 +270,7 @@ def to_json(result: DemoResult) -> dict[str, object]:
 
 
 def to_html(result: DemoResult) -> str:
-    """The report: table, ROC, the most harmful training images, and the causes of some predictions."""
+    """Return the report: table, ROC, the most harmful training images, and the causes of some predictions."""
     data = result.data
     train = report.LabelledImages(data.images[:, 0].numpy(), data.given.tolist(), data.true.tolist())
     size = result.methods[RECOMMENDED].bytes_per_sample
@@ -299,7 +299,7 @@ def to_html(result: DemoResult) -> str:
 
 
 def comparison(result: DemoResult) -> str:
-    """The section with the table of methods and what its columns mean."""
+    """Return the section with the table of methods and what its columns mean."""
     config = result.config
     header, *rows = table_rows(result)
     lead = (
@@ -314,7 +314,7 @@ def comparison(result: DemoResult) -> str:
 
 
 def roc(result: DemoResult) -> str:
-    """The section with the ROC of finding the flipped labels."""
+    """Return the section with the ROC of finding the flipped labels."""
     curves = {}
     for name, method in result.methods.items():
         false_rate, true_rate, _ = roc_curve(result.data.flipped.numpy(), method.self_influence.numpy())
@@ -328,7 +328,7 @@ def roc(result: DemoResult) -> str:
 
 
 def harmful(result: DemoResult, train: report.LabelledImages) -> str:
-    """The section with the training images that raised the loss of the whole test set most."""
+    """Return the section with the training images that raised the loss of the whole test set most."""
     on_test = result.methods[RECOMMENDED].scores.sum(0)
     worst = on_test.argsort(stable=True)[:24]
     lead = (
@@ -341,7 +341,7 @@ def harmful(result: DemoResult, train: report.LabelledImages) -> str:
 
 
 def query_blocks(result: DemoResult, train: report.LabelledImages) -> str:
-    """Three test images that the model gets wrong, or as many as there are, and three that it gets right."""
+    """Return the blocks of up to three test images that the model gets wrong, and of three that it gets right."""
     data = result.data
     wrong = result.predictions != data.test_labels
     chosen = [*wrong.nonzero().flatten()[:3].tolist(), *(~wrong).nonzero().flatten()[:3].tolist()]

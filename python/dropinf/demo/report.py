@@ -41,7 +41,7 @@ class LabelledImages:
                 raise ValueError(f"{name} has {len(labels)} labels, must have {len(self.pixels)}: one per image")
 
     def flipped(self, index: int) -> bool:
-        """Whether the true label of image `index` is known and differs from the given one."""
+        """Return whether the true label of image `index` is known and differs from the given one."""
         return self.true is not None and bool(self.true[index] != self.given[index])
 
 

@@ -22,8 +22,11 @@ LAYOUT = "dropinf.json"  # beside bergson's files: [bergson's name, dropinf's, s
 
 
 def export_index(source: GradientSource, path: str | Path, *, data: Any = None, prefix: str = "") -> None:
-    """Write gradients as an index that bergson reads. ``data``: its data set, a row for each sample. ``prefix``: how
-    dropinf's names of layers begin and bergson's do not, ``model.base_model_prefix + "."``."""
+    """Write gradients as an index that bergson reads.
+
+    ``data``: its data set, a row for each sample. ``prefix``: what dropinf's names of layers begin with and bergson's
+    do not, ``model.base_model_prefix + "."``.
+    """
     path, names = Path(path), {name: name.removeprefix(prefix) for name in source.shapes}
     sizes = {names[name]: math.prod(shape) for name, shape in source.shapes.items()}
     buffer = _data.create_index(path, len(source), sizes, _utils.convert_dtype_to_np(source.dtype))
@@ -38,8 +41,10 @@ def export_index(source: GradientSource, path: str | Path, *, data: Any = None, 
 
 
 def import_index(path: str | Path) -> Gradients:
-    """Read an index of bergson's, with a row for each sample. What a compressor made has dropinf's names and digests;
-    for bergson's own projections, the digest is of their settings.
+    """Read an index of bergson's, with a row for each sample.
+
+    What a compressor made has dropinf's names and digests; for bergson's own projections, the digest is of their
+    settings.
 
     Raises:
         FileNotFoundError: no index there.

@@ -54,11 +54,11 @@ class _Task:
         return getattr(self._task, name)
 
     def get_grad_loss_func(self, *args: Any, **options: Any) -> Callable[..., Tensor]:
-        """dattri's, compressed."""
+        """Return the function of dattri's task, with its gradients compressed."""
         return self._compressed(self._task.get_grad_loss_func(*args, **options))
 
     def get_grad_target_func(self, *args: Any, **options: Any) -> Callable[..., Tensor]:
-        """dattri's, compressed."""
+        """Return the function of dattri's task, with its gradients compressed."""
         return self._compressed(self._task.get_grad_target_func(*args, **options))
 
     def _compressed(self, gradients: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -45,8 +45,11 @@ __all__ = [
 def make_compressor(
     model: Any, sketch: Sketch, cfg: Any, *, target_modules: set[str] | None = None, masks: str | None = None
 ) -> Compressor:
-    """A compressor of the weights that bergson collects, under bergson's loss; its batches are rows of the data set,
-    ``data[indices]``. ``masks``: a file that `Compressor.save` wrote, for a sketch that is calibrated."""
+    """Return a compressor of the weights that bergson collects, under bergson's loss.
+
+    Its batches are rows of the data set, ``data[indices]``. ``masks``: a file that `Compressor.save` wrote, for a
+    sketch that is calibrated.
+    """
 
     def loss_fn(model: Any, batch: Mapping[str, Any]) -> Tensor:
         if cfg.loss_fn == "kl":
@@ -161,7 +164,7 @@ class Attributor(_bergson.Attributor):
 
 
 def collect_gradients(*args: Any, compressor: Compressor, **options: Any) -> None:
-    """bergson's ``collect_gradients``, with a compressor."""
+    """Run bergson's ``collect_gradients`` with a compressor."""
     collector = partial(GradientCollector, compressor=compressor)
     with _swapped("bergson.collection", "GradientCollector", collector):
         _bergson.collect_gradients(*args, **options)
@@ -169,7 +172,7 @@ def collect_gradients(*args: Any, compressor: Compressor, **options: Any) -> Non
 
 @contextmanager
 def sketched(sketch: Sketch, masks: str | None = None) -> Iterator[None]:
-    """Inside, bergson's ``build`` and ``score_dataset`` compress, in all of their processes."""
+    """Have bergson's ``build`` and ``score_dataset`` compress inside, in all of their processes."""
     original = import_module("bergson.distributed").launch_distributed_run
 
     def launch(name: str, worker: Callable[..., None], *rest: Any) -> None:
@@ -191,7 +194,7 @@ def _work(sketch: Sketch, masks: str | None, worker: Callable[..., None], *args:
 
 @contextmanager
 def _swapped(module: str, name: str, value: object) -> Iterator[None]:
-    """The module's name bound to another value inside."""
+    """Bind the module's name to another value inside."""
     found = import_module(module)
     before = getattr(found, name)
     setattr(found, name, value)

@@ -56,7 +56,7 @@ class _Compressed:
         return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
     def _scale(self) -> float:
-        """captum's Hessian is a sum over samples, F a mean."""
+        """Return what scores are multiplied by: captum's Hessian is a sum over samples, F a mean."""
         return 1.0 if self.fisher is None else 1.0 / self.fisher.count
 
     def _query(self, inputs: Any, loss_fn: Any, aggregate: bool, progress: bool) -> Gradients:
@@ -71,7 +71,7 @@ class _Compressed:
         show_progress: bool = False,
         aggregate: bool = False,
     ) -> Any:
-        """Scores [Q, N]; with `k`, `KMostInfluentialResults(indices [Q, k], influence_scores [Q, k])`.
+        """Return scores [Q, N]; with `k`, `KMostInfluentialResults(indices [Q, k], influence_scores [Q, k])`.
 
         The queries' loss is `test_loss_fn` in both; captum's influence functions take `loss_fn` where k is given.
         """
@@ -91,7 +91,7 @@ class _Compressed:
     def self_influence(
         self, inputs_dataset: Any = None, show_progress: bool = False, *_: Any, inputs: Any = None, **__: Any
     ) -> Tensor:
-        """Of every training sample, or of every sample given (captum calls them by both names): [n]."""
+        """Return the self-influence [n] of ``inputs_dataset`` or ``inputs`` (captum has both), or the training set."""
         given, loss_fn = inputs if inputs_dataset is None else inputs_dataset, self.loss_fn  # type: ignore[attr-defined]
         train = self.train if given is None else self._query(given, loss_fn, False, show_progress)
         return train.flat.square().sum(1) if self.fisher is None else self_influence(train, self.fisher) * self._scale()
@@ -130,7 +130,7 @@ class CompressedInfluenceFunction(_Compressed, _functions.IntermediateQuantities
         return_on_cpu: bool = True,
         test: bool = False,
     ) -> Tensor:
-        """Whitened gradients [n, K], or their sum [1, K]: inner products are scores."""
+        """Return whitened gradients [n, K], or their sum [1, K]; their inner products are scores."""
         assert self.fisher is not None
         loss_fn = self.test_loss_fn if test else self.loss_fn
         found = self.fisher.whiten(self._query(inputs_dataset, loss_fn, aggregate, show_progress)).flat
@@ -163,8 +163,9 @@ class CompressedTracInCP(_Compressed, _tracin.TracInCP):
         return Gradients(torch.cat(parts, 1), shapes, digest)
 
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
-        """Gradients of C checkpoints side by side, times sqrt(learning rate), [n, C * K]: inner products are scores.
+        """Return gradients [n, C * K] of C checkpoints side by side, times sqrt(learning rate).
 
-        captum multiplies by the learning rate, so that inner products of its quantities are not its scores.
+        Their inner products are scores. captum multiplies by the learning rate itself, so that inner products of its
+        quantities are not its scores.
         """
         return self._query(inputs, self.loss_fn, aggregate, False).flat

@@ -53,7 +53,7 @@ class _Use(LinearUse):
             self.group = math.gcd(*(axis.group for axis in axes))
 
     def compress(self, saved: Tensor, g: Tensor) -> Tensor:
-        """The gradients of weight and bias, side by side, times the batch size: [B, k]."""
+        """Return the gradients [B, k] of weight and bias, side by side, times the batch size."""
         assert self.weight is not None
         n, g = len(g), g.reshape(len(g), -1, g.shape[-1])
         if self.both is not None and not g.is_cuda:  # both masks in one pass over g
@@ -102,7 +102,7 @@ class _HookManager(_hook.HookManager):
         return _LinearFunction.apply(module_input, module.weight, module.bias, self.uses[idx], take)
 
     def get_compressed_grads(self) -> list[Tensor]:
-        """Of one batch: [B, k] of each layer, empty where it was not used."""
+        """Return the gradients of one batch: [B, k] of each layer, empty where it was not used."""
         found = [torch.empty(0) if rows is None else rows for rows in self.compressed_grads]
         self.compressed_grads = [None] * len(found)
         return found
@@ -129,7 +129,7 @@ class BlockProjectedIFAttributor(_block.BlockProjectedIFAttributor):
         return _Use(name, module, weight.to(device), None if bias is None else bias.to(device))
 
     def cache(self, full_train_dataloader: Any) -> None:
-        """dattri's, with our hooks."""
+        """Cache what dattri caches, with dropinf's hooks."""
         self._hooked(super().cache, full_train_dataloader)
 
     def _compute_test_gradients(self, test_dataloader: Any) -> Any:

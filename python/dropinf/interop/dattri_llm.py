@@ -38,10 +38,10 @@ _ROWS = 256  # of a matrix made at a time
 
 
 def sketched(config: Any, model: nn.Module, sketch: Sketch | Compressor) -> Any:
-    """A copy of the config in which the linear layers that it hooks are sketched.
+    """Return a copy of the config in which the linear layers that it hooks are sketched.
 
     ``sketch``: a sketch, or a `Compressor` of the same model that was calibrated or loaded. The config's own entries of
-    ``projection_kwargs`` for other layers stay; its "__default__" goes.
+    ``projection_kwargs`` for other layers stay; its "__default__" is dropped.
 
     Raises:
         ValueError: a hooked layer that is not linear and has no entry of its own, or that the compressor cannot sketch.

@@ -96,7 +96,7 @@ _COMPRESSED = {_linear.TrackedLinear: _Linear, _conv.TrackedConv2d: _Conv2d}
 
 
 def prepare_model(model: nn.Module, task: Any, sketch: Plan) -> nn.Module:
-    """kronfluence's `prepare_model`, with compressed gradients; the model is changed in place.
+    """Prepare the model in place as kronfluence's `prepare_model` does, with compressed gradients.
 
     `sketch`: a sketch that needs no calibration, or the `layers` of a `dropinf.Compressor` that is calibrated.
 
@@ -125,7 +125,7 @@ class CompressGradients:
     layers: Mapping[str, Layer]
 
     def post_process_per_sample_gradient(self, module_name: str, gradient: Tensor) -> Tensor:
-        """[B, d_out, d_in (+ 1)] -> [B, k_out, k_in (+ 1)]."""
+        """Compress gradients [B, d_out, d_in (+ 1)] to [B, k_out, k_in (+ 1)]."""
         layer = _layer(self.layers, module_name).to(gradient.device)
         assert layer.in_axis is not None
         parts = gradient.split([layer.in_axis.size, gradient.shape[2] - layer.in_axis.size], 2)

@@ -64,7 +64,10 @@ def compress(run: Any, sketch: Sketch | Compressor) -> Compressor:
 
 
 def gradients(run: Any) -> Gradients:
-    """What a run logged, for dropinf's own Fisher and scores. Its rows are those of ``run.build_log_dataset()``."""
+    """Return what a run logged, for dropinf's own Fisher and scores.
+
+    Its rows are those of ``run.build_log_dataset()``.
+    """
     logs, digest = run.build_log_dataset(), run.logger.compressor.digest()
     plans: dict[str, Layer] = {name: use.weight for name, use in run.logger.uses.items()}
     shapes = {plan.name: plan.stored_shape for plan in plans.values()}
@@ -85,7 +88,7 @@ class _SketchedLogger(_logger.HookLogger):
         super().add_module(module_name, module)
 
     def prepare(self, name: str, module: Any) -> None:
-        """Find the plan of a watched module, and freeze it: no gradient of its weight is needed as a whole."""
+        """Find the plan of a watched module, and freeze the module: the whole gradient of its weight is not needed."""
         parameters = dict(self.compressor.model.named_parameters())
         plans = [p for p in self.compressor.layers.values() if parameters.get(p.parameter) is module.weight]
         if not plans or plans[0].kind not in ("linear", "conv"):

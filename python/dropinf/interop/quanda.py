@@ -77,13 +77,13 @@ class CompressedInfluence(_base.Explainer):
         return F.cross_entropy(logits, labels, reduction="none")
 
     def explain(self, test_data: Any, targets: Any) -> Tensor:
-        """Scores [n_test, n_train] of a batch of inputs (a tensor or a mapping) and its labels; positive: helps."""
+        """Return scores [n_test, n_train] of inputs (a tensor or a mapping) and labels; a positive score helps."""
         inputs = _common.move_ds_item_to_device(test_data, self.device)
         query = self.compressor.compress([(inputs, _common.process_targets(targets, self.device))])
         return score(query, self.train, self.fisher, kind="dot" if self.fisher is None else "influence")
 
     def self_influence(self, batch_size: int = 32) -> Tensor:  # noqa: ARG002
-        """Of every training sample, [n_train], from the gradients that are kept: O(n_train), without the model."""
+        """Return the self-influence [n_train] from the gradients that are kept: O(n_train), without the model."""
         return self.train.flat.square().sum(1) if self.fisher is None else self_influence(self.train, self.fisher)
 
 

@@ -95,7 +95,7 @@ class Projector(_projectors.AbstractProjector):
         return plan.compress_exact(g.reshape(len(g), *plan.shape)).flatten(1)
 
     def computer(self, outputs: Outputs | None = None) -> Callable[..., GradientComputer]:
-        """TRAKer's ``gradient_computer``: rows are compressed as they are formed.
+        """Return TRAKer's ``gradient_computer``, which compresses rows as they are formed.
 
         ``outputs(model, batch) -> [B]``: the model output of each sample; for image classification TRAK's own.
         """
@@ -128,7 +128,7 @@ class GradientComputer(_computers.FunctionalGradientComputer):
             )
 
     def compute_per_sample_grad(self, batch: Iterable[Tensor]) -> Gradients:
-        """Of a batch, compressed."""
+        """Return the compressed gradients of a batch."""
         return self.projector.compressor.compress([batch])
 
 
