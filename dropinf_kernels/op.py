@@ -146,7 +146,7 @@ def op(
                     return triton(*args, **kwargs)
             return plain(*args, **kwargs)
 
-        allocate = _bound(fake, inspect.signature(body))
+        allocate = _bound(fake, body)
         registered = _register(body, eager, allocate, writes)
 
         @functools.wraps(body)
@@ -163,11 +163,11 @@ def op(
     return declare
 
 
-def _bound(fake: Callable[[types.SimpleNamespace], object], signature: inspect.Signature) -> Callable[..., Any]:
-    """Return `fake` as a function of the op's arguments."""
+def _bound(fake: Callable[[types.SimpleNamespace], object], body: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fake` as a function of the arguments of `body`."""
 
     def allocate(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        bound = inspect.signature(body).bind(*args, **kwargs)
         bound.apply_defaults()
         return fake(types.SimpleNamespace(**bound.arguments))
 
