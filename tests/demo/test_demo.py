@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dropinf.demo import report
+from tests.bounds import HOUR
 
 METHODS = {"dropout, recommended", "dropout", "gaussian", "pca", "uncompressed"}
 
@@ -19,8 +21,12 @@ METHODS = {"dropout, recommended", "dropout", "gaussian", "pca", "uncompressed"}
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "dropinf.cli", "demo", "--out", str(out), "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HOUR, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
+    # A minute on two cores, of which nobody else can take a part.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
     return done.stdout, json.loads((out / "result.json").read_text()), (out / "report.html").read_text(), out
 
 
@@ -37,7 +43,6 @@ def test_result(run):
     assert agreement["uncompressed"] == pytest.approx(1)
     assert all(0.2 < agreement[name] < 1 for name in METHODS - {"uncompressed"})
     assert 0.9 < result["loss_auc"] <= 1
-    assert result["seconds"]["total"] < 60
     assert all(0.9 < auc <= 1 for auc in result["mislabel_auc"].values())
     sizes = result["bytes_per_sample"]
     assert (

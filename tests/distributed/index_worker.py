@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dropinf
+from dropinf import ranks
+from tests.bounds import HOUR
 
 KINDS = ("block", "joint", "diagonal", "kronecker")
 
@@ -93,12 +95,14 @@ def main(kind: str, folder: Path) -> None:
 
 
 def stop(kind: str, folder: Path) -> None:
-    """Half a minute's work for each rank. With "fail", rank 1 meets a batch that its loss refuses."""
+    """Do half a minute's work on each rank. With "fail", rank 1 meets a batch that its loss refuses."""
+    if kind == "slow":
+        ranks.PATIENCE = 3.0
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 
     def failing(model, batch):
-        time.sleep(3)
+        time.sleep(2)
         if kind == "fail" and rank == 1:
             raise ValueError("this batch has a hole")
         return loss_fn(model, batch)
@@ -114,6 +118,7 @@ def stop(kind: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    ranks.PATIENCE = HOUR
     if sys.argv[1] in ("fail", "slow"):
         stop(sys.argv[1], Path(sys.argv[2]))
     main(sys.argv[1], Path(sys.argv[2]))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import HOUR
+
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -26,10 +28,10 @@ def test_two_ranks(kind):
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=HOUR)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the ranks too, where one hangs
-    assert process.returncode == 0, stderr[-3000:]
+    assert process.returncode == 0, stderr
     for rank in (0, 1):
         assert f"rank {rank} of {kind}: Gradients(7 samples" in stdout

@@ -22,6 +22,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bounds import HOUR
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,16 +39,21 @@ class Process:
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
 
-    def wait(self, timeout: float) -> int | None:
+    def wait(self, timeout: float = HOUR) -> int | None:
         """Its status, or None where it did not end in so many seconds."""
         if self.status is None:
             self.status = self.forks.ask(do="wait", pid=self.pid, timeout=timeout)
         return self.status
 
-    def until(self, text: str, timeout: float = 60) -> None:
+    @property
+    def ended(self) -> bool:
+        return self.wait(0) is not None
+
+    def until(self, text: str) -> None:
         """Wait until it has printed this."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + HOUR
         while text not in self.text:
+            assert not self.ended or text in self.text, self.text
             assert time.monotonic() < end, self.text
             time.sleep(0.001)
 
@@ -90,12 +97,12 @@ class Forks:
         )
         return Process(self, pid, log)
 
-    def run(self, job: str, *arguments, timeout: float = 60, **options) -> Process:
+    def run(self, job: str, *arguments, **options) -> Process:
         process = self.start(job, *arguments, **options)
-        if process.wait(timeout) is None:
+        if process.wait() is None:
             process.kill()
-            process.wait(10)
-            raise AssertionError(f"{job} did not end in {timeout} s: {process.text}")
+            process.wait()
+            raise AssertionError(f"{job} did not end in an hour: {process.text}")
         return process
 
     def ranks(self, world: int, job: str, *arguments, **options) -> list[Process]:
@@ -109,7 +116,7 @@ class Forks:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait()
         self.process.stdout.close()
         self.folder.cleanup()
 

@@ -17,7 +17,8 @@ from torch import nn
 import dropinf
 from dropinf import files as storage
 from dropinf import ranks
-from dropinf.index import writer
+from dropinf.index import plan
+from tests.bounds import HOUR
 
 BATCHES, SMALL = 130, 12  # in shards of three, by `index` below
 
@@ -66,6 +67,7 @@ def index(
     fisher: str | None = "block",
     append: int = 0,
     slow: float = 0.0,
+    stalls_at: int | None = None,
     patience: float | None = None,
     dies_at: int | None = None,
     dies_on: int = 0,
@@ -73,17 +75,18 @@ def index(
 ) -> None:
     """Index `batches` batches, and then `append` others; alone, or as a rank where the environment has `RANK`.
 
-    slow: seconds that each batch takes. patience: how long a silent rank is waited for. dies_at: kill this process
-    before so many operations on files, on rank `dies_on`. trace: a file to list these operations in.
+    slow: seconds that each batch takes. stalls_at: the first batch that never comes. patience: how long a silent rank is
+    waited for; an hour where it is not to be missed. dies_at: kill this process before so many operations on files, on
+    rank `dies_on`. trace: a file to list these operations in.
     """
     group, rank = None, 0
     if "RANK" in os.environ:
-        if patience is not None:
-            ranks.PATIENCE, ranks.BEAT = patience, min(ranks.BEAT, patience / 5)
+        ranks.PATIENCE = HOUR if patience is None else patience
+        ranks.BEAT = min(ranks.BEAT, ranks.PATIENCE / 5)
         dist.init_process_group("gloo")
         group, rank = dist.group.WORLD, dist.get_rank()
-    if batches < writer._LEAST_SHARDS:
-        writer._LEAST_SHARDS = -(-batches // 3)
+    if batches < plan._LEAST_SHARDS:
+        plan._LEAST_SHARDS = -(-batches // 3)
 
     def slowly(model, batch):
         time.sleep(slow)
@@ -91,7 +94,7 @@ def index(
 
     compressor = make_compressor(slowly if slow else loss_fn)
     options = {"out": folder, "dtype": getattr(torch, dtype), "fisher": fisher, "ids": names, "group": group}
-    data, more = make_batches(batches), make_batches(append, 2)
+    data, more = Batches(make_batches(batches), stalls_at), make_batches(append, 2)
     operations = Operations(Path(folder)) if trace or dies_at is not None else None
     if operations is not None and rank == dies_on:
         operations.watch(dies_at)
@@ -104,6 +107,19 @@ def index(
     print("ends", flush=True)
     if group is not None:
         dist.destroy_process_group()
+
+
+class Batches(list):
+    """Batches, of which one and all after it never come."""
+
+    def __init__(self, batches, stalls_at: int | None) -> None:
+        super().__init__(batches)
+        self.stalls_at = stalls_at
+
+    def __getitem__(self, i):
+        if self.stalls_at is not None and i >= self.stalls_at:
+            time.sleep(HOUR)
+        return super().__getitem__(i)
 
 
 class Operations:

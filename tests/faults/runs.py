@@ -31,6 +31,11 @@ def phase(folder: Path) -> str:
     return f"{'some' if shards else 'no'} shards, {'some' if parts else 'no'} parts"
 
 
+def done(folder: Path) -> int:
+    """How many batches of a run are on disk, in shards of three or as parts."""
+    return 3 * len(list(folder.glob("shards/0*"))) + len(list(folder.glob("parts/0*")))
+
+
 def reached(phases: Counter[str], least: int) -> None:
     """Kills hit runs in the midst of it: with parts, and with shards."""
     assert sum(n for name, n in phases.items() if "some parts" in name) >= least, phases

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.index import verify, writer
+from dropinf.index import plan, verify
 from tests.faults.jobs import files, make_batches, make_compressor, make_query, names
 
 DTYPES = ("float32", "int8")
@@ -20,7 +20,7 @@ SOME = pytest.mark.parametrize("some", [60, pytest.param(None, marks=pytest.mark
 def index(request, tmp_path_factory):
     """An index of four shards, with everything that an index has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_LEAST_SHARDS", 4)
+        patch.setattr(plan, "_LEAST_SHARDS", 4)
         return make_compressor().compress(
             make_batches(12),
             out=tmp_path_factory.mktemp("damage") / "idx",
@@ -109,7 +109,6 @@ def test_every_byte_of_the_manifest(index):
 
 
 @SOME
-@pytest.mark.timeout(900)
 def test_every_byte_of_a_shard(some, index, query, fisher):
     shard = second(index)
     data = shard.read_bytes()
@@ -126,7 +125,6 @@ def test_every_byte_of_a_shard(some, index, query, fisher):
 
 
 @SOME
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["fisher.safetensors", "sketch.safetensors"])
 def test_every_byte_of_the_other_files(name, some, index):
     path = index.path / name

@@ -15,10 +15,7 @@ from tests.gpu.all_cases import OPS
 
 ROOT = Path(__file__).parents[2]
 SANITIZER = shutil.which("compute-sanitizer")
-pytestmark = [
-    pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer of the CUDA toolkit is not on the path"),
-    pytest.mark.timeout(1800),
-]
+pytestmark = pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer of the CUDA toolkit is not on the path")
 FOUND = 86  # any status that Python does not end with
 # What a library asks of the driver in vain is no fault of a kernel.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}

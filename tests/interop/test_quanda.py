@@ -208,7 +208,6 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("other", ["TRAK", "CaptumTracInCP", "Kronfluence"])
 def test_beside_quandas_wrappers(compare, tmp_path, other):
     torch.manual_seed(0)

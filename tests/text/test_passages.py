@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dropinf.text.passages import Passage, length_batches, packed_batches, read_passages, write_passages
+from dropinf.text.passage_file import write_passages
+from dropinf.text.passages import Passage, length_batches, packed_batches, read_passages
 
 ROWS = [
     {"key": "a", "body": "ein Satz", "class": 1, "rest": [1]},
