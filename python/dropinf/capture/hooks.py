@@ -119,7 +119,9 @@ class Calibration(Recorder):
 
 
 class Attribution(Recorder):
-    """The check that rows belong to samples: of the losses of every second sample, `untouched` and on see nothing."""
+    """The check that rows belong to samples: where every second loss alone is backpropagated, the rows of the samples
+    between, `untouched` being the first, must have no gradient.
+    """
 
     def __init__(self, untouched: int) -> None:
         self._untouched = untouched
