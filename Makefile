@@ -3,20 +3,32 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LIBRARY := $(addprefix tests/,api bench browser capture cli demo distributed faults fisher index sketch text)
+# All tests but those of kernels, which need processes of their own, of GPUs and of other toolkits.
+PLAIN := $(filter-out $(addprefix tests/,cases compile gpu interop interpreter sanitizer __%),$(patsubst %/,%,$(wildcard tests/*/ tests/test_*.py)))
+# On two cores. A kernel's machine code is kept from one run to the next.
+PYTEST := $(BIN)/python -m pytest -n 2
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --dist loadgroup tests/interpreter
+COMPILED := TRITON_CACHE_DIR=$(VENV)/triton-cache $(PYTEST) tests/compile
 COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test test-long test-interop test-triton test-gpu lint bench bench-endtoend bench-traffic bench-gpu clean
+.PHONY: demo test test-kernels test-long test-interop test-triton test-gpu lint bench bench-endtoend bench-traffic bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
-	$(BIN)/python -m pytest tests/reference $(LIBRARY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/interpreter
-	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/sanitizer
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m pytest -n 2 tests/compile
+	$(PYTEST) --dist worksteal $(PLAIN)
+	$(INTERPRETED) -m "not kernels"
+	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(PYTEST) tests/sanitizer
+	$(COMPILED) -m "not kernels"
+	@echo "Left to make test-kernels, five minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone),"
+	@echo "and on the interpreter random shapes and offsets past two billion elements."
+
+# What `test` leaves out: run it where you changed dropinf_kernels.
+test-kernels: $(READY)
+	$(INTERPRETED) -m kernels
+	$(COMPILED) -m kernels
 
 # Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes.
 test-long: $(READY)
