@@ -1,25 +1,15 @@
 """Torch ops that compress per-sample gradients; importing the package registers `torch.ops.dropinf.*`."""
 
 from .op import import_launchers_with
-from .ops import (
-    compress_conv,
-    compress_conv_int8,
-    compress_embedding,
-    compress_embedding_int8,
-    compress_flat,
-    compress_flat_int8,
-    compress_linear,
-    compress_linear_int8,
-    compress_norm,
-    compress_norm_int8,
-    conv_output_size,
-    dequantize_rows,
-    gram_update,
-    quantize_rows,
-    score_topk,
-    sketch,
-    sketch_patches,
-)
+from .ops.conv import compress_conv, compress_conv_int8, conv_output_size, sketch_patches
+from .ops.embedding import compress_embedding, compress_embedding_int8
+from .ops.flat import compress_flat, compress_flat_int8
+from .ops.gram import gram_update
+from .ops.linear import compress_linear, compress_linear_int8
+from .ops.norm import compress_norm, compress_norm_int8
+from .ops.quantize import dequantize_rows, quantize_rows
+from .ops.sketch import sketch
+from .ops.topk import score_topk
 
 __all__ = [
     "compress_conv",

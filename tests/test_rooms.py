@@ -99,8 +99,22 @@ def test_a_file_imports_what_its_room_may(module):
 @pytest.mark.parametrize("module", FILES, ids=".".join)
 def test_a_file_names_its_own_package_by_dots(module):
     for node in ast.walk(ast.parse(FILES[module].read_text())):
-        absolute = isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0]
-        assert absolute != module[0], f"{FILES[module]}, line {node.lineno}: the import must be relative"
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if "." in alias.name]  # `import dropinf` is what users write
+        own = [name for name in names if name.split(".")[0] == module[0]]
+        assert not own, f"{FILES[module]}, line {node.lineno}: the import of {own} must be relative"
+
+
+@pytest.mark.parametrize("module", FILES, ids=".".join)
+def test_a_file_imports_its_own_by_statements(module):
+    """What a call imports by its name would not be seen here."""
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            name = node.args[0].value if isinstance(node.args[0], ast.Constant) else ""
+            assert not name.startswith((".", *PACKAGES)), f"{FILES[module]}, line {node.lineno}: a call imports {name}"
 
 
 def test_no_two_files_import_each_other():

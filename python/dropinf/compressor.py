@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,13 +17,15 @@ from torch import Tensor, nn
 from .capture import sharded
 from .capture.hooks import Calibration, Compression
 from .capture.layer import Layer
-from .capture.masks import fingerprint, load_masks, masked_layers, save_masks
+from .capture.masks import check_weights, fingerprint, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
-from .capture.sweep import Sweep
+from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer
+from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
 from .gradients import Gradients, GradientsBuilder
 from .index.folder import SKETCH
+from .index.manifest import Manifest
 from .index.reader import Index
 from .index.writer import write_index
 from .sketch.sketch import Sketch
@@ -54,9 +55,10 @@ class Compressor:
         layers: LayerFilter = None,
         cu_seqlens: CuSeqlens | None = None,
     ) -> None:
-        check_arguments(model, loss_fn)
+        check_model(model)
         if not isinstance(sketch, Sketch):
             raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
+        check_loss(loss_fn)
         self.sketch: Sketch | None = sketch
         self._track(model, loss_fn, layers, cu_seqlens)
         self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
@@ -66,24 +68,49 @@ class Compressor:
     @classmethod
     def from_index(
         cls,
+        index: Index | str | os.PathLike[str],
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        cu_seqlens: CuSeqlens | None = None,
+    ) -> Compressor:
+        """Return a compressor for the queries of an index, with the masks that the index keeps; see `from_masks`.
+
+        ``index``: an open index, or its folder. ``model``: the model the index was made with.
+        Raises FileNotFoundError where there is no index, ValueError where its masks are damaged, belong to another
+        model, or to other weights of this one.
+        """
+        check_model(model)
+        check_loss(loss_fn)
+        folder = index.path if isinstance(index, Index) else Path(index)
+        manifest = Manifest.load(folder)
+        if file_checksum(folder / SKETCH) != manifest.files.get(SKETCH):
+            what = "damaged, its bytes do not match their checksum"
+            raise ValueError(f"{folder / SKETCH}: {what}; restore it from a copy")
+        compressor = cls.from_masks(folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens)
+        check_weights(compressor.model, manifest.model, folder)
+        return compressor
+
+    @classmethod
+    def from_masks(
+        cls,
         path: str | os.PathLike[str],
         model: nn.Module,
         loss_fn: LossFn,
         *,
         cu_seqlens: CuSeqlens | None = None,
     ) -> Compressor:
-        """Return a compressor for the queries of an index, with the masks that the index keeps.
+        """Return a compressor of the layers that a file of masks is of, with these masks.
 
-        ``path``: the index's folder. ``model``: the model the index was made with. The compressor's ``sketch`` is None,
-        as nothing is drawn.
-        Raises FileNotFoundError where the folder has no masks, ValueError where they belong to another model.
+        ``path``: what :meth:`save` wrote. The compressor's ``sketch`` is None: it draws nothing, and is not calibrated.
+        Raises FileNotFoundError where there is no such file, ValueError where the masks belong to another model.
         """
-        check_arguments(model, loss_fn)
+        check_model(model)
+        check_loss(loss_fn)
         compressor = cls.__new__(cls)
         compressor.sketch, compressor._moments = None, Moments({})
-        masks = Path(path) / SKETCH
-        compressor._track(model, loss_fn, "*", cu_seqlens, only=masked_layers(masks))
-        compressor.load(masks)
+        compressor._track(model, loss_fn, "*", cu_seqlens, only=masked_layers(path))
+        compressor.load(path)
         return compressor
 
     def _track(
@@ -98,7 +125,7 @@ class Compressor:
         sharded.reshard(self.model)
         self._targets, skipped = find_targets(self.model, layers)
         if only is not None:
-            skipped |= {name: "the index does not have it" for name in self._targets if name not in only}
+            skipped |= {name: "the masks lack it" for name in self._targets if name not in only}
             self._targets = {name: target for name, target in self._targets.items() if name in only}
         if not self._targets:
             raise ValueError(f"model: nothing to track; {skipped or 'it has no parameters'}")
@@ -165,8 +192,9 @@ class Compressor:
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
         builder: GradientsBuilder | None = None
-        with closing(self._sweep.passes(batches, self._placed(), Compression, progress=progress)) as found:
-            for store, n in found:
+        with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
+            for batch in bar:
+                store, n = model(batch)
                 if builder is None:
                     capacity = n * len(batches) if isinstance(batches, Sized) else n
                     first = next(iter(store.values()))
@@ -191,8 +219,9 @@ class Compressor:
         ``where`` names a sample of the current batch in errors.
         """
         shapes, digest = self.shapes, self.digest()
-        with closing(self._sweep.passes(batches, self._placed(), Compression, progress=progress, where=where)) as found:
-            for store, n in found:
+        with self._sweep.hooked(self._placed(), Compression, where) as model, progress_bar(batches, progress) as bar:
+            for batch in bar:
+                store, n = model(batch)
                 builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
                 builder.append(store)
                 take(builder.finish().flat)
@@ -203,12 +232,15 @@ class Compressor:
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> None:
         """Gather the statistics that the sketch needs. A second call adds to the first."""
+        self._check_draws()
         if not self._moments.needed:
             return
         plain = {n: t.kept_whole() for n, t in self._targets.items()}
         counted = 0
-        for _, n in self._sweep.passes(batches, plain, partial(Calibration, self._moments), progress=progress):
-            counted += n
+        recorder = partial(Calibration, self._moments)
+        with self._sweep.hooked(plain, recorder) as model, progress_bar(batches, progress) as bar:
+            for batch in bar:
+                counted += model(batch)[1]
         if not counted:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         self._draw()
@@ -218,9 +250,17 @@ class Compressor:
 
         The masks are then the same on all ranks. Every rank of the group must call it.
         """
+        self._check_draws()
         if self._moments.needed:
             self._moments.all_reduce(group)
             self._draw()
+
+    def _check_draws(self) -> None:
+        if self.sketch is None:
+            raise RuntimeError(
+                "this compressor has the masks of a file and draws none; to calibrate, make one with "
+                "dropinf.Compressor(model, sketch, loss_fn)"
+            )
 
     def _draw(self) -> None:
         assert self.sketch is not None
@@ -303,8 +343,11 @@ def _layer_digest(layer: Layer) -> str:
     return h.hexdigest()
 
 
-def check_arguments(model: object, loss_fn: object) -> None:
+def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def check_loss(loss_fn: object) -> None:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")

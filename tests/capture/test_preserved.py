@@ -224,3 +224,14 @@ def test_training_goes_on_with_the_same_bits(sketch, fails):
     for (name, a), b in zip(one[0].items(), other[0].values(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(one[4][0], other[4][0])
+
+
+@pytest.mark.parametrize(("verb", "sketch"), [("compress", dropinf.Dropout(2)), ("calibrate", dropinf.PCA(2))])
+def test_an_iterator_that_ends_within_the_loss_is_an_error_of_its_own_class(verb, sketch):
+    """StopIteration neither ends the batches nor becomes another error."""
+    left = iter([1.0, 2.0])
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)), batches()
+    before = snapshot(model)
+    with pytest.raises(StopIteration):
+        getattr(dropinf.Compressor(model, sketch, lambda m, b: loss_fn(m, b) * next(left)), verb)(data)
+    assert_same(before, snapshot(model))

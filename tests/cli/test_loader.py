@@ -110,12 +110,12 @@ def test_ranks_of_torchrun_make_the_same_index(loader):
         + """
 import os
 from dropinf import ranks
-from dropinf.cli import index as indexing
+from dropinf.cli import index
 
 ranks.PATIENCE = 3600
 
 if os.environ.get("RANK") == "1":
-    indexing._shuffled = lambda count, seed: range(count)
+    index._shuffled = lambda count, seed: range(count)
 """
     )
     (loader / "my_model.py").write_text(drawn)

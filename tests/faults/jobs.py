@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropinf
-from dropinf import files as storage
 from dropinf import ranks
 from dropinf.index import plan
 from tests.bounds import HOUR
@@ -140,7 +139,7 @@ class Operations:
             sync(handle)
 
         os.fsync = fsync
-        storage.open = self._open
+        dropinf.files.open = self._open
 
     def note(self, *what) -> None:
         if len(self.seen) == self.dies_at:

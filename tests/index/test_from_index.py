@@ -71,9 +71,54 @@ def test_another_model_is_refused_by_layer(tmp_path, batches):
         dropinf.Compressor.from_index(tmp_path / "idx", nn.Sequential(nn.Linear(5, 6)), loss_fn)
 
 
-def test_a_folder_without_masks_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"sketch\.safetensors"):
+def test_other_weights_are_refused(tmp_path, batches):
+    """Gradients of other weights would score without a word."""
+    dropinf.Compressor(make_model(), dropinf.Dropout(3), loss_fn).compress(batches, out=tmp_path / "idx")
+    model = make_model()
+    with torch.no_grad():
+        model[0].bias[2] += 1e-3
+    with pytest.raises(ValueError, match="its weights are not those that"):
+        dropinf.Compressor.from_index(tmp_path / "idx", model, loss_fn)
+
+
+def test_damaged_masks_are_refused(tmp_path, batches):
+    dropinf.Compressor(make_model(), dropinf.Dropout(3), loss_fn).compress(batches, out=tmp_path / "idx")
+    path = tmp_path / "idx" / "sketch.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"sketch\.safetensors: damaged"):
+        dropinf.Compressor.from_index(tmp_path / "idx", make_model(), loss_fn)
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no index"):
         dropinf.Compressor.from_index(tmp_path, make_model(), loss_fn)
+
+
+def test_an_open_index_serves_as_well(tmp_path, batches):
+    made = dropinf.Compressor(make_model(), dropinf.Dropout(3), loss_fn)
+    index = made.compress(batches, out=tmp_path / "idx")
+    assert dropinf.Compressor.from_index(index, make_model(), loss_fn).digest() == made.digest()
+
+
+def test_it_keeps_what_calibration_found_and_calibrates_no_more(tmp_path, batches):
+    made = dropinf.Compressor(make_model(), dropinf.PCA(2, whiten=True), loss_fn)
+    made.calibrate(batches)
+    made.save(tmp_path / "masks.safetensors")
+    found = dropinf.Compressor.from_masks(tmp_path / "masks.safetensors", make_model(), loss_fn)
+    for name in made.layers:
+        assert made.moments(name).keys() == found.moments(name).keys()
+        for side, moment in made.moments(name).items():
+            assert torch.equal(found.moments(name)[side], moment)
+    for calibrate in (lambda: found.calibrate(batches), found.merge_calibration):
+        with pytest.raises(RuntimeError, match="has the masks of a file and draws none"):
+            calibrate()
+
+
+def test_a_file_of_masks_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"masks\.safetensors"):
+        dropinf.Compressor.from_masks(tmp_path / "masks.safetensors", make_model(), loss_fn)
 
 
 def test_arguments_of_another_kind_are_refused(tmp_path):

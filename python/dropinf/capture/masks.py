@@ -115,3 +115,11 @@ def fingerprint(model: nn.Module) -> str:
             about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
             parts.append(about + (b"" if is_sharded(x) else checksum(tensor_bytes(x)).encode()))
     return checksum(b"\n".join(sorted(parts)))
+
+
+def check_weights(model: nn.Module, expected: str, folder: object) -> None:
+    """Raise ValueError unless the model has the weights that an index was made with, by their fingerprint."""
+    if fingerprint(model) != expected:
+        raise ValueError(
+            f"model: its weights are not those that {folder} was made with; pass the model of then, in the same dtype"
+        )

@@ -44,10 +44,9 @@ class Moments:
 
         E is the mean over samples of the sum over a sample's rows.
         """
-        found = {}
-        for side, need in self.needs.get(name, {}).items():
-            found[side] = self.sums.get(Place(name, side), _zeros(need)) / max(1, self.samples)
-        return found
+        found = {place.side: total / max(1, self.samples) for place, total in self.sums.items() if place.layer == name}
+        missing = {side: _zeros(need) for side, need in self.needs.get(name, {}).items() if side not in found}
+        return found | missing
 
     def all_reduce(self, group: dist.ProcessGroup | None) -> None:
         """Add up the sums of all ranks; a layer that a rank never reached counts as zero there."""

@@ -4,7 +4,8 @@ change."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,32 +41,21 @@ class Sweep:
         self._attribution_checked = False
         self._warned = False
 
-    def passes(
+    @contextmanager
+    def hooked(
         self,
-        batches: Iterable[Any],
         layers: Mapping[str, Layer],
         recorder: Callable[[], Recorder],
-        *,
-        progress: bool,
         where: Callable[[int], str] | None = None,
-    ) -> Generator[tuple[dict[str, Tensor], int]]:
-        """Yield what a new recorder makes of each batch, and the batch's number of samples.
-
-        Once the generator is closed, the model is as it was before. ``where`` names a sample of the current batch in
-        errors.
-        """
+    ) -> Iterator[HookedModel]:
+        """Hook the model inside, and restore it afterwards. ``where`` names a sample of the current batch in errors."""
         check_batchnorm(self.model)
         self._warn_train_mode()
         sharded.reshard(self.model)
         capture = Capture(self.model, self._uses(layers))
         capture.shared = self._known_shared
-        done = 0
-        with capture.attached(), tqdm(batches, disable=not progress, desc="compress", unit="batch") as bar:
-            for batch in bar:
-                store, n = self._batch(capture, layers, batch, recorder)
-                check_finite(store, where or (lambda row, done=done: f"sample {done + row}"))  # type: ignore[misc]
-                done += n
-                yield store, n
+        with capture.attached():
+            yield HookedModel(self, capture, layers, recorder, where)
 
     def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
         """Return the hooked modules, with the plans of their weight and bias."""
@@ -83,7 +73,7 @@ class Sweep:
                 uses[name] = USES[kind](name, module, weight, bias)
         return uses
 
-    def _batch(
+    def batch(
         self, capture: Capture, layers: Mapping[str, Layer], batch: Any, recorder: Callable[[], Recorder]
     ) -> tuple[dict[str, Tensor], int]:
         """Return what the recorder makes of one batch, and the number of its samples.
@@ -221,5 +211,36 @@ class Sweep:
             warnings.warn(
                 f"model: it is in train mode and {random[0] or 'it'} drops activations at random, so its gradients are "
                 "noisy; call model.eval() for reproducible influence",
-                stacklevel=4,
+                stacklevel=5,
             )
+
+
+class HookedModel:
+    """A model with hooks on it: called with one batch after another."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        capture: Capture,
+        layers: Mapping[str, Layer],
+        recorder: Callable[[], Recorder],
+        where: Callable[[int], str] | None,
+    ) -> None:
+        self.sweep, self.capture, self.layers, self.recorder = sweep, capture, layers, recorder
+        self.where = where or self._sample
+        self.done = 0
+
+    def __call__(self, batch: Any) -> tuple[dict[str, Tensor], int]:
+        """Return what a new recorder makes of the batch, and its number of samples."""
+        store, n = self.sweep.batch(self.capture, self.layers, batch, self.recorder)
+        check_finite(store, self.where)
+        self.done += n
+        return store, n
+
+    def _sample(self, row: int) -> str:
+        return f"sample {self.done + row}"
+
+
+def progress_bar(batches: Iterable[Any], shown: bool) -> tqdm[Any]:
+    """Return the batches, with a bar on standard error if it is to be shown."""
+    return tqdm(batches, disable=not shown, desc="compress", unit="batch")

@@ -17,6 +17,7 @@ import torch
 import typer
 
 from ..budget import choose
+from ..capture.masks import check_weights
 from ..compressor import Compressor
 from ..fisher.fisher import Fisher, FisherKind
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
@@ -35,7 +36,6 @@ from .recipe import (
     ModelDtype,
     Recipe,
     StoredDtype,
-    check_weights,
     load_workload,
     parse_damping,
     pick_device,
@@ -219,11 +219,11 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             before = Recipe.of(manifest.about)
             if before is not None:
                 recipe.check_same(before, out)
-            check_weights(work, manifest.model, out)
+            check_weights(work.model, manifest.model, out)
         ids = _ids(source, ranks.first(lambda: _keep_passages(out, manifest, source, append)))
         if manifest is None:
             _draw(source, out / SKETCH, ranks, progress)
-        compressor = Compressor.from_index(out, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
+        compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
     row = Codec(recipe.dtype, widths, (1.0,) * len(widths)).row_bytes
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")

@@ -28,7 +28,7 @@ from ..text.passages import Passage, read_passages
 from ..workload import Workload
 from .console import Found, note, print_json, print_table, size_text
 from .page import save_query_page
-from .recipe import Recipe, check_weights, load_workload, parse_damping, pick_device
+from .recipe import Recipe, load_workload, parse_damping, pick_device
 
 Option = typer.Option
 IndexFolder = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="INDEX")]
@@ -244,8 +244,7 @@ def about_fisher(fisher: Fisher) -> str:
 
 def _compressed(work: Workload, train: Index) -> tuple[list[str], Gradients]:
     """Return the ids and compressed gradients of queries, by the sketch of the index."""
-    check_weights(work, train.manifest.model, train.path)
-    compressor = Compressor.from_index(train.path, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
+    compressor = Compressor.from_index(train, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     ids = [name for batch in work.batches for name in work.ids(batch)]
     rows = compressor.compress(work.batches)
     if len(ids) != len(rows):

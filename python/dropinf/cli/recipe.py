@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import typer
 
-from ..capture.masks import fingerprint
 from ..text.passages import need_package
 from ..text.transformer import Reduction, Task, TextModel
 from ..workload import Workload
@@ -116,14 +115,6 @@ def load_workload(place: str) -> Workload:
             f"loader: {place} returned {type(work).__name__}; it must return a dropinf.transformer.Workload"
         )
     return work
-
-
-def check_weights(work: Workload, expected: str, folder: object) -> None:
-    """Raise ValueError unless the model has the weights that an index was made with."""
-    if fingerprint(work.model) != expected:
-        raise ValueError(
-            f"model: its weights are not those that {folder} was made with; pass the model of then, in the same dtype"
-        )
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 def bits(seed: int, place: Place, n: int, purpose: str = "") -> np.ndarray:
     """Return n uint64 that depend on (seed, place, purpose) alone. A bias shares its layer's output mask."""
-    shared = Place(place.layer.removesuffix(".bias"), place.side)
+    shared = str(place).replace(".bias/", "/")
     word = hashlib.blake2b(f"{seed}/{shared}{purpose}".encode(), digest_size=16).digest()
     bits: np.ndarray = np.asarray(np.random.Philox(key=int.from_bytes(word, "little")).random_raw(n), dtype=np.uint64)
     return bits
