@@ -196,11 +196,7 @@ class Compressor:
             for batch in bar:
                 store, n = model(batch)
                 if builder is None:
-                    capacity = n * len(batches) if isinstance(batches, Sized) else n
-                    first = next(iter(store.values()))
-                    builder = GradientsBuilder(
-                        self.shapes, self.digest(), capacity=capacity, dtype=first.dtype, device=first.device
-                    )
+                    builder = self._builder(store, n * len(batches) if isinstance(batches, Sized) else n)
                 builder.append(store)
         if builder is None:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
@@ -225,6 +221,11 @@ class Compressor:
                 builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
                 builder.append(store)
                 take(builder.finish().flat)
+
+    def _builder(self, store: Mapping[str, Tensor], capacity: int) -> GradientsBuilder:
+        """Return what collects batches like `store`."""
+        like = next(iter(store.values()))
+        return GradientsBuilder(self.shapes, self.digest(), capacity=capacity, dtype=like.dtype, device=like.device)
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
