@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
 import types
-import typing
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
@@ -27,10 +25,18 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 L = TypeVar("L", bound=Callable[..., Any])
 
-# What a schema calls SymInt by default: these are never symbolic.
-_FIXED = re.compile(r"SymInt(\[\])? (group|groups|padding_idx|kernel_size|stride|padding|dilation)\b")
-
-_WRITTEN = re.compile(r"\(a\d+!\)")  # an alias is numbered by its argument's place; one argument at most is written
+# What an annotation is in a schema. Sizes of a layer are plain integers there: they are never symbolic.
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "torch.dtype": "ScalarType",
+    "torch.dtype | None": "ScalarType?",
+    "int": "SymInt",
+    "Sequence[int]": "int[]",
+    "tuple[Tensor, Tensor]": "(Tensor, Tensor)",
+    "None": "()",
+}
+_FIXED = ("group", "groups", "padding_idx")
 
 
 class Op(Protocol[P, R_co]):
@@ -177,18 +183,22 @@ def _bound(fake: Callable[[types.SimpleNamespace], object], body: Callable[..., 
 def _register(body: Callable[..., Any], eager: Callable[..., Any], fake: Callable[..., Any], writes: str | None) -> Any:
     name = body.__name__
     mutates = () if writes is None else (writes,)
-    schema = _schema(body, mutates)
+    schema = _schema(body, writes)
     torch.library.custom_op(f"dropinf::{name}", eager, mutates_args=mutates, schema=schema).register_fake(fake)
     return getattr(torch.ops.dropinf, name)
 
 
-def _schema(body: Callable[..., Any], mutates: tuple[str, ...]) -> str:
-    hints = {k: None if v is type(None) else v for k, v in typing.get_type_hints(body).items()}
+def _schema(body: Callable[..., Any], writes: str | None) -> str:
     signature = inspect.signature(body)
-    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    arguments = (_argument(p, p.name == writes) for p in signature.parameters.values())
+    return f"({', '.join(arguments)}) -> {_TYPES[signature.return_annotation]}"
 
-    def typed() -> None: ...
 
-    vars(typed)["__signature__"] = signature.replace(parameters=parameters, return_annotation=hints["return"])
-    schema = torch.library.infer_schema(typed, mutates_args=mutates)
-    return _FIXED.sub(r"int\1 \2", _WRITTEN.sub("(a!)", schema))
+def _argument(parameter: inspect.Parameter, written: bool) -> str:
+    name, default = parameter.name, parameter.default
+    kind = "int" if name in _FIXED else _TYPES[parameter.annotation]
+    if written:
+        kind = kind.replace("Tensor", "Tensor(a!)")
+    if default is parameter.empty:
+        return f"{kind} {name}"
+    return f"{kind} {name}={str(default).removeprefix('torch.')}"
