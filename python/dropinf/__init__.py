@@ -1,6 +1,7 @@
 """Influence functions on dropout-compressed per-sample gradients, for any PyTorch module."""
 
 from .budget import Choice, choose
+from .capture.ladder import AttributionError
 from .capture.layer import Layer
 from .compressor import Compressor, compress
 from .fisher import Fisher, build_fisher
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PCA",
     "SJLT",
+    "AttributionError",
     "Axis",
     "Choice",
     "Compressor",

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .capture import sharded
-from .capture.hooks import Calibration, Compression
+from .capture.audit import Audited, When
+from .capture.ladder import Route
 from .capture.layer import Layer
 from .capture.masks import check_weights, fingerprint, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
+from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer
 from .files import file_checksum
@@ -28,8 +30,10 @@ from .index.folder import SKETCH
 from .index.manifest import Manifest
 from .index.reader import Index
 from .index.writer import write_index
-from .sketch.sketch import Sketch
+from .sketch.sketch import Dropout, Sketch
 from .workload import CuSeqlens, Ids, LossFn
+
+PROBE = 8  # entries of each side of a layer that calibration has audited
 
 
 class Compressor:
@@ -39,6 +43,13 @@ class Compressor:
     on module or parameter names) or module types to track; by default every trainable parameter, or every
     parameter of a model that is frozen throughout. ``cu_seqlens(batch) -> int Tensor [N + 1]``: where the documents
     of a packed batch start and end; the loss then has one entry per document.
+
+    ``audit``: when a batch's rows are compared with one ordinary backward of the model, which costs a training step:
+    "auto" (the first batch, batches that look new, and the 4th, 16th, 64th, ... of every call), "every" or "never".
+    What differs is found in a slower way, and `AttributionError` says where none is right; ``audits`` holds what was
+    compared. ``route``: name pattern of layers -> the way to start with, one of "hook", "vmap", "alone", "backward".
+    ``mixing``: let losses depend on other samples of their batch; a row is then the derivative of its loss as it
+    stands in its batch. Without it, such a loss is an `AttributionError`.
 
     ``layers`` maps the name of each tracked layer to its plan, ``skipped`` the name of each other parameter to the
     reason. The model keeps its train or eval mode; weights, flags, gradients and random state are untouched.
@@ -54,13 +65,18 @@ class Compressor:
         *,
         layers: LayerFilter = None,
         cu_seqlens: CuSeqlens | None = None,
+        audit: When = "auto",
+        route: Route | None = None,
+        mixing: bool = False,
     ) -> None:
         check_model(model)
         if not isinstance(sketch, Sketch):
             raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
         check_loss(loss_fn)
+        if audit not in get_args(When):
+            raise ValueError(f"audit must be one of {', '.join(get_args(When))}, got {audit!r}")
         self.sketch: Sketch | None = sketch
-        self._track(model, loss_fn, layers, cu_seqlens)
+        self._track(model, loss_fn, layers, cu_seqlens, audit=audit, route=route, mixing=mixing)
         self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
         if not self._moments.needed:
             self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
@@ -120,6 +136,7 @@ class Compressor:
         layers: LayerFilter,
         cu_seqlens: CuSeqlens | None,
         only: Collection[str] | None = None,
+        **options: Any,
     ) -> None:
         self.model, self.loss_fn, self.cu_seqlens = unwrap(model), loss_fn, cu_seqlens
         sharded.reshard(self.model)
@@ -130,8 +147,13 @@ class Compressor:
         if not self._targets:
             raise ValueError(f"model: nothing to track; {skipped or 'it has no parameters'}")
         self.skipped: Mapping[str, str] = MappingProxyType(skipped)
-        self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets)
+        self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets, **options)
         self._layers = {}
+
+    @property
+    def audits(self) -> Sequence[Audited]:
+        """What was compared with plain autograd, in order: the batch, why, and each layer's relative error."""
+        return tuple(self._sweep.audits)
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -232,18 +254,23 @@ class Compressor:
         return {name: layer.to(self._targets[name].tensor.device) for name, layer in self.layers.items()}
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> None:
-        """Gather the statistics that the sketch needs. A second call adds to the first."""
+        """Gather the statistics that the sketch needs. A second call adds to the first; one that fails adds nothing."""
         self._check_draws()
         if not self._moments.needed:
             return
         plain = {n: t.kept_whole() for n, t in self._targets.items()}
-        counted = 0
+        probe = {n: make_layer(t, Dropout(PROBE), {}).to(t.tensor.device) for n, t in self._targets.items()}
         recorder = partial(Calibration, self._moments)
-        with self._sweep.hooked(plain, recorder) as model, progress_bar(batches, progress) as bar:
-            for batch in bar:
-                counted += model(batch)[1]
-        if not counted:
-            raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+        sums, samples = dict(self._moments.sums), self._moments.samples
+        try:
+            with self._sweep.hooked(plain, recorder, probe=probe) as model, progress_bar(batches, progress) as bar:
+                for batch in bar:
+                    model(batch)
+            if self._moments.samples == samples:
+                raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+        except BaseException:
+            self._moments.sums, self._moments.samples = sums, samples
+            raise
         self._draw()
 
     def merge_calibration(self, group: dist.ProcessGroup | None = None) -> None:

@@ -8,10 +8,10 @@ import dropinf_kernels
 
 VERBS = {
     "Add", "Allocate", "Backpropagate", "Bind", "Build", "Cache", "Calibrate", "Call", "Check", "Choose",
-    "Compress", "Compute", "Connect", "Copy", "Correct", "Cut", "Declare", "Draw", "End", "Exchange", "Factor",
-    "Fill", "Find", "Finish", "Forget", "Freeze", "Gather", "Have", "Hook", "Import", "Keep", "Launch", "Lay",
-    "Let", "Load", "Make", "Merge", "Move", "Multiply", "Open", "Prepare", "Print", "Put", "Quantize", "Raise",
-    "Read", "Remove", "Return", "Run", "Say", "Score", "Show", "Shuffle", "Sketch", "Store", "Sum", "Take",
+    "Compare", "Compress", "Compute", "Connect", "Copy", "Correct", "Cut", "Declare", "Draw", "End", "Exchange", "Expand", "Factor",
+    "Fill", "Find", "Finish", "Forget", "Freeze", "Gather", "Hand", "Have", "Hook", "Import", "Keep", "Launch", "Lay",
+    "Let", "Learn", "Lower", "Load", "Make", "Map", "Merge", "Move", "Multiply", "Open", "Prepare", "Print", "Put", "Quantize", "Raise",
+    "Read", "Remember", "Remove", "Resolve", "Return", "Run", "Say", "Score", "Show", "Shuffle", "Sketch", "Store", "Sum", "Take",
     "Tokenize", "Train", "Turn", "Write", "Yield",
 }  # fmt: skip
 NOT_CALLED = {"property", "cached_property", "setter", "overload"}  # these read as attributes: noun phrases

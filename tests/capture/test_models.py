@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import dropinf
-from dropinf.capture.modules import LinearUse, Samples
+from dropinf.capture.modules import LinearUse
+from dropinf.capture.samples import Samples
 from dropinf.compressor import unwrap
 from dropinf.workload import map_tensors
 from tests.api.models import HUGGING_FACE, PLAIN, N, build

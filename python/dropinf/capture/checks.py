@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..workload import tensors
+from .layer import clean_name
+from .moments import NotFinite
+from .targets import Target
 
 
 def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
@@ -47,7 +50,7 @@ def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str]) -> No
 def _check_layer(name: str, c: Tensor, where: Callable[[int], str]) -> None:
     bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
     if len(bad):
-        raise ValueError(
+        raise NotFinite(
             f"layer {name}: the gradient of {where(int(bad[0]))} is not finite (NaN or inf), and of "
             f"{len(bad)} samples of its batch; look at that sample's loss, or compute in a wider dtype"
         )
@@ -76,10 +79,34 @@ def check_batchnorm(model: nn.Module) -> None:
             )
 
 
-def untied_message(name: str, shape: tuple[int, ...], n: int) -> str:
-    """Return what to say of a tensor that cannot be tied to samples."""
+def check_current(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Raise ValueError where the model has other parameters than when its compressor was made."""
+    now = {clean_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    for target in targets.values():
+        if now.get(target.parameter) is not target.tensor:
+            what = "gone" if target.parameter not in now else "another object than it was"
+            raise ValueError(
+                f"model: its parameter {target.parameter} is {what} since the Compressor was made (a new head, "
+                "weight_norm, load_state_dict(assign=True)); make a new Compressor"
+            )
+
+
+def mixing_message(name: str, pair: tuple[int, int] | None, n: int) -> str:
+    """Return what to say of a loss that depends on several samples."""
+    met = "several samples" if pair is None else f"samples {pair[0]} and {pair[1]}"
     return (
-        f"layer {name}: a tensor of shape {list(shape)} cannot be tied to the {n} samples of the batch; it must have "
-        f"them in its leading dimension ([N, ...] or [N*T, d], row by row of each sample) and must not mix them. "
-        f"Put the batch first (batch_first=True), or leave the layer out with layers="
+        f"layer {name}: the losses of {met} (of the {n} samples of the batch) depend on the same row of its output, so "
+        "no sample has a gradient of its own. Must they mix (a contrastive loss, centred features), pass mixing=True: "
+        "each gradient is then the derivative of one loss as it stands in its batch. Else compute each sample's loss "
+        "from that sample alone, or leave the layer out with layers="
+    )
+
+
+def refused_message(name: str, error: float, n: int) -> str:
+    """Return what to say of a layer that no way of the ladder gets right."""
+    return (
+        f"layer {name}: its per-sample gradients do not sum to what plain autograd gives for the batch of {n} "
+        f"(relative error {error:.2g}), whichever way they are found. Likely the model draws numbers from a generator "
+        "of its own, changes a state from call to call that no module holds, or has a hook that clips or normalises "
+        "gradients; make it repeatable, or leave the layer out with layers="
     )

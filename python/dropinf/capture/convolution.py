@@ -12,8 +12,9 @@ import dropinf_kernels as ops
 
 from ..sketch.axis import Axis
 from .layer import Layer
-from .modules import Samples, Untied, Use, sketched_outer
+from .modules import Use, sketched_outer
 from .moments import Moments
+from .samples import Samples, Untied
 
 # Flat masks of convolutions form the gradients of this many bytes of samples at a time.
 CHUNK_BYTES = 1 << 24
@@ -37,6 +38,9 @@ class ConvUse(Use):
 
     def rows(self, g: Tensor) -> Tensor:
         return g.flatten(2).mT
+
+    def scaled(self, g: Tensor, factor: Tensor) -> Tensor:
+        return g * factor.view(len(g), 1, *g.shape[2:])
 
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:
         if x.ndim != len(self.kernel) + 2:

@@ -1,18 +1,19 @@
-"""Whole per-sample gradients of the few parameters that no hook covers, by torch.func where that works."""
+"""Whole per-sample gradients of parameters that no hook covers, on three rungs of the ladder, each slower and surer."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..workload import LossFn, replace_tensors, tensors
+from .preserved import Flags, Start, gradients_taken
 
 # Per-sample gradients that exist at once.
 CHUNK_BYTES = 1 << 28
+Gradients = dict[str, Tensor]
 
 
 class _Loss(nn.Module):
@@ -27,30 +28,35 @@ class _Loss(nn.Module):
 
 
 class ExactGradients:
-    """Per-sample gradients [n, *shape] of named parameters. Three routes, the first that reproduces the batch's losses:
-    torch.func's vmap(grad), one sample at a time, or one backward pass per loss of the whole batch."""
+    """Per-sample gradients [n, *shape] of named parameters: by torch.func's vmap(grad), one sample at a time, or by one
+    backward a sample through one forward of the batch, which is what a per-sample gradient is."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.model, self.loss_fn, self.parameters = model, loss_fn, dict(parameters)
-        self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
-        self.routes = [self._vmapped, self._one_by_one, self._row_by_row]
+    def __init__(self, model: nn.Module, loss_fn: LossFn, parameters: Mapping[str, Tensor], flags: Flags) -> None:
+        self.model, self.loss_fn, self.parameters, self.flags = model, loss_fn, dict(parameters), flags
+        self.routes: list[Callable[..., Any]] = []  # that were taken
+        self.full_names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
 
-    def __call__(self, batch: Any, losses: Tensor) -> Iterator[dict[str, Tensor]]:
+    def __call__(
+        self, rung: str, names: Sequence[str], batch: Any, losses: Tensor, start: Start
+    ) -> Iterator[Gradients]:
         """Yield layer name -> gradients [n, *shape] of chunks of consecutive samples, in order."""
-        size = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        wanted = {name: self.parameters[name] for name in names}
+        size = sum(p.numel() * p.element_size() for p in wanted.values())
         step = max(1, CHUNK_BYTES // max(1, size))
-        while True:
-            route = self.routes[0]
-            try:
-                first = next(route(batch, losses, 0, min(step, len(losses))))
-                break
-            except (RuntimeError, ValueError, TypeError, NotImplementedError):
-                if len(self.routes) == 1:
-                    raise
-                self.routes.pop(0)
-        yield first
-        for start in range(step, len(losses), step):
-            yield from route(batch, losses, start, min(start + step, len(losses)))
+        chunks = [(n, min(n + step, len(losses))) for n in range(0, len(losses), step)]
+        routes: dict[str, Callable[..., Any]] = {
+            "vmap": self._vmapped,
+            "alone": self._alone,
+            "backward": self._backward,
+        }
+        self.routes.append(routes[rung])
+        if rung == "backward":
+            yield from self._backward(wanted, batch, losses, chunks, start)
+            return
+        route = self._vmapped if rung == "vmap" else self._alone
+        for first, last in chunks:
+            start.restore()
+            yield route(wanted, batch, losses, first, last)
 
     def _slices(self, batch: Any, n: int) -> list[bool]:
         batched = [t.ndim > 0 and len(t) == n for t in tensors(batch)]
@@ -58,11 +64,11 @@ class ExactGradients:
             raise ValueError("no tensor of the batch has the samples in its leading dimension")
         return batched
 
-    def _vmapped(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+    def _vmapped(self, wanted: Mapping[str, Tensor], batch: Any, losses: Tensor, first: int, last: int) -> Gradients:
         batched = self._slices(batch, len(losses))
-        values = [t[start:stop] if b else t for t, b in zip(tensors(batch), batched, strict=True)]
-        names = {f"model.{self.names[id(p)]}": name for name, p in self.parameters.items()}
-        weights = {full: self.parameters[name].detach() for full, name in names.items()}
+        values = [t[first:last] if b else t for t, b in zip(tensors(batch), batched, strict=True)]
+        names = {f"model.{self.full_names[id(p)]}": name for name, p in wanted.items()}
+        weights = {full: wanted[name].detach() for full, name in names.items()}
         loss = _Loss(self.model, self.loss_fn)
         loss.training = self.model.training
 
@@ -77,48 +83,44 @@ class ExactGradients:
             randomness="different",
         )
         gradients, value = mapped(weights, values)
-        self._check(value, losses[start:stop])
-        yield {name: gradients[full].detach() for full, name in names.items()}
+        self._check(value, losses[first:last])
+        return {name: gradients[full].detach() for full, name in names.items()}
 
-    def _one_by_one(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+    def _alone(self, wanted: Mapping[str, Tensor], batch: Any, losses: Tensor, first: int, last: int) -> Gradients:
         batched = self._slices(batch, len(losses))
         rows = []
-        for n in range(start, stop):
+        for n in range(first, last):
             single = (t[n : n + 1] if b else t for t, b in zip(tensors(batch), batched, strict=True))
-            with self._tracked():
+            with self.flags.own(wanted.values()), torch.enable_grad():
                 value = self.loss_fn(self.model, replace_tensors(batch, single))
                 self._check(value, losses[n : n + 1])
-                rows.append(self._grad(value.sum(), retain=False))
-        yield {name: torch.stack([r[name] for r in rows]) for name in self.parameters}
+                rows.append(self._gradients(value.sum(), wanted, retain=False))
+        return {name: torch.stack([r[name] for r in rows]) for name in wanted}
 
-    def _row_by_row(self, batch: Any, losses: Tensor, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
-        with self._tracked():
+    def _backward(
+        self,
+        wanted: Mapping[str, Tensor],
+        batch: Any,
+        losses: Tensor,
+        chunks: Sequence[tuple[int, int]],
+        start: Start,
+    ) -> Iterator[Gradients]:
+        start.restore()
+        with self.flags.own(wanted.values()), torch.enable_grad():
             value = self.loss_fn(self.model, batch)
-            self._check(value, losses)
-            rows = [self._grad(value[n], retain=n + 1 < stop) for n in range(start, stop)]
-        yield {name: torch.stack([r[name] for r in rows]) for name in self.parameters}
+            for first, last in chunks:
+                rows = [self._gradients(value[n], wanted, retain=n + 1 < len(losses)) for n in range(first, last)]
+                yield {name: torch.stack([r[name] for r in rows]) for name in wanted}
 
-    @contextlib.contextmanager
-    def _tracked(self) -> Iterator[None]:
-        """Have the parameters require gradients inside."""
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            for parameter in self.parameters.values():
-                parameter.requires_grad_(False)
-
-    def _grad(self, value: Tensor, *, retain: bool) -> dict[str, Tensor]:
-        if not value.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        leaves = list(self.parameters.values())
-        found = torch.autograd.grad(value, leaves, retain_graph=retain, allow_unused=True)
-        return {
-            name: torch.zeros_like(leaf) if g is None else g
-            for (name, leaf), g in zip(self.parameters.items(), found, strict=True)
-        }
+    def _gradients(self, value: Tensor, wanted: Mapping[str, Tensor], *, retain: bool) -> Gradients:
+        """Return the gradients of an ordinary backward; autograd.grad would refuse reentrant checkpoints."""
+        found: Gradients = {}
+        take = {p: lambda g, name=name: found.__setitem__(name, g.to_dense() if g.is_sparse else g)
+                for name, p in wanted.items()}  # fmt: skip
+        if value.requires_grad:
+            with gradients_taken(self.model, take):
+                value.backward(retain_graph=retain)
+        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in wanted.items()}
 
     def _check(self, value: Tensor, losses: Tensor) -> None:
         """Raise ValueError where single samples have other losses than in the batch: the route cut the batch wrongly.
@@ -128,7 +130,9 @@ class ExactGradients:
         if self.model.training:
             return
         tolerance = 1e-3 if losses.dtype.itemsize >= 4 else 5e-2
-        if value.numel() != losses.numel() or not torch.allclose(
-            value.reshape(-1).to(losses.dtype), losses, rtol=tolerance, atol=tolerance, equal_nan=True
-        ):
+        value, largest = value.reshape(-1).to(losses.dtype), float(losses.detach().abs().nan_to_num().max())
+        close = value.numel() == losses.numel() and torch.allclose(
+            value, losses, rtol=tolerance, atol=tolerance * min(largest, 1), equal_nan=True
+        )
+        if not close:
             raise ValueError("the losses of single samples differ from the batch's")

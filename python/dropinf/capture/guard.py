@@ -1,33 +1,46 @@
-"""Which tracked parameters are used by anything but their own module's forward."""
+"""What a forward does beside calling modules: tracked parameters used elsewhere, and rows that move."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import sharded
+from .hooks import Capture
+from .movement import MOVERS, Movement
+from .outside import Outside
+
 _SEQUENCES = (list, tuple)
 
 
 class UseGuard(TorchFunctionMode):
-    """Finds tracked parameters that are used by anything but their own module's forward."""
+    """Finds tracked parameters that are used by anything but their own module's forward, and movements of rows."""
 
     def __init__(
         self,
         owners: Mapping[int, set[nn.Module]],
         active: Counter[nn.Module],
         shards: Mapping[tuple[nn.Module, str], int],
+        movement: Movement,
+        outside: Outside | None,
     ) -> None:
         super().__init__()
-        self.owners, self.active, self.shards = owners, active, shards
+        self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
+        self.outside = outside
         self.found: set[int] = set()
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs) if kwargs else func(*args)
+        if func in MOVERS:
+            self.movement.note(func, args, kwargs or {})
+        if self.outside is not None:
+            result = self.outside(func, args, kwargs or {})
+        else:
+            result = func(*args, **kwargs) if kwargs else func(*args)
         for value in (*args, *kwargs.values()) if kwargs else args:
             for item in value if isinstance(value, _SEQUENCES) else (value,):
                 # The ids of every call of the model: nothing but a look-up until one is found.
@@ -53,3 +66,19 @@ class UseGuard(TorchFunctionMode):
             self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}
             self._gathered.setdefault(id(parameter), id(parameter))
         return self._gathered[id(parameter)]
+
+
+def watch(capture: Capture, parameters: Iterable[nn.Parameter], n: int, outside: Outside | None) -> UseGuard:
+    """Return the guard of one forward of ``n`` samples. ``outside``: captures parameters at the ops that use them."""
+    parameters = list(parameters)
+    raw = {} if outside is None else outside.raw
+    owners: dict[int, set[nn.Module]] = {id(p): set() for p in parameters if id(p) not in raw}
+    for use in capture.uses.values():
+        for parameter in use.module.parameters(recurse=False):
+            if id(parameter) in owners:
+                owners[id(parameter)].add(use.module)
+    shards = {}
+    if any(sharded.is_sharded(p) for p in parameters):
+        places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
+        shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
+    return UseGuard(owners, capture.active, shards, Movement(n), outside)

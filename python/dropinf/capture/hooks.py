@@ -1,4 +1,4 @@
-"""Hooks that take per-sample gradients as they are formed, and the recorders of what they take.
+"""Hooks that take per-sample gradients as they are formed.
 
 The forward hook keeps only the compressed input; a hook on the output's gradient compresses that and multiplies. Each
 call of a module hangs its own `Call` on the autograd graph, so modules called twice, activation checkpointing and
@@ -8,7 +8,7 @@ nested calls are right by construction. Weights need no gradient, and none is co
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +21,14 @@ from torch.autograd.graph import Node
 
 from dropinf_kernels.op import no_autograd
 
-from .checks import untied_message
-from .layer import Layer
-from .modules import NormUse, Samples, Untied, Use
-from .moments import Moments
-from .preserved import preserved
+from .colours import SEVERAL, Colours, Key
+from .modules import NormUse, Use
+from .recorders import Recorder
+from .samples import Layout, Rows, Samples, learn
+
+# What a use of a layer may raise where the module is not what its class says.
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
 
 
 class _Tap(torch.autograd.Function):
@@ -47,136 +50,148 @@ class _Tap(torch.autograd.Function):
         return g.new_zeros(()) if ctx.is_anchor else g, None, None
 
 
-class Recorder(ABC):
-    """What is recorded of one forward and backward of a batch."""
-
-    def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
-        """Return what backward needs of one call's input."""
-        return use.save(x, out)
-
-    @abstractmethod
-    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
-        """Take one call's output gradient, with what `save` returned.
-
-        Raises:
-            Untied: it cannot be tied to samples.
-        """
-
-    @abstractmethod
-    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
-        """Take whole per-sample gradients [n, *shape] of the next samples, of a parameter that no hook covers."""
-
-    @abstractmethod
-    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:
-        """End the batch. Return layer name -> compressed gradients [N, *stored_shape], if that is what was recorded."""
-
-
-class Compression(Recorder):
-    """Compressed gradients of one batch."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, Tensor] = {}
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
-        for layer, c in use.emit(saved, g, samples):
-            before = self._found.get(layer.name)
-            self._found[layer.name] = c if before is None else before + c  # a module called twice sums its calls
-
-    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
-        wide = torch.promote_types(gradients.dtype, torch.float32)
-        self._parts.setdefault(layer.name, []).append(layer.compress_exact(gradients.to(wide)))
-
-    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:
-        found = self._found | {name: torch.cat(parts) for name, parts in self._parts.items()}
-        dtype = torch.promote_types(losses.dtype, torch.float32)
-        # A layer that the batch does not reach has a zero gradient.
-        return {
-            name: found[name] if name in found else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
-            for name, layer in layers.items()
-        }
-
-
-class Calibration(Recorder):
-    """Second moments of one batch, added to those of the batches before."""
-
-    def __init__(self, moments: Moments) -> None:
-        self._moments = moments
-
-    def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
-        return use.inputs(x, out)
-
-    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
-        assert saved is not None
-        use.observe(self._moments, saved, g, samples)
-
-    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
-        self._moments.add_whole(layer, gradients)
-
-    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        self._moments.count(losses)
-        return {}
-
-
-class Attribution(Recorder):
-    """The check that rows belong to samples: where every second loss alone is backpropagated, the rows of the samples
-    between, `untouched` being the first, must have no gradient.
-    """
-
-    def __init__(self, untouched: int) -> None:
-        self._untouched = untouched
-
-    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:  # noqa: ARG002
-        others = samples.select(use.rows(g), self._untouched)
-        # A NaN is not proof: 0 * NaN is NaN within its own sample. It gets its own error.
-        if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
-            raise Untied
-
-    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
-        """Check nothing: such gradients are computed sample by sample."""
-
-    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        return {}
-
-
 @dataclass
 class Pass:
-    """One forward of one batch, and its backwards."""
+    """One forward of one batch, and its backwards.
 
-    recorder: Recorder  # of the forward
+    ``layouts`` are known from earlier batches of the same look, by gradient; ``proven`` says of which gradients the
+    layout is known at all, ``blank`` which were zero so far.
+    """
+
+    recorder: Recorder
     samples: Samples
     anchor: Tensor
-    untied: dict[str, tuple[int, ...]] = field(default_factory=dict)  # modules whose gradient has no sample dimension
-    unfit: set[str] = field(default_factory=set)  # modules that are not what their class says
+    layouts: dict[Key, Layout] = field(default_factory=dict)
+    proven: set[Key] = field(default_factory=set)
+    blank: set[Key] = field(default_factory=set)
+    calls: set[Signature] = field(default_factory=set)
+    several: dict[Key, Signature] = field(default_factory=dict)  # whose rows belong to several samples
+    unproven: set[Key] = field(default_factory=set)
+    open: set[Key] = field(default_factory=set)  # whose layout holds for this batch alone
+    failed: dict[str, str] = field(default_factory=dict)  # modules that are not what their class says, and why
+    uses: dict[str, Use] = field(default_factory=dict)  # by name, those that were called
+    emitted: Counter[str] = field(default_factory=Counter)
     shared: bool = False  # some output was expanded to one copy per sample
-    calls: int = 0
+    dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
+    running: bool = False  # a backward of ours runs
+    chaining: bool = False  # one through what is computed from parameters alone
+    _take: Callable[[Call, Key, Tensor], None] | None = None
+    _surprises: list[Tensor] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.into = self.recorder  # of the backward that runs
+    @property
+    def narrow(self) -> bool:
+        """Whether some gradient is float16, of few powers."""
+        return torch.float16 in self.dtypes
 
     @no_autograd
     def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
         """Return what one call of a module keeps for backward."""
         try:
             saved = self.recorder.save(use, x, out)
-        except Untied:
-            raise ValueError(untied_message(use.name, tuple(x.shape), self.samples.n)) from None
-        if isinstance(use, NormUse) and use.name not in self.unfit and not use.is_scale_of(x, out):
-            self.unfit.add(use.name)
+            if isinstance(use, NormUse) and use.name not in self.failed and not use.is_scale_of(x, out):
+                self.failed[use.name] = "it does not scale what it normalises by its weight"
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES as error:
+            self.failed[use.name] = _reason(error)
+            return None
         return saved
 
     @no_autograd
-    def emit(self, use: Use, saved: Tensor | None, g: Tensor) -> None:
-        """Take what one call of a module gives in backward."""
+    def emit(self, call: Call, g: Tensor) -> None:
+        """Take what one call of a module gives in backward; nothing where the loss itself differentiates."""
+        if not self.running:
+            return
+        name = call.use.name
+        if self.chaining:
+            self.failed[name] = "what it computes depends on parameters alone"
+            return
+        key = name, self.emitted[name]
+        self.emitted[name] += 1
         try:
-            self.into.emit(use, saved, g, self.samples)
-        except Untied:
-            self.untied[use.name] = tuple(g.shape)
+            (self._take or self._record)(call, key, g)
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES as error:
+            self.failed[name] = _reason(error)
 
-    def backward(self, losses: Tensor, weights: Tensor, into: Recorder, *, retain_graph: bool = False) -> None:
-        """Backpropagate the losses, each times its weight [N], into a recorder."""
-        self.into = into
-        losses.backward(weights, retain_graph=retain_graph)
+    def backward(self, losses: Tensor) -> None:
+        """Backpropagate all losses into the recorder, by the layouts that are known."""
+        self._run(losses, torch.ones_like(losses), None)
+        if self._surprises and bool(torch.stack(self._surprises).any()):
+            self.unproven |= self.blank
+
+    def coloured_backward(self, losses: Tensor) -> None:
+        """Backpropagate all losses into the recorder, by layouts that are found on the way."""
+        colours = Colours(self.samples.n, narrow=self.narrow)
+        self.layouts, self.proven, self.blank = {}, set(), set()
+        self._run(
+            losses, torch.ones_like(losses), lambda call, key, g: colours.sign(key, call.use.rows(g)), retain=True
+        )
+        for digit in range(colours.passes):
+            last = digit == colours.passes - 1
+            take = partial(self._read, colours, digit, last)
+            self._run(losses, colours.weights(losses, digit), take, retain=self.narrow or not last)
+        if self.narrow and not self.several and not self.failed:  # its powers would cost it digits
+            self._run(losses, torch.ones_like(losses), None)
+
+    def rows_of(self, losses: Tensor, weights: Tensor, name: str) -> list[Tensor]:
+        """Return a module's output gradients of the weighted losses, by call, as rows; the graph is kept."""
+        found: list[Tensor] = []
+
+        def take(call: Call, _key: Key, g: Tensor) -> None:
+            if call.use.name == name:
+                found.append(call.use.rows(g))
+
+        self._run(losses, weights, take, retain=True)
+        return found
+
+    def scattered(self, name: str) -> bool:
+        """Return whether some gradient of a module has its samples in no regular order."""
+        return any(isinstance(layout, Rows) for (of, _), layout in self.layouts.items() if of == name)
+
+    def _run(
+        self, losses: Tensor, weights: Tensor, take: Callable[[Call, Key, Tensor], None] | None, *, retain: bool = False
+    ) -> None:
+        self._take, self.running = take, True
+        self.emitted.clear()
+        try:
+            losses.backward(weights, retain_graph=retain)
+        finally:
+            self.running = False
+
+    def _record(self, call: Call, key: Key, g: Tensor) -> None:
+        if key in self.blank:
+            self._surprises.append((g != 0).any())
+        elif key not in self.proven and self.samples.n > 1 and key not in self.open:
+            self.unproven.add(key)
+        call.record(self.recorder, g, self._tied(key))
+
+    def _read(self, colours: Colours, digit: int, last: bool, call: Call, key: Key, g: Tensor) -> None:
+        colours.read(key, call.use.rows(g), digit)
+        if not last:
+            return
+        sample = colours.samples(key)
+        if bool((sample == SEVERAL).any()):
+            self.several[key] = call.signature
+            return
+        layout, proven = learn(sample, self.samples)
+        if layout is not None:
+            self.layouts[key] = layout
+        if proven:
+            self.proven.add(key)
+        else:
+            (self.open if bool((sample >= 0).any()) else self.blank).add(key)
+        if not self.narrow:
+            call.record(self.recorder, call.use.scaled(g, colours.rows[key].scale), self._tied(key))
+
+    def _tied(self, key: Key) -> Samples:
+        layout = self.layouts.get(key)
+        return self.samples if layout is None else Samples(self.samples.n, None, layout)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
 @dataclass
@@ -187,14 +202,19 @@ class Call:
     use: Use
     saved: Tensor | None
     version: int | None
+    signature: Signature
 
     def __call__(self, g: Tensor) -> None:
+        self.current.emit(self, g)
+
+    def record(self, into: Recorder, g: Tensor, samples: Samples) -> None:
+        """Hand the gradient to a recorder, with what was saved."""
         if self.saved is not None and self.version is not None and self.saved._version != self.version:
             raise RuntimeError(
-                f"layer {self.use.name}: its input was modified in place after the layer read it, so its gradient "
-                "would be wrong; use an out-of-place operation (inplace=False, x = x + y) after this layer"
+                "its input was modified in place after the layer read it; use an out-of-place operation "
+                "(inplace=False, x = x + y) after this layer"
             )
-        self.current.emit(self.use, self.saved, g)
+        into.emit(self.use, self.saved, g, samples)
 
 
 class Capture:
@@ -203,30 +223,32 @@ class Capture:
     def __init__(self, model: nn.Module, uses: Mapping[str, Use]) -> None:
         self.model, self.uses = model, dict(uses)
         self.active: Counter[nn.Module] = Counter()
-        self.shared: set[str] = set()  # modules whose output has no sample dimension
+        self.shared: set[Signature] = set()  # calls whose output has no sample dimension
         self._pass: Pass | None = None
+        self._thread = 0
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the modules and freeze the weights inside; restore the model afterwards, bit for bit, flag for flag."""
+        """Hook the modules inside."""
         handles = []
-        with preserved(self.model):
-            try:
-                for use in self.uses.values():
-                    handles.append(use.module.register_forward_pre_hook(self._enter))
-                    leave = partial(self._leave, use)
-                    handles.append(use.module.register_forward_hook(leave, with_kwargs=True, always_call=True))
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                self._pass = None
+        try:
+            for use in self.uses.values():
+                handles.append(use.module.register_forward_pre_hook(self._enter))
+                leave = partial(self._leave, use)
+                # First of all hooks: what a user's hook makes of the output comes after the layer.
+                hook = use.module.register_forward_hook(leave, with_kwargs=True, always_call=True, prepend=True)
+                handles.append(hook)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._pass = None
 
     @contextlib.contextmanager
     def running(self, current: Pass) -> Iterator[None]:
         """Have the hooks feed ``current`` inside."""
         self.active.clear()
-        self._pass = current
+        self._pass, self._thread = current, threading.get_ident()
         try:
             yield
         finally:
@@ -242,28 +264,52 @@ class Capture:
         current = self._pass
         if out is None or current is None or not torch.is_grad_enabled():
             return None  # no output where the module raised an error
+        if self._thread != threading.get_ident() and not current.running:
+            raise RuntimeError(
+                "model: a Compressor is using it in another thread, and would take this thread's batch for its own; "
+                "wait for that call, or give each thread its own copy.deepcopy(model)"
+            )
+        if use.weight is None and use.bias is None:
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, Tensor) or not isinstance(out, Tensor):
+            current.failed[use.name] = f"it maps {type(x).__name__} to {type(out).__name__}, not a tensor to a tensor"
+            return None
         with torch._C.DisableTorchFunction():  # the guard watches the model, not us
             return self._tap(use, current, x, out)
 
     def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor | None:
         """Have the output's gradient compressed in backward. Return what takes the output's place, if anything."""
-        current.calls += 1
+        n = current.samples.n
+        signature = signature_of(use.name, x, out, n)
         saved = current.save(use, x.detach(), out.detach())
         version = None if saved is None or saved.is_inference() else saved._version
-        n = current.samples.n
-        shared = use.name in self.shared and n > 1
+        shared = signature in self.shared and n > 1
         if shared:
             current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
             out = _per_sample(out, n, one=out.shape[0] == 1)
-        call = Call(current, use, saved, version)
-        # Modified in place, a view loses its node to a new history; any other output keeps it.
-        if out.grad_fn is not None and not shared and out is not x and not out._is_view():
-            _listen(out.grad_fn, out.output_nr, call)
-            return None
-        tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], call)
-        return tapped
+        tapped = tap(current, Call(current, use, saved, version, signature), out, new=shared or out is x)
+        return None if tapped is out and not shared else tapped
+
+
+def tap(current: Pass, call: Call, out: Tensor, *, new: bool = False) -> Tensor:
+    """Have ``call`` take the gradient of an output. Return what takes the output's place; ``new``: not the output."""
+    current.calls.add(call.signature)
+    current.dtypes.add(out.dtype)
+    current.uses[call.use.name] = call.use
+    # Modified in place, a view loses its node to a new history; any other output keeps it.
+    if out.grad_fn is not None and not new and not out._is_view():
+        _listen(out.grad_fn, out.output_nr, call)
+        return out
+    tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], call)
+    return tapped
+
+
+def signature_of(name: str, x: Tensor, out: Tensor, n: int) -> Signature:
+    size = out.shape[0] if out.ndim else 1
+    goes = "one" if size == 1 and n > 1 else "samples" if size == n else "multiple" if size % n == 0 else "other"
+    return name, x.ndim, out.ndim, str(out.dtype), goes, n == 1
 
 
 def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:

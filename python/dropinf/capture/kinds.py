@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .convolution import ConvUse
@@ -17,6 +18,8 @@ def module_kind(module: nn.Module) -> LayerKind | None:
 
     ``forward`` decides, not the class: a subclass that overrides ``forward`` may compute anything.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     forward = type(module).forward
     if forward is nn.Linear.forward or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return "linear"

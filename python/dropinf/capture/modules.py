@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,54 +15,7 @@ from dropinf_kernels.ops.linear import outer_products
 from ..sketch.axis import Axis
 from .layer import Layer
 from .moments import Moments
-
-
-class Untied(ValueError):  # noqa: N818
-    """A tensor whose leading dimensions cannot be tied to samples."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Which rows of a batch belong to which sample: ``n`` samples, or documents packed at ``cu_seqlens``."""
-
-    n: int
-    cu_seqlens: Tensor | None = None
-
-    def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
-        """Return [*lead, *features] as ([N, T, *features], None), or, packed, as ([rows, *features], cu_seqlens)."""
-        if self.cu_seqlens is None and x.ndim == 2 + features and x.shape[0] == self.n:
-            return x, None
-        lead = x.shape[: x.ndim - features]
-        kept = x.shape[x.ndim - features :]
-        rows = lead.numel()
-        if self.cu_seqlens is not None:
-            if rows == int(self.cu_seqlens[-1]):
-                return x.reshape(rows, *kept), self.cu_seqlens
-            if rows == self.n:
-                return x.reshape(rows, 1, *kept), None
-            # Heads beside the positions, before or behind them: each position is several rows.
-            positions = [i for i, size in enumerate(lead) if size == int(self.cu_seqlens[-1])]
-            if len(positions) == 1:
-                several = rows // lead[positions[0]]
-                return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
-        elif self.n and (lead[0] if lead else 1) % self.n == 0:
-            return x.reshape(self.n, rows // self.n, *kept), None
-        raise Untied
-
-    def select(self, x: Tensor, start: int) -> Tensor:
-        """Return the rows of every second sample from ``start`` on."""
-        rows, cu = self.tie(x)
-        if cu is None:
-            return rows[start::2]
-        return rows[(torch.repeat_interleave(cu.diff()) % 2 == start % 2).to(rows.device)]
-
-    def sum_parts(self, parts: Tensor) -> Tensor:
-        """Return [N, ...], the sums over the m parts of each sample in [N * m, ...]."""
-        if len(parts) == self.n:
-            return parts
-        if self.n == 0 or len(parts) % self.n:
-            raise Untied
-        return parts.view(self.n, -1, *parts.shape[1:]).sum(1)
+from .samples import Samples
 
 
 def rms_epsilon(module: nn.Module) -> float | None:
@@ -77,6 +29,11 @@ class Use:
 
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
         self.name, self.module, self.weight, self.bias = name, module, weight, bias
+
+    @property
+    def plans(self) -> list[Layer]:
+        """The plans of what is tracked."""
+        return [plan for plan in (self.weight, self.bias) if plan is not None]
 
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:
         """Return what the weight multiplies, uncompressed: [..., d_in]."""
@@ -113,6 +70,10 @@ class Use:
     def rows(self, g: Tensor) -> Tensor:
         """Return the output gradient as [*lead, d_out]."""
         return g
+
+    def scaled(self, g: Tensor, factor: Tensor) -> Tensor:
+        """Return the output gradient with each of its `rows` times its factor [*lead]."""
+        return g * factor[..., None]
 
 
 def summed(a: Tensor | None, g: Tensor, samples: Samples) -> Tensor:
@@ -251,6 +212,11 @@ class NormUse(Use):
         if not self.channels_first:
             return g.flatten(g.ndim - self._normalized_dims)
         return g.flatten(2).mT if g.ndim > 2 else g
+
+    def scaled(self, g: Tensor, factor: Tensor) -> Tensor:
+        if self.channels_first and g.ndim > 2:
+            return g * factor.view(len(g), 1, *g.shape[2:])
+        return g * factor.view(*factor.shape, *[1] * (g.ndim - factor.ndim))
 
     @property
     def _normalized_dims(self) -> int:

@@ -15,6 +15,10 @@ from ..sketch.draws import Place
 from .layer import Layer
 
 
+class NotFinite(ValueError):  # noqa: N818
+    """A gradient that is NaN or infinite."""
+
+
 @dataclass(frozen=True, eq=False)
 class Need:
     """What a calibration pass must gather of one side: its ``size`` energies or their covariance, or ``kept``'s."""
@@ -60,18 +64,22 @@ class Moments:
                 self.sums[Place(name, side)] = total.cpu()
         self.samples = int(samples)
 
-    def count(self, losses: Tensor) -> None:
-        """End a batch. Raise ValueError where its values, and so the sums, are not finite; the sums then start anew."""
-        for place, total in self.sums.items():
+    def check(self, batch: Moments, losses: Tensor) -> None:
+        """Raise ValueError where the sums of a batch, the next to be merged, are not finite."""
+        for place, total in batch.sums.items():
             if bool(total.sum().isfinite()):
                 continue
             first, bad = self.samples, (~losses.isfinite()).nonzero().flatten()
             where = f"sample {first + int(bad[0])}" if len(bad) else f"samples {first} to {first + len(losses) - 1}"
-            self.sums, self.samples = {}, 0
-            raise ValueError(
+            raise NotFinite(
                 f"layer {place.layer}: calibration met a value that is not finite (NaN or inf) in {where}; look at the "
-                "loss there, or compute in a wider dtype, and calibrate again from the start"
+                "loss there, or compute in a wider dtype, and calibrate on these batches again"
             )
+
+    def merge(self, batch: Moments, losses: Tensor) -> None:
+        """Add the sums of one batch."""
+        for place, total in batch.sums.items():
+            self.sums[place] = self.sums[place] + total if place in self.sums else total
         self.samples += len(losses)
 
     def need(self, layer: Layer, side: str) -> Need | None:

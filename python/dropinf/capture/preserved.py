@@ -1,48 +1,213 @@
-"""A model that is compressed, and afterwards is bit for bit what it was."""
+"""A model that runs several times from one state, and afterwards is bit for bit what it was."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import sharded
 
+_MODULE_ATTRIBUTES = set(nn.Module().__dict__)
+
+
+class RandomState:
+    """Where the random generators of torch, Python and NumPy stand."""
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+        self._torch, self._cuda = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self._torch)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+
+
+class Attributes:
+    """What the modules of a model hold beside parameters: a cache of something computed from a weight, say."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+        own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if sharded.is_any(model) else {"_parameters"})
+        self._containers = [
+            (value, type(value)(value))
+            for _, attributes in self._modules
+            for name, value in attributes.items()
+            if name not in own and type(value) in (dict, list, set)
+        ]
+
+    def restore(self) -> None:
+        """Put the attributes, and what their dicts, lists and sets hold, back."""
+        for now, before in self._modules:
+            if now.keys() != before.keys() or any(a is not b for a, b in zip(now.values(), before.values())):  # noqa: B905
+                now.clear()
+                now.update(before)
+        for value, before in self._containers:
+            if not _same(value, before):
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(before)
+
+
+def _same(now: Any, before: Any) -> bool:
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(v is before[k] for k, v in now.items())
+    return isinstance(now, set) or all(a is b for a, b in zip(now, before, strict=True))
+
+
+class Start:
+    """The state that a forward of a batch starts from: random generators, attributes, and buffers that change."""
+
+    def __init__(self, model: nn.Module, attributes: Attributes) -> None:
+        self._attributes = attributes
+        training = any(m.training for m in model.modules())  # only then are buffers updated (spectral norm's, say)
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
+        self._random = RandomState(model)
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        self._random.restore()
+        self._attributes.restore()
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+class Flags:
+    """The ``requires_grad`` of a model's parameters, which may run frozen or as its user has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    def freeze(self) -> None:
+        """Have no parameter require a gradient."""
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+
+    def restore(self) -> None:
+        """Put the flags back."""
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    @contextlib.contextmanager
+    def own(self, tracked: Iterable[Tensor]) -> Iterator[None]:
+        """Have the user's flags inside, and a gradient for what is tracked; frozen afterwards."""
+        self.restore()
+        for parameter in tracked:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            self.freeze()
+
+    @contextlib.contextmanager
+    def only(self, tracked: Iterable[Tensor]) -> Iterator[None]:
+        """Have a gradient for what is given inside; frozen afterwards."""
+        for parameter in tracked:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            self.freeze()
+
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Freeze every parameter inside; restore flags, buffers and random state afterwards."""
-    sharded.initialise(model)
-    sharded.reshard(model)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    # Only train mode updates buffers (spectral norm's vectors, say).
-    training = any(m.training for m in model.modules())
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=devices), _eager():
-        try:
-            # The fused inference path of nn.TransformerEncoderLayer would call none of its modules.
-            torch.backends.mha.set_fastpath_enabled(False)
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        except BaseException:
-            sharded.reset(model)
-            raise
-        finally:
-            sharded.reshard(model)
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+def gradients_taken(model: nn.Module, take: Mapping[Tensor, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Hand each parameter's gradient to its ``take`` as soon as autograd has it, and drop it.
+
+    The parameters' ``.grad`` and their hooks on finished gradients (an optimizer's step, say) are put back.
+    """
+
+    def taken(parameter: Tensor) -> None:
+        g, parameter.grad = parameter.grad, None
+        if g is not None and parameter in take:
+            take[parameter](g)
+
+    parameters: list[Any] = list(model.parameters())
+    kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
+    for parameter, *_ in kept:
+        parameter.grad = None
+        parameter._post_accumulate_grad_hooks = OrderedDict()
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(taken)
+    try:
+        yield
+    finally:
+        for parameter, g, hooks in kept:
+            parameter._post_accumulate_grad_hooks.clear()  # autograd would keep calling them
+            parameter.grad, parameter._post_accumulate_grad_hooks = g, hooks
+
+
+_in_use: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def claimed(model: nn.Module) -> Iterator[None]:
+    """Have the model for this thread alone inside. Raises RuntimeError where another Compressor is using it."""
+    with _lock:
+        if model in _in_use:
+            where = "this thread" if _in_use[model] == threading.get_ident() else "another thread"
+            raise RuntimeError(
+                f"model: another Compressor is using it in {where}, and hooks of the one would see the batches of the "
+                "other; finish that call first, or give each its own copy.deepcopy(model)"
+            )
+        _in_use[model] = threading.get_ident()
+    try:
+        yield
+    finally:
+        with _lock:
+            del _in_use[model]
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
+    """Freeze every parameter inside; restore flags, buffers, attributes and random state afterwards."""
+    with claimed(model):
+        sharded.initialise(model)
+        sharded.reshard(model)
+        flags, attributes = Flags(model), Attributes(model)
+        start = Start(model, attributes)
+        renormalised = [(m.weight, m.weight.detach().clone()) for m in _renormalising(model)]
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        with _eager():
+            try:
+                # The fused inference path of nn.TransformerEncoderLayer would call none of its modules.
+                torch.backends.mha.set_fastpath_enabled(False)
+                flags.freeze()
+                yield flags, attributes
+            except BaseException:
+                sharded.reset(model)
+                raise
+            finally:
+                sharded.reshard(model)
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+                flags.restore()
+                start.restore()
+                with torch.no_grad():
+                    for weight, before in renormalised:
+                        weight.copy_(before)
+
+
+def _renormalising(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """Return the modules whose forward changes their own weight."""
+    return [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..capture.layer import Layer
-from ..capture.modules import LinearUse, Samples
+from ..capture.modules import LinearUse
+from ..capture.samples import Samples
 from ..compressor import Compressor
 from ..sketch.sketch import Sketch
 from . import require

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 import dropinf_kernels as ops
 
 from ..capture.layer import Layer, clean_name
-from ..capture.modules import LinearUse, Samples
+from ..capture.modules import LinearUse
+from ..capture.samples import Samples
 from ..compressor import Compressor
 from ..sketch.sketch import Sketch
 from . import require

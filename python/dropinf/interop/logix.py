@@ -28,7 +28,8 @@ from ..capture.convolution import ConvUse
 from ..capture.hooks import _Tap
 from ..capture.kinds import USES
 from ..capture.layer import Layer
-from ..capture.modules import Samples, Use
+from ..capture.modules import Use
+from ..capture.samples import Samples
 from ..compressor import Compressor
 from ..gradients import Gradients, GradientsBuilder
 from ..sketch.sketch import Sketch

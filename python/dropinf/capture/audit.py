@@ -1,0 +1,102 @@
+"""The audit: a batch's compressed gradients against one ordinary backward of the untouched model.
+
+For random weights r, sum_n r_n c_n must be the sketch of the gradient of sum_n r_n L_n. That gradient shares no code
+with the hooks: it is what plain autograd says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .layer import Layer
+from .preserved import Flags, gradients_taken
+
+When = Literal["auto", "every", "never"]
+# By the coarsest dtype that gradients are computed in: the relative difference that rounding explains, and the part of
+# the largest layer's gradient below which a layer's own is rounding.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+FLOOR = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One audit: which batch of its call, why, and the relative error of each layer that has a gradient."""
+
+    batch: int
+    why: str
+    errors: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest error."""
+        return max(self.errors.values(), default=0.0)
+
+
+class Expected:
+    """What the layers' gradients of a batch must sum to, each sample times its weight ``r``."""
+
+    def __init__(self, r: Tensor, sketches: Mapping[str, Tensor], losses: Tensor) -> None:
+        self.r, self.sketches, self.losses = r, sketches, losses
+
+    def errors(self, store: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+        """Return the relative error of each layer that has a gradient. ``dtype``: the coarsest it is computed in."""
+        apart, size = {}, {}
+        for name, c in store.items():
+            rows = c.flatten(1)
+            r = self.r.to(rows)
+            want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
+            apart[name] = float(torch.linalg.vector_norm(r @ rows - want))
+            size[name] = math.hypot(float(torch.linalg.vector_norm(rows)), float(torch.linalg.vector_norm(want)))
+        floor = FLOOR[dtype] * max(size.values(), default=0.0)
+        return {name: apart[name] / (size[name] + floor) for name in store if size[name]}
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the least precise of dtypes, of float32 matrix products too where they are allowed to be less precise."""
+    found = max((d for d in dtypes if d in TOLERANCE), key=lambda d: torch.finfo(d).eps, default=torch.bfloat16)
+    reduced = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if reduced and found == torch.float32 else found
+
+
+def expected(
+    model: nn.Module,
+    losses_of: Callable[[], Tensor],
+    layers: Mapping[str, Layer],
+    tensors: Mapping[str, Tensor],
+    flags: Flags,
+) -> Expected:
+    """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once."""
+    sketches: dict[str, Tensor] = {}
+
+    def sketch(layer: Layer, g: Tensor) -> None:
+        g = g.to_dense() if g.is_sparse else g
+        wide = g.to(torch.promote_types(g.dtype, torch.float32))
+        sketches[layer.name] = layer.compress_exact(wide[None])[0]
+
+    take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
+    with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model, take):
+        losses = losses_of()
+        r = _weights(losses)
+        if losses.requires_grad:
+            losses.backward(r)
+    return Expected(r, sketches, losses.detach())
+
+
+def _weights(losses: Tensor) -> Tensor:
+    """Return random weights [N] of either sign, from .5 to 1.5; the same for as many samples."""
+    generator = torch.Generator().manual_seed(len(losses))
+    r = (torch.rand(len(losses), generator=generator) + 0.5) * (
+        torch.randint(0, 2, (len(losses),), generator=generator) * 2 - 1
+    )
+    return r.to(losses)
+
+
+def is_due(batch: int) -> bool:
+    """Return whether a batch of a call, counted from 1, is audited whatever it looks like: 4, 16, 64, 256, ..."""
+    return batch > 1 and batch & (batch - 1) == 0 and batch.bit_length() % 2 == 1

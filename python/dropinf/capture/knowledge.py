@@ -1,0 +1,142 @@
+"""What is known of a model from batch to batch: how each gradient is found, and what was proven of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..workload import CuSeqlens, LossFn, tensors
+from . import sharded
+from .audit import Audited, When
+from .colours import Key
+from .exact import ExactGradients
+from .hooks import Capture, Signature
+from .kinds import USES, module_kind
+from .ladder import Ladder, Route
+from .layer import Layer, clean_name
+from .modules import Use
+from .samples import Layout
+from .targets import Target
+
+
+@dataclass
+class Plan:
+    """What is known of batches that look alike: where gradients have their samples, and what was audited.
+
+    ``follow``: some layout follows the data, so each batch's is found anew.
+    """
+
+    layouts: dict[Key, Layout] = field(default_factory=dict)
+    proven: set[Key] = field(default_factory=set)
+    blank: set[Key] = field(default_factory=set)
+    movements: set[Any] = field(default_factory=set)
+    gradients: set[frozenset[str]] = field(default_factory=set)
+    follow: bool = False
+
+
+class Knowledge:
+    """What is known of a model from batch to batch.
+
+    ``targets``: the tracked parameters by layer name. ``mixing``: a loss may depend on other samples of its batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        cu_seqlens: CuSeqlens | None,
+        targets: Mapping[str, Target],
+        *,
+        audit: When = "auto",
+        route: Route | None = None,
+        mixing: bool = False,
+    ) -> None:
+        self.model, self.loss_fn, self.cu_seqlens, self.targets = model, loss_fn, cu_seqlens, targets
+        self.audit, self.mixing = audit, mixing
+        exact = {n: "no hook covers their kind of module" for n, t in targets.items() if t.route == "exact"}
+        self.ladder = Ladder(exact, [n for n in targets if n not in exact], route)
+        sharded.check_whole((name, targets[name].tensor) for name in sorted(self.exact_names))
+        self.audits: list[Audited] = []
+        self.plans: dict[Any, Plan] = {}
+        self.shared: set[Signature] = set()  # calls whose output all samples share
+        self.follows: set[str] = set()  # modules whose layout follows the data
+        self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
+        self._exact_gradients: ExactGradients | None = None  # of the last batch that had some
+        self._leaf: int | None = None  # which tensor of a batch has the samples in its leading dimension
+        self._warned: set[str] = set()
+
+    @property
+    def exact_names(self) -> set[str]:
+        """The layers that no hook covers."""
+        return self.ladder.exact
+
+    def state(self) -> Any:
+        """Return what decides how rows are found: equal where nothing was learned."""
+        layouts = [(sorted(p.layouts), len(p.proven), p.follow) for p in self.plans.values()]
+        return dict(self.ladder.rungs), set(self.shared), self.own_flags, layouts
+
+    @contextmanager
+    def capturing(self, layers: Mapping[str, Layer]) -> Iterator[Capture]:
+        """Have hooks on the modules inside."""
+        capture = Capture(self.model, self._uses(layers))
+        capture.shared = self.shared
+        with capture.attached():
+            yield capture
+
+    def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
+        """Return the hooked modules, with the plans of their weight and bias."""
+        exact = self.exact_names
+        by_parameter = {id(t.tensor): layers[n] for n, t in self.targets.items() if n not in exact}
+        uses = {}
+        for full_name, module in self.model.named_modules():
+            kind = module_kind(module)
+            if kind is None:
+                continue
+            # named_parameters, not attributes: reading a parametrized weight may update its buffers.
+            own = {name: by_parameter.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+            weight, bias = own.get("weight"), own.get("bias")
+            if weight is not None or bias is not None:
+                name = clean_name(full_name) or type(module).__name__
+                uses[name] = USES[kind](name, module, weight, bias)
+        return uses
+
+    def size_hint(self, batch: Any) -> int | None:
+        """Return the number of a batch's samples by the size of its tensors, or None."""
+        leaves = tensors(batch)
+        if self._leaf is not None and self._leaf < len(leaves) and leaves[self._leaf].ndim:
+            return len(leaves[self._leaf])
+        return next((len(t) for t in leaves if t.ndim), None)
+
+    def learn_size(self, batch: Any, n: int) -> None:
+        """Remember which tensor of a batch of ``n`` samples has them in its leading dimension."""
+        self._leaf = next((i for i, t in enumerate(tensors(batch)) if t.ndim and len(t) == n), None)
+
+    def warn_slow(self, fast: float, slow: float) -> None:
+        """Say once of each layer that it is slow, with what a batch took in seconds on both routes."""
+        new = [n for n in self.ladder.rungs if n in self.exact_names and n not in self._warned]
+        self._warned |= set(new)
+        if not new or slow < 0.2 * fast:
+            return
+        reasons = {self.ladder.reasons[n] for n in new}
+        named = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+        warnings.warn(
+            f"layers {named}: {'; '.join(sorted(reasons)[:3])}; their gradients take {slow:.2g} s a batch beside "
+            f"{fast:.2g} s for all else. To avoid it, use each parameter in its own module's forward alone, or leave "
+            "these layers out with layers=",
+            stacklevel=8,
+        )
+
+    def warn_train_mode(self) -> None:
+        random = [n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
+        if random and "" not in self._warned:
+            self._warned.add("")
+            warnings.warn(
+                f"model: it is in train mode and {random[0] or 'it'} drops activations at random, so its gradients are "
+                "noisy; call model.eval() for reproducible influence",
+                stacklevel=5,
+            )

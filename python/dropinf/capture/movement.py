@@ -1,0 +1,204 @@
+"""Which rows a forward moves between samples' places, as a fingerprint: a batch that moves them another way may have
+other layouts, though every shape is the same.
+
+Only what can move a sample's rows is looked at: indexing, gathering, sorting and the like along the leading dimension
+(or one as long as the batch), and products with a matrix of data from the left; on activations alone. What leaves rows
+in order, x[arange(n), last] say, counts as no movement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PRIMES = (-7046029254386353131, -4417276706812531889, 7046029254386353087)  # odd 64-bit constants that mix bits
+
+
+@dataclass(frozen=True)
+class Mover:
+    """How a function moves rows: the places of its dimension (None: it has none) and of what says where they go."""
+
+    dim: int | None
+    names: Sequence[str]  # keywords of arguments 0, 1, ...
+    default: int = 0
+    unknowable: bool = False  # its results may be reordered where nothing sees it
+
+
+def _mover(*names: str, dim: int | None = None, default: int = 0, unknowable: bool = False) -> Mover:
+    return Mover(dim, names, default, unknowable)
+
+
+_ALONG = _mover("input", "dim", dim=1)
+_BY_NAME: dict[str, Mover] = {
+    **dict.fromkeys(
+        ("index_select", "gather", "index_fill", "index_reduce", "index_add", "index_copy", "scatter", "scatter_add",
+         "scatter_reduce", "index_add_", "index_copy_", "index_fill_", "index_reduce_", "scatter_", "scatter_add_",
+         "scatter_reduce_"),
+        _mover("input", "dim", "index", dim=1),
+    ),
+    **dict.fromkeys(("flip", "roll", "repeat_interleave", "take", "masked_select", "masked_scatter", "masked_scatter_",
+                     "index_put", "index_put_", "unique", "unique_consecutive", "segment_reduce", "fliplr", "flipud"),
+                    _mover("input")),
+    "take_along_dim": _mover("input", "indices", "dim", dim=2),
+    "sort": _mover("input", "dim", dim=1, default=-1),
+    "topk": _mover("input", "k", "dim", dim=2, default=-1),
+    "narrow": _mover("input", "dim", "start", "length", dim=1),
+    "select": _mover("input", "dim", "index", dim=1),
+    "chunk": _mover("input", "chunks", "dim", dim=2),
+    "split": _mover("tensor", "split_size_or_sections", "dim", dim=2),
+    "tensor_split": _mover("input", "indices_or_sections", "dim", dim=2),
+    "unbind": _mover("input", "dim", dim=1, unknowable=True),
+}  # fmt: skip
+# Functions that mix rows by a matrix -> the place of that matrix among their tensors; None: any.
+_PRODUCTS = {"matmul": 0, "mm": 0, "einsum": None, "addmm": 1, "__matmul__": 0, "__rmatmul__": 1, "tensordot": None}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A function that mixes rows by a matrix, which is its tensor at ``place`` (None: any of them)."""
+
+    place: int | None
+
+
+def _functions() -> dict[Any, Mover | Product | str]:
+    found: dict[Any, Mover | Product | str] = {}
+    for name, mover in _BY_NAME.items():
+        for owner in (torch, Tensor):
+            if hasattr(owner, name):
+                found[getattr(owner, name)] = mover
+    for name, place in _PRODUCTS.items():
+        for owner in (torch, Tensor):
+            if hasattr(owner, name):
+                found[getattr(owner, name)] = Product(place)
+    found |= {torch.sparse.mm: Product(0), F.embedding: "lookup", F.embedding_bag: "lookup"}
+    found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
+    return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
+
+
+MOVERS = _functions()
+
+
+class Movement:
+    """The movements of one forward of ``n`` samples (None: unknown)."""
+
+    def __init__(self, n: int | None) -> None:
+        self.n, self.unknowable = n, False
+        self._static: list[str] = []
+        self._digests: list[Tensor] = []  # pairs: of the index, and of the one that moves nothing
+
+    def fingerprint(self) -> tuple[Any, ...] | None:
+        """Return what tells this forward's movements from others', or None where nothing can."""
+        if self.unknowable:
+            return None
+        found = torch.stack([d.cpu() for d in self._digests]).tolist() if self._digests else []
+        moved = [(i, a) for i, (a, b) in enumerate(zip(found[::2], found[1::2], strict=True)) if a != b]
+        return (*self._static, *moved)
+
+    def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take a call of one of `MOVERS`."""
+        kind = MOVERS[function]
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if not any(t.requires_grad for t in tensors):
+            return
+        if kind == "index":
+            self._indexed(args[0], args[1])
+        elif isinstance(kind, Product):
+            for t in tensors if kind.place is None else tensors[kind.place : kind.place + 1]:
+                batched = t.ndim > 2 and t.shape[0] == self.n  # a matrix for each sample
+                if not t.requires_grad and t.ndim > 1 and not batched and not isinstance(t, nn.Parameter):
+                    self._data(t)
+        elif kind == "lookup":
+            if len(tensors) > 1 and not isinstance(tensors[1], nn.Parameter):
+                self._data(tensors[0])
+        elif isinstance(kind, Mover):
+            self._along(function, kind, args, kwargs)
+
+    def _along(self, function: Any, mover: Mover, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        named = dict(zip(mover.names, args, strict=False)) | dict(kwargs)
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if mover.dim is not None:
+            dim = named.get(mover.names[mover.dim], mover.default)
+            if not isinstance(dim, int) or not self._holds_samples(x, dim):
+                return
+        if mover.unknowable:
+            self.unknowable |= self.n != 1
+            return
+        rest = [v for v in (*args[1:], *kwargs.values()) if not (isinstance(v, Tensor) and v.is_floating_point())]
+        self._static.append(f"{getattr(function, '__name__', '')}{self._plain(rest)}")
+        for v in rest:
+            for t in v if isinstance(v, list | tuple) else (v,):
+                if isinstance(t, Tensor):
+                    self._data(t)
+
+    def _indexed(self, x: Tensor, index: Any) -> None:
+        items = index if isinstance(index, tuple) else (index,)
+        dim = 0
+        for item in items:
+            if item is None:
+                continue
+            if item is Ellipsis:
+                return
+            if self._holds_samples(x, dim) and not (isinstance(item, slice) and item == slice(None)):
+                self._entry(x.shape[dim], item)
+            dim += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+            if dim >= x.ndim:
+                return
+
+    def _entry(self, size: int, item: Any) -> None:
+        if isinstance(item, Tensor) and item.ndim:
+            rows = item if item.dtype == torch.bool else item % size
+            still = (
+                torch.ones_like(rows) if item.dtype == torch.bool else torch.arange(rows.numel(), device=rows.device)
+            )
+            whole = item.dtype == torch.bool or rows.numel() == size
+            self._data(rows, still if whole else None)
+        elif isinstance(item, Tensor):
+            self._data(item[None])
+        else:
+            self._static.append(self._plain([item]))
+
+    def _holds_samples(self, x: Tensor, dim: int) -> bool:
+        if not x.ndim:
+            return False
+        dim %= x.ndim
+        return dim == 0 or x.shape[dim] == self.n
+
+    def _plain(self, values: Sequence[Any]) -> str:
+        """Return numbers as multiples of the batch's size where they are, so that another size looks the same."""
+
+        def one(v: Any) -> Any:
+            if isinstance(v, slice):
+                return f"{one(v.start)}:{one(v.stop)}:{v.step}"
+            if isinstance(v, list | tuple):
+                return [one(i) for i in v]
+            if isinstance(v, int) and not isinstance(v, bool) and self.n and v and v % self.n == 0:
+                return f"{v // self.n}n"
+            return "tensor" if isinstance(v, Tensor) else v
+
+        return repr([one(v) for v in values])
+
+    def _data(self, x: Tensor, still: Tensor | None = None) -> None:
+        found = _digest(x)
+        self._digests += [found, _digest(still.reshape(x.shape)) if still is not None else ~found]
+
+
+_INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(x: Tensor) -> Tensor:
+    """Return a 64-bit digest of a tensor's values, on its device."""
+    x = x.detach()
+    if x.layout != torch.strided:
+        x = x.to_dense() if x.numel() < 1 << 24 else x.coalesce().values()
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    v = x.contiguous().view(_INTEGERS[x.dtype.itemsize]).long() if x.is_floating_point() else x.long()
+    v = v.flatten()
+    v = (v + torch.arange(len(v), device=v.device) * _PRIMES[0]) * _PRIMES[1]
+    v = (v ^ (v >> 29)) * _PRIMES[2]
+    return (v ^ (v >> 32)).sum()

@@ -1,0 +1,305 @@
+"""Parameters that are used outside their module's forward, captured at the op.
+
+Ops of parameters alone (a slice of a table, 1 + w, a weight that is computed) run as they are. Where such a tensor
+meets data, the op's output is tapped: its gradient gives the tensor's whole per-sample gradients, by a product or, for
+any other op, by the op's own backward mapped over samples; those go on to the parameters in one mapped backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hooks import Call, Pass, signature_of, tap
+from .layer import Layer
+from .modules import Use
+from .recorders import Recorder
+from .samples import Grid, Samples, Untied
+
+# Whole gradients of one op that exist at once.
+CHUNK_BYTES = 1 << 26
+_DATA, _DERIVED = 1, 2  # what a tensor depends on: the batch, or tracked parameters alone
+_MARK = "_dropinf_of"
+_EXPANDS = {
+    Tensor.expand,
+    Tensor.expand_as,
+    torch.broadcast_to,
+    Tensor.broadcast_to,
+    Tensor.repeat,
+    torch.tile,
+    Tensor.tile,
+}
+_SUMS = {
+    torch.add: 1,
+    Tensor.add: 1,
+    Tensor.__add__: 1,
+    Tensor.__radd__: 1,
+    torch.sub: -1,
+    Tensor.sub: -1,
+    Tensor.__sub__: -1,
+}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+_MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+
+
+def mark_data(x: Tensor) -> None:
+    """Say of a tensor that it depends on the batch."""
+    setattr(x, _MARK, _DATA)
+
+
+def unmark(x: Tensor) -> None:
+    """Forget what a tensor depends on."""
+    if hasattr(x, _MARK):
+        delattr(x, _MARK)
+
+
+class Outside:
+    """The ops of one forward. ``raw``: id of a parameter -> its layer."""
+
+    def __init__(self, current: Pass, raw: Mapping[int, Layer]) -> None:
+        self.current, self.raw = current, raw
+        self.unfit: set[str] = set()  # layers that are used in a way that no op here covers
+
+    def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run a torch function of the model."""
+        tensors = list(_tensors((args, tuple(kwargs.values()))))
+        kinds = [_DERIVED if id(t) in self.raw else getattr(t, _MARK, 0) for t in tensors]
+        derived = [t for t, kind in zip(tensors, kinds, strict=True) if kind == _DERIVED]
+        if not derived:
+            result = function(*args, **kwargs)
+            return _marked(result, _DATA) if _DATA in kinds else result
+        if _DATA in kinds:
+            return self._meeting(function, args, kwargs, derived)
+        result = function(*args, **kwargs)
+        n = self.current.samples.n
+        if function in _EXPANDS and n > 1 and result.ndim and result.shape[0] == n:
+            x = derived[0]
+            if x.ndim < result.ndim or x.shape[0] == 1:
+                return self._tapped(result.detach(), function, args, kwargs, derived)
+        return _marked(result, _DERIVED)
+
+    def _meeting(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: list[Tensor]) -> Any:
+        """Run an op of data and of what is derived from parameters, and tap its output."""
+        if not torch.is_grad_enabled():
+            return _marked(function(*args, **kwargs), _DATA)
+        ids = {id(t) for t in derived}
+        plain = _replaced((tuple(args), dict(kwargs)), lambda t: t.detach() if id(t) in ids else t)
+        name = getattr(function, "__name__", "")
+        in_place = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+        result = function(*plain[0], **plain[1])
+        if in_place or name.startswith("__i") or not isinstance(result, Tensor) or not result.is_floating_point():
+            if not isinstance(result, Tensor) or in_place or name.startswith("__i"):
+                self.unfit |= {layer.name for t in derived for layer in self.layers_of(t)}
+            return _marked(result, _DATA)
+        return self._tapped(result, function, args, kwargs, derived)
+
+    def _tapped(
+        self, result: Tensor, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: list[Tensor]
+    ) -> Tensor:
+        layers = {layer.name: layer for t in derived for layer in self.layers_of(t)}
+        if not layers:
+            return result
+        name = f"{'+'.join(sorted(layers))}@{getattr(function, '__name__', 'op')}"
+        use = OpUse(name, layers, self)
+        signature = signature_of(name, result, result, self.current.samples.n)
+        call = OpCall(self.current, use, None, None, signature, function, tuple(args), dict(kwargs), derived)
+        tapped = tap(self.current, call, result)
+        mark_data(tapped)
+        return tapped
+
+    def layers_of(self, x: Tensor) -> list[Layer]:
+        """Return the layers that a tensor is derived from."""
+        if id(x) in self.raw:
+            return [self.raw[id(x)]]
+        return [self.raw[id(p)] for p in _leaves(x) if id(p) in self.raw]
+
+
+def _leaves(x: Tensor) -> list[Tensor]:
+    """Return the leaves of a tensor's graph."""
+    found, seen, todo = [], set(), [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        todo += [next_node for next_node, _ in node.next_functions]
+    return found
+
+
+class OpUse(Use):
+    """The capture of parameters at one op."""
+
+    def __init__(self, name: str, layers: Mapping[str, Layer], outside: Outside) -> None:
+        super().__init__(name, nn.Module(), None, None)
+        self.layers, self.outside = dict(layers), outside
+
+    @property
+    def plans(self) -> list[Layer]:
+        return list(self.layers.values())
+
+    def rows(self, g: Tensor) -> Tensor:
+        return g.reshape(len(g) if g.ndim else 1, -1)
+
+    def scaled(self, g: Tensor, factor: Tensor) -> Tensor:
+        return g * factor.view(-1, *[1] * (g.ndim - 1)) if g.ndim else g * factor
+
+
+@dataclass
+class OpCall(Call):
+    """One call of an op, with its arguments, until its output's gradient comes."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    derived: list[Tensor]
+
+    def __post_init__(self) -> None:
+        self.versions = [(t, t._version) for t in _tensors((self.args, tuple(self.kwargs.values())))]
+
+    def record(self, into: Recorder, g: Tensor, samples: Samples) -> None:
+        """Hand the per-sample gradients of each parameter to a recorder, sketched."""
+        if any(t._version != version for t, version in self.versions):
+            raise RuntimeError("an input of its op was modified in place afterwards; use an out-of-place operation")
+        if samples.layout not in (None, Grid()) or samples.cu_seqlens is not None:
+            raise Untied("its op does not have the samples in its leading dimension")
+        n = samples.n
+        if not g.ndim or len(g) % n:
+            raise Untied("its op does not have the samples in its leading dimension")
+        parts = g.reshape(n, len(g) // n, *g.shape[1:])
+        for d in {id(t): t for t in self.derived}.values():
+            size = max(1, d.numel() * 4)
+            step = max(1, CHUNK_BYTES // size)
+            pieces: dict[str, list[Tensor]] = {}
+            for first in range(0, n, step):
+                whole = self._whole(d, parts[first : first + step], first, n)
+                for layer, rows in self._to_parameters(d, whole):
+                    pieces.setdefault(layer.name, []).append(layer.compress_exact(rows))
+            assert isinstance(self.use, OpUse)
+            for name, found in pieces.items():
+                into.emit_part(self.use.layers[name], torch.cat(found))
+
+    def _to_parameters(self, d: Tensor, whole: Tensor) -> Iterator[tuple[Layer, Tensor]]:
+        """Yield each layer that ``d`` is derived from, with its per-sample gradients."""
+        assert isinstance(self.use, OpUse)
+        raw = self.use.outside.raw
+        if id(d) in raw:
+            yield raw[id(d)], whole
+            return
+        parameters = [p for p in _leaves(d) if id(p) in raw]
+        self.current.chaining = True
+        try:
+            with torch.enable_grad():
+                found = torch.autograd.grad(
+                    d, parameters, whole.to(d.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+        finally:
+            self.current.chaining = False
+        for parameter, g in zip(parameters, found, strict=True):
+            if g is not None:
+                yield raw[id(parameter)], g.to(torch.promote_types(g.dtype, torch.float32))
+
+    def _whole(self, d: Tensor, g: Tensor, first: int, n: int) -> Tensor:
+        """Return the gradients [len(g), *d.shape] of samples from ``first`` on; g [samples, parts, *out.shape[1:]]."""
+        wide = torch.promote_types(g.dtype, torch.float32)
+        others = [t for t in _tensors(self.args) if t is not d]
+        if self.function in _SUMS and not self.kwargs and len(others) <= 1:
+            sign = _SUMS[self.function] if self.args and len(self.args) > 1 and self.args[1] is d else 1
+            return _reduced(g.to(wide) * sign if sign != 1 else g.to(wide), d)
+        if self.function in _PRODUCTS and len(others) == 1:
+            other = others[0]
+            same = other.ndim == g.ndim - 1 and other.shape[0] == n * g.shape[1]
+            if same:
+                other = other.detach().reshape(n, g.shape[1], *other.shape[1:])[first : first + len(g)]
+                return _reduced(g.to(wide) * other, d)
+        if self.function is F.linear and d.ndim == 2 and self.args[1] is d and self._is_plain_input(0, g, n):
+            return self._outer(g, self._input(0, g, first, n), wide)
+        if self.function in _MATMULS and d.ndim == 2 and self.args[1] is d and self._is_plain_input(0, g, n):
+            return self._outer(self._input(0, g, first, n), g, wide)
+        return self._mapped(d, g, first, n)
+
+    def _is_plain_input(self, place: int, g: Tensor, n: int) -> bool:
+        x = self.args[place]
+        return isinstance(x, Tensor) and x.ndim == g.ndim - 1 and x.shape[0] == n * g.shape[1] and g.ndim > 2
+
+    def _input(self, place: int, g: Tensor, first: int, n: int) -> Tensor:
+        x: Tensor = self.args[place].detach()
+        return x.reshape(n, g.shape[1], *x.shape[1:])[first : first + len(g)]
+
+    def _outer(self, rows: Tensor, columns: Tensor, wide: torch.dtype) -> Tensor:
+        """Return sum_t rows_t columns_t^T of each sample; half-precision operands add up in float32."""
+        a, b = rows.reshape(len(rows), -1, rows.shape[-1]), columns.reshape(len(columns), -1, columns.shape[-1])
+        return torch.bmm(a.to(wide).mT, b.to(wide))
+
+    def _mapped(self, d: Tensor, g: Tensor, first: int, n: int) -> Tensor:
+        """Map the op's backward over samples, each with its own rows of every argument that has the batch's."""
+        tensors = list(_tensors((self.args, tuple(self.kwargs.values()))))
+        rows = n * g.shape[1]
+        own = {id(t) for t in tensors if getattr(t, _MARK, 0) == _DATA and t.ndim and t.shape[0] in (rows, n)}
+        batched = [t.detach() for t in tensors if id(t) in own]
+        places = [id(t) for t in tensors if id(t) in own]
+        split = [t.reshape(n, t.shape[0] // n, *t.shape[1:])[first : first + len(g)] for t in batched]
+
+        def one(values: list[Tensor], g_n: Tensor) -> Tensor:
+            given = dict(zip(places, values, strict=True))
+
+            def op(x: Tensor) -> Tensor:
+                def swap(t: Tensor) -> Tensor:
+                    return x if t is d else given[id(t)] if id(t) in given else t.detach()
+
+                args, kwargs = _replaced((self.args, self.kwargs), swap)
+                out: Tensor = self.function(*args, **kwargs)
+                return out if places else out[: g_n.shape[0]]
+
+            back = torch.func.vjp(op, d.detach())[1]
+            gradient: Tensor = back(g_n)[0]
+            return gradient
+
+        if not split:
+            return torch.func.vmap(lambda g_n: one([], g_n))(g)
+        return torch.func.vmap(one)(split, g)
+
+
+def _reduced(g: Tensor, d: Tensor) -> Tensor:
+    """Sum [samples, parts, *out.shape[1:]] to [samples, *d.shape], where d was broadcast against the output."""
+    aligned = (1,) * (g.ndim - 1 - d.ndim) + tuple(d.shape)
+    if aligned and aligned[0] != 1:
+        raise Untied("its op has no sample dimension of its own")
+    g = g.sum(1)
+    gone = [i for i, size in enumerate(aligned[1:], 1) if size == 1 and g.shape[i] != 1]
+    return (g.sum(gone, keepdim=True) if gone else g).reshape(len(g), *d.shape)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested lists and tuples."""
+    for v in values:
+        if isinstance(v, Tensor):
+            yield v
+        elif isinstance(v, list | tuple):
+            yield from _tensors(v)
+
+
+def _replaced(value: Any, swap: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested lists, tuples and dicts with their tensors replaced."""
+    if isinstance(value, Tensor):
+        return swap(value)
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_replaced(v, swap) for v in value)
+    if isinstance(value, dict):
+        return {k: _replaced(v, swap) for k, v in value.items()}
+    return value
+
+
+def _marked(result: Any, kind: int) -> Any:
+    """Return a result, its tensors marked; of parameters alone only where they have a gradient."""
+    for t in _tensors(result if isinstance(result, list | tuple) else (result,)):
+        if not isinstance(t, nn.Parameter) and (kind == _DATA or t.requires_grad):
+            setattr(t, _MARK, kind)
+    return result

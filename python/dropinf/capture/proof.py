@@ -1,0 +1,68 @@
+"""When a batch is audited, and what an audit finds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Set
+
+import torch
+from torch import Tensor
+
+from . import sharded
+from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due
+from .knowledge import Knowledge, Plan
+from .layer import Layer
+from .preserved import Flags, Start
+
+
+class Proof:
+    """The audit of one batch, the ``place``-th of its call: what its rows must sum to is computed once."""
+
+    def __init__(self, known: Knowledge, layers: Mapping[str, Layer], flags: Flags, start: Start, place: int) -> None:
+        self.known, self.flags, self.start, self.place = known, flags, start, place
+        self.layers = {n: layer for n, layer in layers.items() if _has_gradient(known.targets[n].tensor)}
+        self._expected: Expected | None = None
+
+    def why(self, plan: Plan, reached: frozenset[str]) -> str | None:
+        """Return why the batch is to be audited, or None. ``reached``: the modules that got a gradient."""
+        known = self.known
+        if known.audit == "never" or not self.layers:
+            return None
+        if known.audit == "every":
+            return "every batch"
+        if not known.audits:
+            return "first batch"
+        if reached not in plan.gradients:
+            return "new look"
+        return f"batch {self.place} of its call" if is_due(self.place) else None
+
+    def expect(self, losses_of: Callable[[], Tensor]) -> Expected:
+        """Return what the batch's rows must sum to, from the model as its user has it."""
+        if self._expected is None:
+            self.start.restore()
+            parameters = {name: self.known.targets[name].tensor for name in self.layers}
+            self._expected = expected(self.known.model, losses_of, self.layers, parameters, self.flags)
+            self.start.restore()
+        return self._expected
+
+    def wrong(
+        self, store: Mapping[str, Tensor], losses: Tensor, dtypes: Set[torch.dtype], why: str, want: Expected
+    ) -> dict[str, float]:
+        """Compare rows with plain autograd. Return the error of each layer that is wrong; record it if none is."""
+        known = self.known
+        parameters = {known.targets[name].tensor.dtype for name in self.layers}
+        dtype = coarsest({*parameters, *dtypes, losses.dtype})
+        slack = TOLERANCE[dtype]
+        errors = want.errors({name: store[name] for name in self.layers}, dtype)
+        wrong = {name: error for name, error in errors.items() if not error <= slack}
+        apart = (want.losses - losses.to(want.losses)).nan_to_num().abs().max()
+        if not apart <= slack * want.losses.nan_to_num().abs().max():  # the model does something else under hooks
+            wrong |= {name: math.inf for name in known.ladder.on("hook") if name not in wrong}
+        if not wrong:
+            known.audits.append(Audited(self.place, why, errors))
+        return wrong
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    """Return whether a parameter can have a gradient of its own: shards and quantized weights have none."""
+    return parameter.is_floating_point() and not sharded.is_sharded(parameter)

@@ -1,0 +1,143 @@
+"""Which rows of a tensor belong to which sample of its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Untied(ValueError):  # noqa: N818
+    """A tensor whose leading dimensions cannot be tied to samples."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Samples along one leading dimension of n * m entries: m by m, or (cyclic) n by n, as in cat([a, b])."""
+
+    dim: int = 0
+    cyclic: bool = False
+
+    def split(self, x: Tensor, lead: int, n: int) -> Tensor:
+        """Return x [*lead, *features] as [n, T, *features]."""
+        if self.dim >= lead or x.shape[self.dim] % n:
+            raise Untied
+        parts = x.shape[self.dim] // n
+        x = x.unflatten(self.dim, (parts, n) if self.cyclic else (n, parts)).movedim(self.dim + self.cyclic, 0)
+        return x.reshape(n, -1, *x.shape[lead + 1 :]) if x.numel() else x.reshape(n, 0, *x.shape[lead + 1 :])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows in any order: ``sample`` [*lead] int64 names each row's sample, or -1 where it has no gradient."""
+
+    sample: Tensor
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The rows, sorted by sample."""
+        return torch.argsort(self._owner, stable=True)
+
+    def cu_seqlens(self, n: int) -> Tensor:
+        """Return where each sample's rows start in `order`, int32 [n + 1]."""
+        counts = torch.bincount(self._owner, minlength=n)
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+    @property
+    def _owner(self) -> Tensor:
+        return self.sample.flatten().clamp(min=0)  # no gradient: any sample will do
+
+
+Layout = Grid | Rows
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a batch: ``n`` of them, or documents packed at ``cu_seqlens``.
+
+    ``layout``: where a tensor has them; None: in its leading dimension, row by row of each sample (or packed).
+    """
+
+    n: int
+    cu_seqlens: Tensor | None = None
+    layout: Layout | None = None
+
+    def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Return [*lead, *features] as ([N, T, *features], None), or, packed, as ([rows, *features], cu_seqlens)."""
+        if isinstance(self.layout, Grid):
+            return self.layout.split(x, x.ndim - features, self.n), None
+        if self.layout is None and self.cu_seqlens is None and x.ndim == 2 + features and x.shape[0] == self.n:
+            return x, None
+        lead = x.shape[: x.ndim - features]
+        kept = x.shape[x.ndim - features :]
+        rows = lead.numel()
+        if isinstance(self.layout, Rows):
+            if rows != self.layout.sample.numel():
+                raise Untied
+            return x.reshape(rows, *kept).index_select(0, self.layout.order), self.layout.cu_seqlens(self.n)
+        if self.cu_seqlens is not None:
+            if rows == int(self.cu_seqlens[-1]):
+                return x.reshape(rows, *kept), self.cu_seqlens
+            if rows == self.n:
+                return x.reshape(rows, 1, *kept), None
+            # Heads beside the positions, before or behind them: each position is several rows.
+            positions = [i for i, size in enumerate(lead) if size == int(self.cu_seqlens[-1])]
+            if len(positions) == 1:
+                several = rows // lead[positions[0]]
+                return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
+        elif self.n and (lead[0] if lead else 1) % self.n == 0:
+            return x.reshape(self.n, rows // self.n, *kept), None
+        raise Untied
+
+    def agree(self, sample: Tensor) -> bool:
+        """Return whether rows [*lead] are tied to the samples that they are known to be of; -1 fits any."""
+        try:
+            rows, cu = self.tie(sample, 0)
+        except Untied:
+            return False
+        owner = torch.arange(self.n, device=rows.device)
+        owner = owner[:, None] if cu is None else torch.repeat_interleave(owner, cu.diff().long().to(rows.device))
+        return bool(((rows == owner) | (rows == -1)).all())
+
+    def sum_parts(self, parts: Tensor) -> Tensor:
+        """Return [N, ...], the sums over the m parts of each sample in [N * m, ...]."""
+        if isinstance(self.layout, Rows):
+            return self._sum_scattered(parts, self.layout.sample)
+        if self.layout is None and len(parts) == self.n:
+            return parts
+        grid = self.layout or Grid()
+        if self.n == 0 or len(parts) % self.n or grid.dim:
+            raise Untied
+        return grid.split(parts[:, None], 2, self.n).sum(1)
+
+    def _sum_scattered(self, parts: Tensor, sample: Tensor) -> Tensor:
+        if len(sample) != len(parts):
+            raise Untied
+        each = sample.reshape(len(parts), -1)  # positions of an image
+        owner = each.amax(1) if each.shape[1] else each.new_zeros(len(parts))
+        if bool(((each != owner[:, None]) & (each >= 0)).any()):
+            raise Untied
+        return parts.new_zeros(self.n, *parts.shape[1:]).index_add_(0, owner.clamp(min=0), parts)
+
+
+def learn(sample: Tensor, samples: Samples) -> tuple[Layout | None, bool]:
+    """Return the layout of rows whose samples are known [*lead], and whether no other layout would fit them.
+
+    Layouts that are proven hold for later batches; `Rows` hold for these alone. None is the usual layout.
+    """
+    grids: list[Layout | None] = [None] if samples.agree(sample) else []
+    for dim, size in enumerate(sample.shape):
+        if size == 0 or size % samples.n:
+            continue
+        for cyclic in (False, True):
+            redundant = (cyclic and size == samples.n) or (dim == 0 and not cyclic and samples.cu_seqlens is None)
+            grid = Grid(dim, cyclic)
+            if not redundant and Samples(samples.n, None, grid).agree(sample):
+                grids.append(grid)
+    if len(grids) == 1:
+        return grids[0], len(sample[sample >= 0].unique()) > 1
+    if grids and grids[0] is None:
+        return None, False
+    return Rows(sample), False
