@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -51,6 +52,8 @@ class UseGuard(TorchFunctionMode):
     def _note(self, parameter: Any, result: Any) -> None:
         if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
             return  # its shape was asked for, say
+        if not torch.is_grad_enabled():
+            return  # a use that no gradient knows of: a module that is moved to the dtype that it has, say
         key = self._shard_of(parameter) if self.shards else id(parameter)
         modules = self.owners.get(key)
         if modules is not None and not any(self.active[m] > 0 for m in modules):

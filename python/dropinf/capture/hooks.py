@@ -28,6 +28,7 @@ from .samples import Layout, Rows, Samples, learn
 
 # What a use of a layer may raise where the module is not what its class says.
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
 Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
 
 
@@ -289,7 +290,10 @@ class Capture:
             current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
             out = _per_sample(out, n, one=out.shape[0] == 1)
+        mark = getattr(out, MARK, None)
         tapped = tap(current, Call(current, use, saved, version, signature), out, new=shared or out is x)
+        if mark is not None:
+            setattr(tapped, MARK, mark)
         return None if tapped is out and not shared else tapped
 
 

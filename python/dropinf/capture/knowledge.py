@@ -90,8 +90,7 @@ class Knowledge:
 
     def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
         """Return the hooked modules, with the plans of their weight and bias."""
-        exact = self.exact_names
-        by_parameter = {id(t.tensor): layers[n] for n, t in self.targets.items() if n not in exact}
+        by_parameter = {id(self.targets[n].tensor): layers[n] for n in self.ladder.on("hook")}
         uses = {}
         for full_name, module in self.model.named_modules():
             kind = module_kind(module)

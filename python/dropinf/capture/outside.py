@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hooks import Call, Pass, signature_of, tap
+from .hooks import MARK, Call, Pass, signature_of, tap
 from .layer import Layer
 from .modules import Use
 from .recorders import Recorder
@@ -24,7 +24,6 @@ from .samples import Grid, Samples, Untied
 # Whole gradients of one op that exist at once.
 CHUNK_BYTES = 1 << 26
 _DATA, _DERIVED = 1, 2  # what a tensor depends on: the batch, or tracked parameters alone
-_MARK = "_dropinf_of"
 _EXPANDS = {
     Tensor.expand,
     Tensor.expand_as,
@@ -49,13 +48,13 @@ _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 
 def mark_data(x: Tensor) -> None:
     """Say of a tensor that it depends on the batch."""
-    setattr(x, _MARK, _DATA)
+    setattr(x, MARK, _DATA)
 
 
 def unmark(x: Tensor) -> None:
     """Forget what a tensor depends on."""
-    if hasattr(x, _MARK):
-        delattr(x, _MARK)
+    if hasattr(x, MARK):
+        delattr(x, MARK)
 
 
 class Outside:
@@ -68,7 +67,7 @@ class Outside:
     def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a torch function of the model."""
         tensors = list(_tensors((args, tuple(kwargs.values()))))
-        kinds = [_DERIVED if id(t) in self.raw else getattr(t, _MARK, 0) for t in tensors]
+        kinds = [_DERIVED if id(t) in self.raw else getattr(t, MARK, 0) for t in tensors]
         derived = [t for t, kind in zip(tensors, kinds, strict=True) if kind == _DERIVED]
         if not derived:
             result = function(*args, **kwargs)
@@ -242,7 +241,7 @@ class OpCall(Call):
         """Map the op's backward over samples, each with its own rows of every argument that has the batch's."""
         tensors = list(_tensors((self.args, tuple(self.kwargs.values()))))
         rows = n * g.shape[1]
-        own = {id(t) for t in tensors if getattr(t, _MARK, 0) == _DATA and t.ndim and t.shape[0] in (rows, n)}
+        own = {id(t) for t in tensors if getattr(t, MARK, 0) == _DATA and t.ndim and t.shape[0] in (rows, n)}
         batched = [t.detach() for t in tensors if id(t) in own]
         places = [id(t) for t in tensors if id(t) in own]
         split = [t.reshape(n, t.shape[0] // n, *t.shape[1:])[first : first + len(g)] for t in batched]
@@ -301,5 +300,5 @@ def _marked(result: Any, kind: int) -> Any:
     """Return a result, its tensors marked; of parameters alone only where they have a gradient."""
     for t in _tensors(result if isinstance(result, list | tuple) else (result,)):
         if not isinstance(t, nn.Parameter) and (kind == _DATA or t.requires_grad):
-            setattr(t, _MARK, kind)
+            setattr(t, MARK, kind)
     return result

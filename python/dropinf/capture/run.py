@@ -148,10 +148,10 @@ class Run:
                 unmark(leaf)
 
     def _refresh_uses(self) -> None:
-        exact = self.known.exact_names
+        hooked = set(self.known.ladder.on("hook"))
         for use in self.hooked.capture.uses.values():
-            use.weight = None if use.weight is not None and use.weight.name in exact else use.weight
-            use.bias = None if use.bias is not None and use.bias.name in exact else use.bias
+            use.weight = use.weight if use.weight is not None and use.weight.name in hooked else None
+            use.bias = use.bias if use.bias is not None and use.bias.name in hooked else None
 
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():
