@@ -64,6 +64,7 @@ class Knowledge:
         self.audits: list[Audited] = []
         self.plans: dict[Any, Plan] = {}
         self.shared: set[Signature] = set()  # calls whose output all samples share
+        self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
         self._exact_gradients: ExactGradients | None = None  # of the last batch that had some

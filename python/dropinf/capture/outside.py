@@ -7,7 +7,7 @@ any other op, by the op's own backward mapped over samples; those go on to the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .direct import LOOKUPS, MATMULS, PRODUCTS, SUMS, direct
 from .hooks import MARK, Call, Pass, signature_of, tap
 from .layer import Layer
 from .modules import Use
@@ -33,17 +34,6 @@ _EXPANDS = {
     torch.tile,
     Tensor.tile,
 }
-_SUMS = {
-    torch.add: 1,
-    Tensor.add: 1,
-    Tensor.__add__: 1,
-    Tensor.__radd__: 1,
-    torch.sub: -1,
-    Tensor.sub: -1,
-    Tensor.__sub__: -1,
-}
-_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-_MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 
 
 def mark_data(x: Tensor) -> None:
@@ -58,10 +48,10 @@ def unmark(x: Tensor) -> None:
 
 
 class Outside:
-    """The ops of one forward. ``raw``: id of a parameter -> its layer."""
+    """The ops of one forward. ``raw``: id of a parameter -> its layer; ``constant``: captures guessed wrong before."""
 
-    def __init__(self, current: Pass, raw: Mapping[int, Layer]) -> None:
-        self.current, self.raw = current, raw
+    def __init__(self, current: Pass, raw: Mapping[int, Layer], constant: Collection[str]) -> None:
+        self.current, self.raw, self.constant = current, raw, constant
         self.unfit: set[str] = set()  # layers that are used in a way that no op here covers
 
     def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -72,15 +62,28 @@ class Outside:
         if not derived:
             result = function(*args, **kwargs)
             return _marked(result, _DATA) if _DATA in kinds else result
-        if _DATA in kinds:
+        # An expert picked by a number is of parameters alone, whatever the number depends on.
+        picked = function is Tensor.__getitem__ and not any(
+            t.ndim for t, kind in zip(tensors, kinds, strict=True) if kind == _DATA
+        )
+        if _DATA in kinds and not picked:
             return self._meeting(function, args, kwargs, derived)
         result = function(*args, **kwargs)
-        n = self.current.samples.n
-        if function in _EXPANDS and n > 1 and result.ndim and result.shape[0] == n:
-            x = derived[0]
-            if x.ndim < result.ndim or x.shape[0] == 1:
-                return self._tapped(result.detach(), function, args, kwargs, derived)
+        if isinstance(result, Tensor) and result.requires_grad and self._copies(function, tensors, derived[0], result):
+            tapped = self._tapped(result, function, args, kwargs, derived, guessed=True)
+            if tapped is not result:
+                return tapped
         return _marked(result, _DERIVED)
+
+    def _copies(self, function: Any, tensors: Sequence[Tensor], x: Tensor, result: Tensor) -> bool:
+        """Return whether an op of parameters alone seems to make a copy, or look up rows, for each sample."""
+        n, rows = self.current.samples.n, result.shape[0] if result.ndim else 1
+        if n == 1 or rows == 1 or rows % n:
+            return False
+        if function in LOOKUPS:
+            return any(t.ndim and len(t) == rows for t in tensors if t is not x)
+        elementwise = function in _EXPANDS or function in SUMS or function in PRODUCTS
+        return elementwise and (x.ndim < result.ndim or x.shape[0] == 1)
 
     def _meeting(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: list[Tensor]) -> Any:
         """Run an op of data and of what is derived from parameters, and tap its output."""
@@ -98,13 +101,23 @@ class Outside:
         return self._tapped(result, function, args, kwargs, derived)
 
     def _tapped(
-        self, result: Tensor, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: list[Tensor]
+        self,
+        result: Tensor,
+        function: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        derived: list[Tensor],
+        *,
+        guessed: bool = False,
     ) -> Tensor:
         layers = {layer.name: layer for t in derived for layer in self.layers_of(t)}
         if not layers:
             return result
         name = f"{'+'.join(sorted(layers))}@{getattr(function, '__name__', 'op')}"
-        use = OpUse(name, layers, self)
+        if guessed and name in self.constant:
+            return result
+        result = result.detach() if guessed else result
+        use = OpUse(name, layers, self, guessed=guessed)
         signature = signature_of(name, result, result, self.current.samples.n)
         call = OpCall(self.current, use, None, None, signature, function, tuple(args), dict(kwargs), derived)
         tapped = tap(self.current, call, result)
@@ -136,19 +149,19 @@ def _leaves(x: Tensor) -> list[Tensor]:
 class OpUse(Use):
     """The capture of parameters at one op."""
 
-    def __init__(self, name: str, layers: Mapping[str, Layer], outside: Outside) -> None:
+    def __init__(self, name: str, layers: Mapping[str, Layer], outside: Outside, *, guessed: bool) -> None:
         super().__init__(name, nn.Module(), None, None)
-        self.layers, self.outside = dict(layers), outside
+        self.layers, self.outside, self.guessed = dict(layers), outside, guessed
 
     @property
     def plans(self) -> list[Layer]:
         return list(self.layers.values())
 
     def rows(self, g: Tensor) -> Tensor:
-        return g.reshape(len(g) if g.ndim else 1, -1)
+        return g if g.ndim > 1 else g.reshape(-1, 1)
 
     def scaled(self, g: Tensor, factor: Tensor) -> Tensor:
-        return g * factor.view(-1, *[1] * (g.ndim - 1)) if g.ndim else g * factor
+        return g * factor[..., None] if g.ndim > 1 else g * factor.view(g.shape)
 
 
 @dataclass
@@ -167,23 +180,34 @@ class OpCall(Call):
         """Hand the per-sample gradients of each parameter to a recorder, sketched."""
         if any(t._version != version for t, version in self.versions):
             raise RuntimeError("an input of its op was modified in place afterwards; use an out-of-place operation")
-        if samples.layout not in (None, Grid()) or samples.cu_seqlens is not None:
-            raise Untied("its op does not have the samples in its leading dimension")
+        assert isinstance(self.use, OpUse)
+        for d in {id(t): t for t in self.derived}.values():
+            layer = self._source(d)
+            c = None if layer is None else direct(self.function, self.args, self.kwargs, d, layer, g, samples)
+            found = [(layer, c)] if layer is not None and c is not None else self._by_samples(d, g, samples)
+            for of, rows in found:
+                into.emit_part(of, rows)
+
+    def _source(self, d: Tensor) -> Layer | None:
+        """Return the layer whose parameter ``d`` is, or is a view of."""
+        assert isinstance(self.use, OpUse)
+        return self.use.outside.raw.get(id(d if d._base is None else d._base))
+
+    def _by_samples(self, d: Tensor, g: Tensor, samples: Samples) -> list[tuple[Layer, Tensor]]:
+        """Return each layer that ``d`` is derived from, with its gradients, formed whole for some samples at a time."""
         n = samples.n
-        if not g.ndim or len(g) % n:
+        if samples.layout not in (None, Grid()) or samples.cu_seqlens is not None or not g.ndim or len(g) % n:
             raise Untied("its op does not have the samples in its leading dimension")
         parts = g.reshape(n, len(g) // n, *g.shape[1:])
-        for d in {id(t): t for t in self.derived}.values():
-            size = max(1, d.numel() * 4)
-            step = max(1, CHUNK_BYTES // size)
-            pieces: dict[str, list[Tensor]] = {}
-            for first in range(0, n, step):
-                whole = self._whole(d, parts[first : first + step], first, n)
-                for layer, rows in self._to_parameters(d, whole):
-                    pieces.setdefault(layer.name, []).append(layer.compress_exact(rows))
-            assert isinstance(self.use, OpUse)
-            for name, found in pieces.items():
-                into.emit_part(self.use.layers[name], torch.cat(found))
+        step = max(1, CHUNK_BYTES // max(1, d.numel() * 4))
+        pieces: dict[str, list[Tensor]] = {}
+        layers: dict[str, Layer] = {}
+        for first in range(0, n, step):
+            whole = self._whole(d, parts[first : first + step], first, n)
+            for layer, rows in self._to_parameters(d, whole):
+                layers[layer.name] = layer
+                pieces.setdefault(layer.name, []).append(layer.compress_exact(rows))
+        return [(layers[name], torch.cat(rows)) for name, rows in pieces.items()]
 
     def _to_parameters(self, d: Tensor, whole: Tensor) -> Iterator[tuple[Layer, Tensor]]:
         """Yield each layer that ``d`` is derived from, with its per-sample gradients."""
@@ -209,10 +233,10 @@ class OpCall(Call):
         """Return the gradients [len(g), *d.shape] of samples from ``first`` on; g [samples, parts, *out.shape[1:]]."""
         wide = torch.promote_types(g.dtype, torch.float32)
         others = [t for t in _tensors(self.args) if t is not d]
-        if self.function in _SUMS and not self.kwargs and len(others) <= 1:
-            sign = _SUMS[self.function] if self.args and len(self.args) > 1 and self.args[1] is d else 1
+        if self.function in SUMS and not self.kwargs and len(others) <= 1:
+            sign = SUMS[self.function] if self.args and len(self.args) > 1 and self.args[1] is d else 1
             return _reduced(g.to(wide) * sign if sign != 1 else g.to(wide), d)
-        if self.function in _PRODUCTS and len(others) == 1:
+        if self.function in PRODUCTS and len(others) == 1:
             other = others[0]
             same = other.ndim == g.ndim - 1 and other.shape[0] == n * g.shape[1]
             if same:
@@ -220,7 +244,7 @@ class OpCall(Call):
                 return _reduced(g.to(wide) * other, d)
         if self.function is F.linear and d.ndim == 2 and self.args[1] is d and self._is_plain_input(0, g, n):
             return self._outer(g, self._input(0, g, first, n), wide)
-        if self.function in _MATMULS and d.ndim == 2 and self.args[1] is d and self._is_plain_input(0, g, n):
+        if self.function in MATMULS and d.ndim == 2 and self.args[1] is d and self._is_plain_input(0, g, n):
             return self._outer(self._input(0, g, first, n), g, wide)
         return self._mapped(d, g, first, n)
 
@@ -240,8 +264,8 @@ class OpCall(Call):
     def _mapped(self, d: Tensor, g: Tensor, first: int, n: int) -> Tensor:
         """Map the op's backward over samples, each with its own rows of every argument that has the batch's."""
         tensors = list(_tensors((self.args, tuple(self.kwargs.values()))))
-        rows = n * g.shape[1]
-        own = {id(t) for t in tensors if getattr(t, MARK, 0) == _DATA and t.ndim and t.shape[0] in (rows, n)}
+        rows, derived = n * g.shape[1], {id(t) for t in self.derived}
+        own = {id(t) for t in tensors if t.ndim and id(t) not in derived and _is_rows(t, rows, n)}
         batched = [t.detach() for t in tensors if id(t) in own]
         places = [id(t) for t in tensors if id(t) in own]
         split = [t.reshape(n, t.shape[0] // n, *t.shape[1:])[first : first + len(g)] for t in batched]
@@ -264,6 +288,11 @@ class OpCall(Call):
         if not split:
             return torch.func.vmap(lambda g_n: one([], g_n))(g)
         return torch.func.vmap(one)(split, g)
+
+
+def _is_rows(t: Tensor, rows: int, n: int) -> bool:
+    """Return whether an argument has a row for each of the output's, or data a row for each sample."""
+    return t.shape[0] == rows or (t.shape[0] == n and getattr(t, MARK, 0) == _DATA)
 
 
 def _reduced(g: Tensor, d: Tensor) -> Tensor:

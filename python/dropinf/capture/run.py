@@ -26,7 +26,7 @@ from .knowledge import Knowledge, Plan
 from .ladder import RUNGS, AttributionError, Rung
 from .layer import Layer
 from .moments import NotFinite
-from .outside import Outside, mark_data, unmark
+from .outside import OpUse, Outside, mark_data, unmark
 from .preserved import Attributes, Flags, RandomState, Start, gradients_taken
 from .proof import Proof
 from .recorders import Recorder
@@ -119,7 +119,7 @@ class Run:
         """Return what captures parameters at the ops that use them, if there are such parameters."""
         names = [] if self.hooked.probe is not None else self.known.ladder.on("op")
         raw = {id(self.known.targets[n].tensor): self.hooked.layers[n] for n in names}
-        return Outside(current, raw) if raw else None
+        return Outside(current, raw, self.known.constant) if raw else None
 
     @contextlib.contextmanager
     def _flags(self, outside: Outside | None = None) -> Iterator[None]:
@@ -243,6 +243,10 @@ class Run:
             return
         names = {signature[0] for signature in current.several.values()}
         ops = [current.uses[n] for n in sorted(names) if n not in self.hooked.capture.uses]
+        guessed = {use.name for use in ops if isinstance(use, OpUse) and use.guessed}
+        if guessed:
+            self.known.constant |= guessed  # what they make serves all samples
+            raise _Again
         if ops:
             self._lower([p.name for use in ops for p in use.plans], "its op's rows belong to several samples")
         modules = {name: self.hooked.capture.uses[name].module for name in sorted(names)}
