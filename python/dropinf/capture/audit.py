@@ -48,10 +48,10 @@ class Expected:
         """Return the relative error of each layer that has a gradient. ``dtype``: the coarsest it is computed in."""
         apart, size = {}, {}
         for name, c in store.items():
-            rows = c.flatten(1)
-            r = self.r.to(rows)
+            r = self.r.to(c)
+            rows = c.flatten(1) * r[:, None]
             want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
-            apart[name] = float(torch.linalg.vector_norm(r @ rows - want))
+            apart[name] = float(torch.linalg.vector_norm(rows.sum(0) - want))
             size[name] = math.hypot(float(torch.linalg.vector_norm(rows)), float(torch.linalg.vector_norm(want)))
         floor = FLOOR[dtype] * max(size.values(), default=0.0)
         return {name: apart[name] / (size[name] + floor) for name in store if size[name]}
@@ -70,31 +70,44 @@ def expected(
     layers: Mapping[str, Layer],
     tensors: Mapping[str, Tensor],
     flags: Flags,
+    sizes: Tensor | None = None,
 ) -> Expected:
-    """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once."""
+    """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once.
+
+    ``sizes`` [N]: the norms of the rows to compare with. A sample's weight is then the larger the smaller its row.
+    """
     sketches: dict[str, Tensor] = {}
 
     def sketch(layer: Layer, g: Tensor) -> None:
-        g = g.to_dense() if g.is_sparse else g
-        wide = g.to(torch.promote_types(g.dtype, torch.float32))
-        sketches[layer.name] = layer.compress_exact(wide[None])[0]
+        c, before = sketched(layer, g.to_dense() if g.is_sparse else g), sketches.get(layer.name)
+        sketches[layer.name] = c if before is None else before + c  # a reentrant checkpoint finishes a gradient each
 
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model, take):
         losses = losses_of()
-        r = _weights(losses)
+        r = _weights(losses, sizes)
         if losses.requires_grad:
             losses.backward(r)
     return Expected(r, sketches, losses.detach())
 
 
-def _weights(losses: Tensor) -> Tensor:
-    """Return random weights [N] of either sign, from .5 to 1.5; the same for as many samples."""
+def sketched(layer: Layer, g: Tensor) -> Tensor:
+    """Return the sketch of one gradient [*shape], axis by axis: not by the look-up that whole gradients take."""
+    matrix = layer.as_matrix(g.to(torch.promote_types(g.dtype, torch.float32))[None])[0]
+    if layer.in_axis is None:
+        return layer.out_axis.apply(matrix.reshape(-1))
+    return layer.out_axis.apply(layer.in_axis.apply(matrix).mT).mT
+
+
+def _weights(losses: Tensor, sizes: Tensor | None) -> Tensor:
+    """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same."""
     generator = torch.Generator().manual_seed(len(losses))
-    r = (torch.rand(len(losses), generator=generator) + 0.5) * (
-        torch.randint(0, 2, (len(losses),), generator=generator) * 2 - 1
-    )
-    return r.to(losses)
+    signs = torch.randint(0, 2, (len(losses),), generator=generator) * 2 - 1
+    r = ((torch.rand(len(losses), generator=generator) + 0.5) * signs).to(losses)
+    if sizes is None or not bool(sizes.max() > 0):
+        return r
+    sizes = sizes.to(losses) / sizes.max()
+    return r / sizes.clamp(min=torch.finfo(losses.dtype).eps ** 0.5)
 
 
 def is_due(batch: int) -> bool:

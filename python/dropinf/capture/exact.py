@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,8 +116,12 @@ class ExactGradients:
     def _gradients(self, value: Tensor, wanted: Mapping[str, Tensor], *, retain: bool) -> Gradients:
         """Return the gradients of an ordinary backward; autograd.grad would refuse reentrant checkpoints."""
         found: Gradients = {}
-        take = {p: lambda g, name=name: found.__setitem__(name, g.to_dense() if g.is_sparse else g)
-                for name, p in wanted.items()}  # fmt: skip
+
+        def add(name: str, g: Tensor) -> None:
+            g = g.to_dense() if g.is_sparse else g
+            found[name] = found[name] + g if name in found else g  # a reentrant checkpoint finishes a gradient each
+
+        take = {p: partial(add, name) for name, p in wanted.items()}
         if value.requires_grad:
             with gradients_taken(self.model, take):
                 value.backward(retain_graph=retain)

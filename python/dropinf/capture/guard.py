@@ -36,6 +36,7 @@ class UseGuard(TorchFunctionMode):
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.movement.pass_by(func)
         if func in MOVERS:
             self.movement.note(func, args, kwargs or {})
         if self.outside is not None:

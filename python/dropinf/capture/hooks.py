@@ -76,6 +76,7 @@ class Pass:
     dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
+    _together: bool = False
     _take: Callable[[Call, Key, Tensor], None] | None = None
     _surprises: list[Tensor] = field(default_factory=list)
 
@@ -122,8 +123,12 @@ class Pass:
         if self._surprises and bool(torch.stack(self._surprises).any()):
             self.unproven |= self.blank
 
-    def coloured_backward(self, losses: Tensor) -> None:
-        """Backpropagate all losses into the recorder, by layouts that are found on the way."""
+    def coloured_backward(self, losses: Tensor, *, follow: bool) -> None:
+        """Backpropagate all losses into the recorder, by layouts that are found on the way.
+
+        ``follow``: layouts follow the data, so rows are taken from the last pass, and scaled back.
+        """
+        self._together = follow and not self.narrow  # float16's powers would cost digits
         colours = Colours(self.samples.n, narrow=self.narrow)
         self.layouts, self.proven, self.blank = {}, set(), set()
         self._run(
@@ -132,8 +137,8 @@ class Pass:
         for digit in range(colours.passes):
             last = digit == colours.passes - 1
             take = partial(self._read, colours, digit, last)
-            self._run(losses, colours.weights(losses, digit), take, retain=self.narrow or not last)
-        if self.narrow and not self.several and not self.failed:  # its powers would cost it digits
+            self._run(losses, colours.weights(losses, digit), take, retain=not last or not self._together)
+        if not self._together and not self.several and not self.failed:
             self._run(losses, torch.ones_like(losses), None)
 
     def rows_of(self, losses: Tensor, weights: Tensor, name: str) -> list[Tensor]:
@@ -183,7 +188,7 @@ class Pass:
             self.proven.add(key)
         else:
             (self.open if bool((sample >= 0).any()) else self.blank).add(key)
-        if not self.narrow:
+        if self._together:
             call.record(self.recorder, call.use.scaled(g, colours.rows[key].scale), self._tied(key))
 
     def _tied(self, key: Key) -> Samples:

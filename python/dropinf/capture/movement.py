@@ -33,7 +33,6 @@ def _mover(*names: str, dim: int | None = None, default: int = 0, unknowable: bo
     return Mover(dim, names, default, unknowable)
 
 
-_ALONG = _mover("input", "dim", dim=1)
 _BY_NAME: dict[str, Mover] = {
     **dict.fromkeys(
         ("index_select", "gather", "index_fill", "index_reduce", "index_add", "index_copy", "scatter", "scatter_add",
@@ -54,6 +53,7 @@ _BY_NAME: dict[str, Mover] = {
     "tensor_split": _mover("input", "indices_or_sections", "dim", dim=2),
     "unbind": _mover("input", "dim", dim=1, unknowable=True),
 }  # fmt: skip
+_TURNS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis")
 # Functions that mix rows by a matrix -> the place of that matrix among their tensors; None: any.
 _PRODUCTS = {"matmul": 0, "mm": 0, "einsum": None, "addmm": 1, "__matmul__": 0, "__rmatmul__": 1, "tensordot": None}
 
@@ -75,6 +75,7 @@ def _functions() -> dict[Any, Mover | Product | str]:
         for owner in (torch, Tensor):
             if hasattr(owner, name):
                 found[getattr(owner, name)] = Product(place)
+    found |= {getattr(owner, name): "turn" for owner in (torch, Tensor) for name in _TURNS}
     found |= {torch.sparse.mm: Product(0), F.embedding: "lookup", F.embedding_bag: "lookup"}
     found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
@@ -89,6 +90,7 @@ class Movement:
     def __init__(self, n: int | None) -> None:
         self.n, self.unknowable = n, False
         self._static: list[str] = []
+        self._path = 0  # of all functions, which differ where the data decides what runs
         self._digests: list[Tensor] = []  # pairs: of the index, and of the one that moves nothing
 
     def fingerprint(self) -> tuple[Any, ...] | None:
@@ -97,7 +99,11 @@ class Movement:
             return None
         found = torch.stack([d.cpu() for d in self._digests]).tolist() if self._digests else []
         moved = [(i, a) for i, (a, b) in enumerate(zip(found[::2], found[1::2], strict=True)) if a != b]
-        return (*self._static, *moved)
+        return (self._path, *self._static, *moved)
+
+    def pass_by(self, function: Any) -> None:
+        """Note that a function runs."""
+        self._path = hash((self._path, function))
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take a call of one of `MOVERS`."""
@@ -115,6 +121,8 @@ class Movement:
         elif kind == "lookup":
             if len(tensors) > 1 and not isinstance(tensors[1], nn.Parameter):
                 self._data(tensors[0])
+        elif kind == "turn":
+            self._static.append(f"{getattr(function, '__name__', '')}{args[1:]}{dict(kwargs)}")
         elif isinstance(kind, Mover):
             self._along(function, kind, args, kwargs)
 

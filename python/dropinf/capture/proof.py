@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -36,12 +36,16 @@ class Proof:
             return "new look"
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
-    def expect(self, losses_of: Callable[[], Tensor]) -> Expected:
-        """Return what the batch's rows must sum to, from the model as its user has it."""
+    def expect(self, losses_of: Callable[[], Tensor], store: Mapping[str, Tensor] | None = None) -> Expected:
+        """Return what the batch's rows must sum to, from the model as its user has it.
+
+        ``store``: rows to compare with. Samples are weighted so that a small one's counts as much as a large one's.
+        """
         if self._expected is None:
             self.start.restore()
             parameters = {name: self.known.targets[name].tensor for name in self.layers}
-            self._expected = expected(self.known.model, losses_of, self.layers, parameters, self.flags)
+            sizes = None if store is None else _norms([store[name] for name in self.layers])
+            self._expected = expected(self.known.model, losses_of, self.layers, parameters, self.flags, sizes)
             self.start.restore()
         return self._expected
 
@@ -61,6 +65,12 @@ class Proof:
         if not wrong:
             known.audits.append(Audited(self.place, why, errors))
         return wrong
+
+
+def _norms(rows: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each sample's rows of all layers, [N]."""
+    squares = [c.flatten(1).double().square().sum(1).cpu() for c in rows]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _has_gradient(parameter: Tensor) -> bool:

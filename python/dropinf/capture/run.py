@@ -75,8 +75,6 @@ class Run:
 
     def result(self) -> tuple[dict[str, Tensor], int]:
         """Return what the recorder made of the batch, and the number of its samples."""
-        if not self.known.plans and self.known.audit != "never" and self.hooked.probe is None:
-            self.proof.expect(self._plain_losses)
         while True:
             try:
                 found = self._attempt()
@@ -190,7 +188,7 @@ class Run:
             )
         moved = movement is None or (plan is not None and movement not in plan.movements)
         if self.n > 1 and (self.colour or plan is None or plan.follow or moved):
-            current.coloured_backward(losses)
+            current.coloured_backward(losses, follow=plan is not None and plan.follow)
             self._lower_failed(current)
             self._resolve_several(current)
         else:
@@ -343,7 +341,7 @@ class Run:
 
     def _audit(self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, look: Any, why: str) -> None:
         """Compare the batch's rows with plain autograd. Where they differ, change what is known and run again."""
-        want = self.proof.expect(self._plain_losses)
+        want = self.proof.expect(self._plain_losses, store)
         wrong = self.proof.wrong(store, losses, current.dtypes, why, want)
         if wrong:
             self._fall(wrong, look)

@@ -1,0 +1,169 @@
+"""Sketched gradients of a parameter straight from the rows of the op that used it, whole gradients never formed.
+
+It works where each stored value is one entry of the gradient, and the op used the parameter itself or a view of it (an
+expert of a fused tensor, a transpose, a chunk): the kept entries are looked up in the view. Rows may be of any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dropinf_kernels as ops
+
+from .layer import Layer
+from .samples import Rows, Samples
+
+SUMS = {
+    torch.add: 1, Tensor.add: 1, Tensor.__add__: 1, Tensor.__radd__: 1,
+    torch.sub: -1, Tensor.sub: -1, Tensor.__sub__: -1,
+}  # fmt: skip
+PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+LOOKUPS = {F.embedding, Tensor.__getitem__}
+
+
+def direct(
+    function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tensor, layer: Layer, g: Tensor, samples: Samples
+) -> Tensor | None:
+    """Return the sketched gradients [N, *stored_shape] of ``layer`` through one op, or None where this cannot tell.
+
+    ``d`` is the tensor, of ``args``, that is the layer's parameter or a view of it; g [*lead, d_out] the op's gradient.
+    """
+    if not layer.is_gather or not g.ndim:
+        return None
+    handler = _handler(function, args, kwargs, d)
+    if handler is None:
+        return None
+    places = _places(layer.entries.to(d.device), d)
+    if places is None:
+        return None
+    stored, index = places
+    if not len(stored):
+        return g.new_zeros(samples.n, *layer.stored_shape, dtype=torch.promote_types(g.dtype, torch.float32))
+    values = handler(args, kwargs, d, g, samples, index)
+    if values is None:
+        return None
+    out = values.new_zeros(samples.n, layer.entries.numel())
+    out[:, stored] = values
+    return out.view(samples.n, *layer.stored_shape)
+
+
+def _places(entries: Tensor, d: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+    """Return which of the stored entries lie in a view of a contiguous parameter, and where: an index for each dim."""
+    base = d if d._base is None else d._base
+    if not base.is_contiguous():
+        return None
+    rest = entries - (d.storage_offset() - base.storage_offset())  # type: ignore[operator]
+    inside, index = rest >= 0, [torch.zeros_like(rest)] * d.ndim
+    for dim in sorted(range(d.ndim), key=d.stride, reverse=True):
+        size, stride = d.shape[dim], d.stride(dim)
+        if size == 1:
+            continue
+        if stride == 0:
+            return None
+        index[dim] = rest // stride
+        inside &= index[dim] < size
+        rest = rest % stride
+    inside &= rest == 0
+    stored = inside.nonzero().flatten()
+    return stored, [i[stored].to(torch.int32) for i in index]
+
+
+Handler = Callable[[Sequence[Any], dict[str, Any], Tensor, Tensor, Samples, list[Tensor]], Tensor | None]
+
+
+def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tensor) -> Handler | None:
+    if function is F.linear and len(args) > 1:
+        return _linear if args[1] is d else _bias
+    if function in MATMULS and not kwargs and args[1] is d and d.ndim == 2:
+        return _matmul
+    if function in LOOKUPS and d.ndim == 2:
+        return _lookup
+    if function in SUMS or function in PRODUCTS:
+        return None if kwargs else _elementwise(function)
+    return _grouped if "grouped_mm" in getattr(function, "__name__", "") and d.ndim == 3 else None
+
+
+def _linear(
+    args: Sequence[Any], _kw: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+) -> Tensor | None:
+    (a, cu), (g, _) = samples.tie(args[0].detach()), samples.tie(g)
+    return ops.compress_flat(a, g, index[0], index[1], cu)
+
+
+def _bias(
+    _args: Sequence[Any], _kw: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+) -> Tensor | None:
+    g, cu = samples.tie(g)
+    return ops.compress_norm(None, g, index[0][None], cu_seqlens=cu)
+
+
+def _matmul(
+    args: Sequence[Any], _kw: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+) -> Tensor | None:
+    if args[0].ndim < 2:
+        return None
+    (a, cu), (g, _) = samples.tie(args[0].detach()), samples.tie(g)
+    return ops.compress_flat(a, g, index[1], index[0], cu)
+
+
+def _lookup(
+    args: Sequence[Any], kwargs: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+) -> Tensor | None:
+    ids = args[1] if args[0] is d else args[0]
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.shape != g.shape[:-1]:
+        return None
+    padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+    if padding is not None:
+        g = g.masked_fill((ids == padding % len(d))[..., None], 0)
+    (rows, cu), (g, _) = samples.tie(ids % len(d), 0), samples.tie(g)
+    return ops.compress_flat(rows, g, index[1], index[0], cu)
+
+
+def _elementwise(function: Any) -> Handler:
+    def handler(
+        args: Sequence[Any], _kw: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+    ) -> Tensor | None:
+        first = next((i for i, size in enumerate(d.shape) if size != 1), d.ndim)
+        features = d.ndim - first  # d is broadcast along all other dimensions of the output
+        if not features or g.ndim <= features or g.shape[g.ndim - features :] != d.shape[first:]:
+            return None
+        column = index[first].long()
+        for i in range(first + 1, d.ndim):
+            column = column * d.shape[i] + index[i]
+        other = args[0] if args[1] is d else args[1]
+        a = None
+        if function in PRODUCTS:
+            if not isinstance(other, Tensor) or other.shape != g.shape:
+                return None
+            a = samples.tie(other.detach().flatten(g.ndim - features))[0]
+        g, cu = samples.tie(g.flatten(g.ndim - features))
+        values = ops.compress_norm(a, g, column[None].to(torch.int32), cu_seqlens=cu)
+        return -values if SUMS.get(function) == -1 and args[1] is d else values
+
+    return handler
+
+
+def _grouped(
+    args: Sequence[Any], kwargs: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+) -> Tensor | None:
+    """Handle x [S, d_in] in groups of rows, each with its own matrix d[e] [d_in, d_out]."""
+    offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
+    if args[0].ndim != 2 or offsets is None or not (isinstance(samples.layout, Rows) or samples.n == 1):
+        return None
+    out = g.new_zeros(samples.n, len(index[0]), dtype=torch.promote_types(g.dtype, torch.float32))
+    first = 0
+    for e, last in enumerate(offsets.tolist()):
+        kept = (index[0] == e).nonzero().flatten()
+        if last > first and len(kept):
+            layout = Rows(samples.layout.sample[first:last]) if isinstance(samples.layout, Rows) else None
+            group = Samples(samples.n, None, layout)
+            (a, cu), (part, _) = group.tie(args[0][first:last].detach()), group.tie(g[first:last])
+            out[:, kept] = ops.compress_flat(a, part, index[2][kept], index[1][kept], cu)
+        first = last
+    return out
