@@ -7,6 +7,7 @@ has powers are named digit by digit, by one more pass each. A row with two colou
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -18,15 +19,24 @@ Key = tuple[str, int]  # a module, and which of its gradients in a backward
 
 
 @dataclass
-class _Row:
-    """Of each row of one gradient: where it is largest, its value there, and the sum of its magnitudes."""
+class _Rows:
+    """Of the rows of one gradient: two random projections of each, [rows, 2], which scale as the row does."""
 
-    place: Tensor
-    value: Tensor
-    total: Tensor
+    seen: Tensor
     lead: torch.Size
     sample: Tensor
     scale: Tensor = field(default_factory=lambda: torch.ones(()))  # of the last pass
+
+
+@functools.lru_cache(256)
+def _directions(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(d, 2, generator=torch.Generator().manual_seed(d)).to(device, dtype)
+
+
+def _projected(rows: Tensor) -> Tensor:
+    """Return two projections of each row; where a row is multiplied by a power of two, so are they, exactly."""
+    rows = rows.float() if rows.dtype == torch.float16 else rows
+    return rows @ _directions(rows.shape[1], rows.dtype, rows.device)
 
 
 class Colours:
@@ -35,7 +45,7 @@ class Colours:
     def __init__(self, n: int, *, narrow: bool) -> None:
         self.n, self.base = n, 8 if narrow else 64
         self.passes = max(1, math.ceil(math.log(n, self.base) - 1e-9))
-        self.rows: dict[Key, _Row] = {}
+        self.rows: dict[Key, _Rows] = {}
 
     def weights(self, losses: Tensor, digit: int) -> Tensor:
         """Return the losses' weights [N] of one pass."""
@@ -44,33 +54,23 @@ class Colours:
 
     def sign(self, key: Key, g: Tensor) -> None:
         """Take a gradient [*lead, d] of all losses with weight one."""
-        rows = g.reshape(-1, g.shape[-1])
-        size = rows.abs()
-        total, place = size.sum(1), size.argmax(1, keepdim=True) if rows.numel() else size.new_zeros(len(rows), 1)
-        value = rows.gather(1, place.long())[:, 0] if rows.shape[1] else total
-        known = (total > 0) & total.isfinite() & value.isfinite()
-        sample = torch.where(known, 0, NONE)
-        self.rows[key] = _Row(place.long(), value, total, g.shape[:-1], sample)
+        seen = _projected(g.reshape(-1, g.shape[-1]))
+        known = (seen.isfinite() & (seen != 0)).all(1)
+        self.rows[key] = _Rows(seen, g.shape[:-1], torch.where(known, 0, NONE))
 
     def read(self, key: Key, g: Tensor, digit: int) -> None:
         """Take the same gradient of the losses with the weights of a digit."""
         row = self.rows[key]
-        rows = g.reshape(-1, g.shape[-1])
-        if not rows.numel():
-            return
         known = row.sample != NONE
-        value = torch.where(known, rows.gather(1, row.place)[:, 0] / torch.where(known, row.value, 1), 1)
-        total = torch.where(known, rows.abs().sum(1) / torch.where(known, row.total, 1), 1)
-        power = value.abs().double().log2().round()
+        ratio = torch.where(known[:, None], _projected(g.reshape(-1, g.shape[-1])) / row.seen, 1)
+        power = ratio[:, :1].abs().log2().round()
         exact = torch.exp2(power)
-        slack = 1e-3 * exact
-        same = (value - exact).abs() <= slack
-        same &= (total - exact).abs() <= slack
-        same &= (power >= 0) & (power < self.base)
-        sample = row.sample + power.long() * self.base**digit
-        several = known & (~same | (row.sample == SEVERAL) | (sample >= self.n))
-        row.sample = torch.where(known, torch.where(several, SEVERAL, sample), NONE)
-        row.scale = torch.where(known & ~several, 1 / exact, 1).to(g.dtype).view(row.lead)
+        same = ((ratio - exact).abs() <= 1e-3 * exact).all(1)
+        power, exact = power[:, 0].long(), exact[:, 0]
+        sample = row.sample + power * self.base**digit
+        fits = same & (power >= 0) & (power < self.base) & (sample < self.n) & (row.sample != SEVERAL)
+        row.sample = torch.where(known, torch.where(fits, sample, SEVERAL), NONE)
+        row.scale = torch.where(known & fits, 1 / exact, 1).to(g.dtype).view(row.lead)
 
     def samples(self, key: Key) -> Tensor:
         """Return the sample of each row [*lead]; NONE where it has no gradient, SEVERAL where it has more than one."""

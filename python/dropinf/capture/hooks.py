@@ -62,6 +62,7 @@ class Pass:
     recorder: Recorder
     samples: Samples
     anchor: Tensor
+    scales: set[str] = field(default_factory=set)  # norms that were seen to do what their class says
     layouts: dict[Key, Layout] = field(default_factory=dict)
     proven: set[Key] = field(default_factory=set)
     blank: set[Key] = field(default_factory=set)
@@ -90,8 +91,10 @@ class Pass:
         """Return what one call of a module keeps for backward."""
         try:
             saved = self.recorder.save(use, x, out)
-            if isinstance(use, NormUse) and use.name not in self.failed and not use.is_scale_of(x, out):
-                self.failed[use.name] = "it does not scale what it normalises by its weight"
+            if isinstance(use, NormUse) and use.name not in self.scales:
+                if not use.is_scale_of(x, out):
+                    raise ValueError("it does not scale what it normalises by its weight")
+                self.scales.add(use.name)
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:

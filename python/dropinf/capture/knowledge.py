@@ -64,6 +64,7 @@ class Knowledge:
         self.audits: list[Audited] = []
         self.plans: dict[Any, Plan] = {}
         self.shared: set[Signature] = set()  # calls whose output all samples share
+        self.scales: set[str] = set()  # norms that were seen to do what their class says
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else

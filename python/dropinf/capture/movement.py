@@ -129,12 +129,14 @@ class Movement:
     def _along(self, function: Any, mover: Mover, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         named = dict(zip(mover.names, args, strict=False)) | dict(kwargs)
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        dim: Any = 0
         if mover.dim is not None:
             dim = named.get(mover.names[mover.dim], mover.default)
             if not isinstance(dim, int) or not self._holds_samples(x, dim):
                 return
         if mover.unknowable:
-            self.unknowable |= self.n != 1
+            size = x.shape[dim] if x.ndim else 1
+            self.unknowable |= self.n != 1 and (not self.n or size % self.n == 0)
             return
         rest = [v for v in (*args[1:], *kwargs.values()) if not (isinstance(v, Tensor) and v.is_floating_point())]
         self._static.append(f"{getattr(function, '__name__', '')}{self._plain(rest)}")

@@ -67,6 +67,7 @@ class Run:
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
         self.start = Start(self.model, hooked.attributes)
+        self.begun = False
         self.colour = False  # whether layouts must be found anew
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
         self.first_losses: Tensor | None = None
@@ -92,10 +93,12 @@ class Run:
     def _attempt(self) -> tuple[dict[str, Tensor], int]:
         known, capture = self.known, self.hooked.capture
         self._refresh_uses()
-        self.start.restore()
+        if self.begun:
+            self.start.restore()
+        self.begun = True
         sharded.reshard(self.model)
         anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
-        current = Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor)
+        current = Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, known.scales)
         outside = self._outside(current)
         guard = watch(capture, [t.tensor for t in known.targets.values()], self.n, outside)
         began = time.perf_counter()
@@ -277,7 +280,7 @@ class Run:
         """Return two samples whose losses both depend on one row of a module's output."""
         self.start.restore()
         anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
-        current = Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor)
+        current = Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, self.known.scales)
         with self.hooked.capture.running(current), self._flags():
             return meeting(current, self._losses(), name)
 

@@ -127,7 +127,10 @@ def learn(sample: Tensor, samples: Samples) -> tuple[Layout | None, bool]:
 
     Layouts that are proven hold for later batches; `Rows` hold for these alone. None is the usual layout.
     """
+    several = len(sample[sample >= 0].unique()) > 1
     grids: list[Layout | None] = [None] if samples.agree(sample) else []
+    if grids and samples.cu_seqlens is not None:
+        return None, several  # as the user says
     for dim, size in enumerate(sample.shape):
         if size == 0 or size % samples.n:
             continue
@@ -137,7 +140,7 @@ def learn(sample: Tensor, samples: Samples) -> tuple[Layout | None, bool]:
             if not redundant and Samples(samples.n, None, grid).agree(sample):
                 grids.append(grid)
     if len(grids) == 1:
-        return grids[0], len(sample[sample >= 0].unique()) > 1
+        return grids[0], several
     if grids and grids[0] is None:
         return None, False
     return Rows(sample), False
