@@ -152,7 +152,7 @@ def _elementwise(function: Any) -> Handler:
 def _grouped(
     args: Sequence[Any], kwargs: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
 ) -> Tensor | None:
-    """Handle x [S, d_in] in groups of rows, each with its own matrix d[e] [d_in, d_out]."""
+    """Return the kept entries through x [S, d_in] in groups of rows, each with its own matrix d[e] [d_in, d_out]."""
     offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
     if args[0].ndim != 2 or offsets is None or not (isinstance(samples.layout, Rows) or samples.n == 1):
         return None

@@ -102,7 +102,7 @@ class Movement:
         return (self._path, *self._static, *moved)
 
     def pass_by(self, function: Any) -> None:
-        """Note that a function runs."""
+        """Add a function that runs to the path."""
         self._path = hash((self._path, function))
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
