@@ -1,0 +1,420 @@
+"""Users' hooks, forwards of an instance, classes with borrowed names, flags that a forward reads, and caches of weights."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.capture.right_or_refused import Cases, check, doubles, mlp, points, runs, squares  # noqa: F401
+
+CASES = Cases()
+TOKENS = [torch.randint(0, 7, (n, 5)) for n in (4, 4, 5, 3, 1)]
+
+
+@CASES.add()
+def hook_changes_an_output():
+    m = mlp()
+    m[0].register_forward_hook(lambda mod, i, o: 3 * o)
+    return m, squares, points()
+
+
+@CASES.add()
+def hook_uses_the_weight():
+    m = mlp()
+    m[0].register_forward_hook(lambda mod, i, o: o + i[0] @ mod.weight.square().t())
+    return m, squares, points()
+
+
+@CASES.add()
+def hook_changes_an_input():
+    m = mlp()
+    m[2].register_forward_pre_hook(lambda mod, i: (i[0] + 1,))
+    return m, squares, points()
+
+
+@CASES.add()
+def hook_with_kwargs_always_called():
+    m = mlp()
+    m[2].register_forward_pre_hook(lambda mod, a, k: ((a[0] * 2,), k), with_kwargs=True)
+    m[2].register_forward_hook(lambda mod, a, k, o: o.square(), with_kwargs=True, always_call=True)
+    return m, squares, points()
+
+
+@CASES.add()
+def hook_of_a_parent():
+    m = nn.Sequential(mlp(last=3), nn.LayerNorm(3))
+    m[0].register_forward_hook(lambda mod, i, o: o * i[0])
+    m.register_forward_pre_hook(lambda mod, i: (i[0].flip(1),))
+    return m, squares, points()
+
+
+@CASES.add()
+def hook_reorders_the_rows():
+    m = mlp()
+    m[0].register_forward_pre_hook(lambda mod, i: (i[0].flip(0),))
+    m[0].register_forward_hook(lambda mod, i, o: o.flip(0))
+    return m, squares, points()
+
+
+@CASES.add()
+def hook_collects_features():
+    m = mlp()
+    features = []
+    m[0].register_forward_hook(lambda mod, i, o: features.append(o))
+
+    def loss(m, x):
+        features.clear()
+        y = m(x)
+        return y.square().sum(1) + features[0].square().sum(1)
+
+    return m, loss, points()
+
+
+@CASES.add()
+def backward_hook_scales():
+    m = mlp()
+    m[2].register_full_backward_hook(lambda mod, gi, go: (gi[0] * 2,))
+    return m, squares, points()
+
+
+@CASES.add()
+def backward_pre_hook_scales():
+    m = mlp()
+    m[0].register_full_backward_pre_hook(lambda mod, go: (go[0] * 2,))
+    return m, squares, points()
+
+
+@CASES.add(right=False)
+def backward_hook_clips():
+    m = mlp()
+    m[2].register_full_backward_hook(lambda mod, gi, go: (gi[0] / gi[0].norm().clamp_min(1e-3),))
+    return m, squares, points()
+
+
+@CASES.add()
+def backward_hook_only_looks():
+    m = mlp()
+    m[2].register_full_backward_hook(lambda mod, gi, go: None)
+    m[0].register_full_backward_hook(lambda mod, gi, go: None)
+    return m, squares, points()
+
+
+@CASES.add()
+def forward_of_the_instance():
+    m = mlp()
+    m[0].forward = lambda x, l=m[0]: 3 * F.linear(x, l.weight, l.bias)
+    return m, squares, points()
+
+
+@CASES.add()
+def forward_of_the_instance_wraps():
+    m = mlp()
+    old = m[0].forward
+    m[0].forward = lambda x: old(x + 1).square()
+    return m, squares, points()
+
+
+@CASES.add()
+def forward_of_the_instance_is_a_partial():
+    m = mlp()
+    m[2].forward = functools.partial(lambda l, x, k: F.linear(x * k, l.weight.abs(), l.bias), m[2], k=2)
+    return m, squares, points()
+
+
+@CASES.add()
+def forward_of_the_class_is_patched():
+    class Patched(nn.Linear):
+        pass
+
+    Patched.forward = lambda self, x: F.linear(x, self.weight * 2) - self.bias
+    return nn.Sequential(Patched(3, 4), nn.Tanh(), Patched(4, 1)), squares, points()
+
+
+class Conv1D(nn.Module):
+    """A convolution over time, with the name of another library's linear layer."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.weight, self.bias, self.nf = nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o)), o
+
+    def forward(self, x):
+        return torch.cumsum(x @ self.weight, 1) + self.bias
+
+
+@CASES.add()
+def own_conv1d():
+    return nn.Sequential(Conv1D(3, 4), nn.Tanh(), Conv1D(4, 2)), squares, [torch.randn(n, 4, 3) for n in (4, 4, 3, 1)]
+
+
+@CASES.add()
+def own_conv1d_that_is_square():
+    m = Conv1D(3, 3)
+    m.forward = lambda x: x @ m.weight.T * m.bias
+    return nn.Sequential(m, nn.Linear(3, 1)), squares, points()
+
+
+def rms_norm(scale):
+    class LlamaRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps, self.variance_epsilon = nn.Parameter(torch.ones(4)), 1e-6, 1e-6
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * scale(self.weight)
+
+    return nn.Sequential(nn.Linear(3, 4), LlamaRMSNorm(), nn.Linear(4, 2)), squares, points()
+
+
+@CASES.add()
+def own_rms_norm_squared():
+    return rms_norm(torch.square)
+
+
+@CASES.add()
+def own_rms_norm_shifted():
+    return rms_norm(lambda w: 1 + w)
+
+
+@CASES.add()
+def own_rms_norm_rolled():
+    return rms_norm(lambda w: w.roll(1))
+
+
+def subclassed(base, *arguments, forward, inputs=None, **more):
+    name = base.__name__
+    cls = type(name, (base,), {"forward": forward})
+    torch.manual_seed(2)
+    m = cls(*arguments, **more)
+    for p in m.parameters():
+        p.data.normal_()
+    return m, squares, inputs or points()
+
+
+@CASES.add()
+def linear_that_masks_its_weight():
+    return subclassed(nn.Linear, 3, 2, forward=lambda s, x: F.linear(x, s.weight.tril(), s.bias))
+
+
+@CASES.add()
+def linear_that_adds_its_input():
+    return subclassed(nn.Linear, 3, 3, forward=lambda s, x: nn.Linear.forward(s, x) * x + s.bias)
+
+
+@CASES.add()
+def embedding_that_scales_with_its_norm():
+    return subclassed(
+        nn.Embedding, 7, 3, forward=lambda s, i: F.embedding(i, s.weight) * s.weight.norm(), inputs=TOKENS
+    )
+
+
+@CASES.add()
+def embedding_with_an_offset():
+    return subclassed(nn.Embedding, 9, 3, forward=lambda s, i: nn.Embedding.forward(s, i + 2), inputs=TOKENS)
+
+
+@CASES.add()
+def standardized_convolution():
+    def forward(s, x):
+        w = s.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, s.bias)
+
+    return subclassed(nn.Conv2d, 2, 3, 2, forward=forward, inputs=[torch.randn(n, 2, 4, 4) for n in (4, 4, 3, 1)])
+
+
+@CASES.add()
+def layer_norm_of_channels():
+    forward = lambda s, x: F.layer_norm(x.movedim(1, -1), (3,), s.weight, s.bias).movedim(-1, 1)  # noqa: E731
+    return subclassed(nn.LayerNorm, 3, forward=forward, inputs=[torch.randn(n, 3, 4) for n in (4, 4, 3, 1)])
+
+
+@CASES.add()
+def batch_norm_in_eval_mode_with_an_activation():
+    m, loss, x = subclassed(nn.BatchNorm1d, 3, forward=lambda s, x: F.softplus(nn.BatchNorm1d.forward(s, x)))
+    return m.eval(), loss, x
+
+
+class Gated(nn.Module):
+    """Takes another path where a condition on the module, or on its input, holds."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.l, self.s, self.h, self.condition = (
+            nn.Linear(3, 3),
+            nn.Parameter(torch.randn(3)),
+            nn.Linear(3, 2),
+            condition,
+        )
+        self.id, self.pointer = id(self.l.weight), self.l.weight.data_ptr()
+
+    def forward(self, x):
+        h = self.l(x)
+        return self.h(torch.tanh(h * self.s if self.condition(self, h) else h))
+
+
+GATES = {
+    "requires_grad_of_the_weight": lambda m, h: m.l.weight.requires_grad,
+    "requires_grad_of_all": lambda m, h: all(p.requires_grad for p in m.parameters()),
+    "requires_grad_of_the_raw": lambda m, h: m.s.requires_grad,
+    "requires_grad_of_the_activation": lambda m, h: h.requires_grad,
+    "grad_mode": lambda m, h: torch.is_grad_enabled(),
+    "leaf": lambda m, h: m.l.weight.is_leaf and m.s.is_leaf,
+    "parameter": lambda m, h: type(m.l.weight) is nn.Parameter and isinstance(m.s, nn.Parameter),
+    "identity": lambda m, h: id(m.l.weight) == m.id,
+    "pointer": lambda m, h: m.l.weight.data_ptr() == m.pointer,
+    "no_grad_yet": lambda m, h: m.l.weight.grad is None,
+    "no_hooks": lambda m, h: not m.l._forward_hooks and not m.l._forward_pre_hooks and "forward" not in m.l.__dict__,
+    "class": lambda m, h: type(m.l) is nn.Linear and type(m) is Gated,
+    "training": lambda m, h: m.training,
+    "plain_tensor": lambda m, h: type(h) is torch.Tensor,
+    "two_dimensions": lambda m, h: h.ndim == 2,
+    "the_batch_is_large": lambda m, h: len(h) > 3,
+}
+for name, condition in GATES.items():
+
+    def gated(condition=condition):
+        return Gated(condition), squares, points()
+
+    gated.__name__ = f"gate_{name}"
+    CASES.add(right=name not in ("requires_grad_of_all", "no_grad_yet", "the_batch_is_large", "no_hooks"))(gated)
+
+
+class Cached(nn.Module):
+    """Keeps something that it computed from a weight, in eval mode."""
+
+    def __init__(self, get):
+        super().__init__()
+        self.t, self.l, self.get = nn.Parameter(torch.randn(3)), nn.Linear(3, 1), get
+        self.cache, self.list, self.dict = None, [], {}
+        self.register_buffer("buffer", None, persistent=False)
+
+    def forward(self, x):
+        return self.l(torch.tanh(x + self.get(self)))
+
+
+def by_attribute(m):
+    if m.training or m.cache is None:
+        m.cache = m.t.flip(0)
+    return m.cache
+
+
+def by_list(m):
+    if not m.list:
+        m.list.append(m.t.flip(0) * 2)
+    return m.list[0]
+
+
+def by_dict(m):
+    return m.dict.setdefault("k", m.t.exp()) if "k" not in m.dict else m.dict["k"]
+
+
+def by_buffer(m):
+    if m.buffer is None:
+        m.buffer = m.t.square()
+    return m.buffer
+
+
+def by_version(m):
+    if m.cache is None or m.cache[0] != m.t._version:
+        m.cache = (m.t._version, m.t.flip(0))
+    return m.cache[1]
+
+
+def by_value_detached(m):
+    if m.cache is None:
+        with torch.no_grad():
+            m.cache = m.t.flip(0)
+    return m.cache
+
+
+CACHES = frozenset({"cache", "list", "dict", "buffer"})
+for get in (by_attribute, by_list, by_dict, by_buffer, by_version, by_value_detached):
+
+    def cached(get=get):
+        return Cached(get).eval(), squares, points()
+
+    def warm(m):
+        with torch.no_grad():
+            m(torch.zeros(1, 3))
+
+    cached.__name__ = f"cache_{get.__name__}"
+    CASES.add(right=False, but=CACHES)(cached)
+
+    def cached_and_warm(get=get):
+        return Cached(get).eval(), squares, points()
+
+    cached_and_warm.__name__ = f"warm_cache_{get.__name__}"
+    CASES.add(right=False, but=CACHES, prepare=warm)(cached_and_warm)
+
+
+@CASES.add(right=False, but=frozenset({"cached"}))
+def cache_by_lru():
+    class Lru(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t, self.l = nn.Parameter(torch.randn(3)), nn.Linear(3, 1)
+            self.cached = functools.lru_cache(None)(lambda n: self.t.cumsum(0) * n)
+
+        def forward(self, x):
+            return self.l(torch.tanh(x + self.cached(x.shape[1])))
+
+    return Lru().eval(), squares, points()
+
+
+@CASES.add(right=False, but=frozenset({"w"}))
+def cache_by_cached_property():
+    class Property(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t, self.l = nn.Parameter(torch.randn(3)), nn.Linear(3, 1)
+
+        @functools.cached_property
+        def w(self):
+            return F.normalize(self.l.weight, dim=1)
+
+        def forward(self, x):
+            return torch.tanh(x + self.t) @ self.w.T + self.l(x)
+
+    return Property().eval(), squares, points()
+
+
+@CASES.add(right=False, but=frozenset({"tables"}))
+def cache_by_length_of_a_layer_s_output():
+    class Lengths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.l, self.tables = nn.Linear(1, 3), nn.Linear(3, 1), {}
+
+        def forward(self, x):
+            if x.shape[1] not in self.tables:
+                self.tables[x.shape[1]] = self.p(torch.arange(x.shape[1])[:, None].double())
+            return self.l(torch.tanh(x + self.tables[x.shape[1]]))
+
+    return Lengths().eval(), squares, [torch.randn(n, t, 3) for n, t in ((4, 4), (4, 5), (5, 4), (3, 3), (1, 5))]
+
+
+@CASES.add(right=False, but=frozenset({"memory"}))
+def memory_of_the_batch_before():
+    """What a batch leaves for the next one changes its loss: no row is right whatever came before."""
+
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.memory = nn.Linear(3, 2), None
+
+        def forward(self, x):
+            h = self.l(x)
+            out = h if self.memory is None else h + 0 * self.memory
+            self.memory = h.mean().detach()
+            return out
+
+    return Memory(), squares, points()
+
+
+@runs
+@CASES.parametrize()
+def test_right_or_refused(build, options, sketch, backwards):
+    check(build, sketch, backwards, **options)

@@ -1,0 +1,430 @@
+"""Embeddings with options of their own, users' hooks on parameters, random models, and two users of one model at once."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dropinf
+from tests.capture.right_or_refused import (
+    Cases,
+    changes,
+    check,
+    mlp,
+    plain,
+    points,
+    runs,
+    snapshot,
+    squares,
+    worst,
+)
+
+CASES = Cases()
+
+
+def tokens(*sizes):
+    return [torch.randint(0, 5, (n, 6)) for n in sizes or (4, 4, 5, 3, 1)]
+
+
+def embedded(**options):
+    return nn.Sequential(nn.Embedding(5, 3, **options), nn.Linear(3, 2)), squares, tokens()
+
+
+@CASES.add(right=False)
+def scale_grad_by_freq():
+    return embedded(scale_grad_by_freq=True)
+
+
+@CASES.add(right=False)
+def scale_grad_by_freq_of_a_function():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.l = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 1)
+
+        def forward(self, i):
+            return self.l(F.embedding(i, self.w, scale_grad_by_freq=True))
+
+    return Own(), squares, tokens()
+
+
+@CASES.add()
+def padding_idx():
+    return embedded(padding_idx=1)
+
+
+@CASES.add()
+def sparse():
+    return embedded(sparse=True)
+
+
+@CASES.add()
+def sparse_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.f = nn.Embedding(5, 3, sparse=True), nn.Embedding(5, 3, sparse=True)
+            self.f.weight = self.e.weight
+
+        def forward(self, i):
+            return torch.tanh(self.e(i)) * self.f(i.flip(1))
+
+    return Tied(), squares, tokens()
+
+
+@CASES.add(right=False)
+def max_norm():
+    return embedded(max_norm=0.5)
+
+
+@CASES.add(right=False)
+def max_norm_of_a_function():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.l = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 1)
+
+        def forward(self, i):
+            return self.l(F.embedding(i, self.w, max_norm=0.5))
+
+    return Own(), squares, tokens()
+
+
+@CASES.add()
+def bags():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.l = nn.EmbeddingBag(5, 3, mode="mean"), nn.Linear(3, 2)
+
+        def forward(self, i):
+            return self.l(self.e(i))
+
+    return Bag(), squares, tokens()
+
+
+@CASES.add()
+def bags_with_offsets():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.l = nn.EmbeddingBag(5, 3, mode="sum"), nn.Linear(3, 2)
+
+        def forward(self, i, o):
+            return self.l(torch.tanh(self.e(i, o)))
+
+    return (
+        Bag(),
+        squares,
+        [
+            (torch.randint(0, 5, (n,)), torch.tensor(o))
+            for n, o in ((8, [0, 2, 4, 6]), (8, [0, 1, 2, 7]), (4, [0, 2, 3]), (2, [0]))
+        ],
+    )
+
+
+def hooked(hook, which=0, raw=False):
+    def build():
+        m = mlp()
+        m[which].weight.register_hook(hook)
+        return m, squares, points()
+
+    return build
+
+
+HOOKS = {
+    "doubles": lambda g: 2 * g,
+    "masks": lambda g: g * (torch.arange(g.shape[1]) % 2),
+    "clamps": lambda g: g.clamp(-0.05, 0.05),
+    "signs": lambda g: g.sign(),
+    "normalizes": lambda g: g / g.norm().clamp_min(1e-9),
+    "looks": lambda g: None,
+}
+for name, hook in HOOKS.items():
+    build = hooked(hook)
+    build.__name__ = f"weight_hook_{name}"
+    CASES.add(right=name == "looks")(build)
+
+
+@CASES.add(right=False)
+def raw_parameter_hook_doubles():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.l = nn.Parameter(torch.randn(3)), nn.Linear(3, 1)
+            self.w.register_hook(lambda g: 2 * g)
+
+        def forward(self, x):
+            return self.l(torch.tanh(x * self.w))
+
+    return Raw(), squares, points()
+
+
+def unhooked():
+    return mlp(), squares, points()
+
+
+@CASES.add(right=False, unhook=unhooked)
+def post_accumulate_hook_steps():
+    m = mlp()
+    steps = {p: torch.optim.SGD([p], 0.1) for p in m.parameters()}
+
+    def step(p):
+        steps[p].step()
+        steps[p].zero_grad()
+
+    for p in m.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    return m, squares, points()
+
+
+@CASES.add(right=False, unhook=unhooked)
+def post_accumulate_hook_writes_data():
+    m = mlp()
+
+    def step(p):
+        p.data.sub_(p.grad)
+        p.grad = None
+
+    m[0].weight.register_post_accumulate_grad_hook(step)
+    return m, squares, points()
+
+
+@CASES.add(unhook=unhooked)
+def gradients_of_the_user():
+    m, batches = mlp(), points()
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    return m, squares, batches
+
+
+@CASES.add()
+def generator_of_the_model_that_is_set_back():
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.r = nn.Linear(3, 2), nn.Parameter(torch.randn(2))
+
+        def forward(self, x):
+            g = torch.Generator().manual_seed(3)
+            return torch.tanh(self.l(x)) * torch.rand(len(x), 2, generator=g) * self.r
+
+    return Noise(), squares, points()
+
+
+@runs
+@CASES.parametrize()
+def test_right_or_refused(build, options, sketch, backwards):
+    check(build, sketch, backwards, **options)
+
+
+class Noisy(nn.Module):
+    """Draws numbers while it runs."""
+
+    def __init__(self, draw, raw=False):
+        super().__init__()
+        self.a, self.b, self.draw = nn.Linear(3, 4), nn.Linear(4, 1), draw
+        self.r = nn.Parameter(torch.randn(4)) if raw else None
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(self.draw(h if self.r is None else h * self.r))
+
+
+def shuffled(own):
+    def build(h):
+        o = torch.randperm(len(h), generator=own())
+        return h[o].sin()[o.argsort()] * (o[:, None] + 1)
+
+    return build
+
+
+def draws():
+    own = torch.Generator().manual_seed(7)
+    return {
+        "dropout": lambda h: F.dropout(h, 0.5),
+        "noise": lambda h: h + torch.randn_like(h),
+        "depth": lambda h: h * (torch.rand(len(h), 1) > 0.5),
+        "shared": lambda h: h * torch.rand(4),
+        "shuffle": shuffled(lambda: None),
+        "own_shuffle": shuffled(lambda: own),
+        "own_noise": lambda h: h + torch.rand(h.shape, generator=own),
+        "python": lambda h: h * random.random(),
+    }
+
+
+@runs
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("name", list(draws()))
+def test_a_random_model_is_right_for_what_it_draws_first_or_refused(name, raw, sketch, backwards):
+    def build():
+        random.seed(5)
+        return Noisy(draws()[name], raw).train(), squares, points()
+
+    for b in (3, 4) if backwards else (0, 2):
+        torch.manual_seed(11)
+        model, loss_fn, batches = build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                compressor = dropinf.Compressor(model, sketch(), loss_fn)
+                random.seed(5)
+                torch.manual_seed(12)
+                got = compressor.compress([batches[b]])
+            except (ValueError, RuntimeError) as error:
+                print(f"refused: {type(error).__name__}: {error}")
+                assert "own" in name or name == "python", f"refused what is right: {error}"
+                assert "layer" in str(error) or "generator" in str(error), str(error)
+                continue
+        wrong = worst(compressor, got, plain(build, [b]))
+        assert not wrong, f"WRONG without an error: {wrong}"
+
+
+def two():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.r, self.b = nn.Linear(3, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)) * self.r)
+
+    return Both(), squares, points(*[4] * 30)
+
+
+def rows(compressor, batches, out, key):
+    """Compress, and keep the rows or the error."""
+    try:
+        out[key] = compressor.compress(batches)
+    except (ValueError, RuntimeError) as error:
+        out[key] = error
+
+
+def assert_each_right_or_refused(out, compressors, build=two, seen=None):
+    torch.manual_seed(11)
+    want = plain(build, seen or list(range(30)))
+    assert set(out) == set(compressors)
+    for key, got in out.items():
+        if isinstance(got, Exception):
+            print(f"refused: {type(got).__name__}: {got}")
+            assert "Compressor" in str(got) or "thread" in str(got), f"unclear: {type(got).__name__}: {got}"
+        else:
+            wrong = worst(compressors[key], got, want)
+            assert not wrong, f"WRONG without an error: {key}: {wrong}"
+
+
+@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_threads_on_one_model(attempt, shared):
+    model, loss_fn, batches = built_two()
+    before = snapshot(model)
+    first = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    compressors = {0: first, 1: first if shared else dropinf.Compressor(model, dropinf.Dropout(2), loss_fn)}
+    out: dict = {}
+    threads = [threading.Thread(target=rows, args=(c, batches, out, k)) for k, c in compressors.items()]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not changes(before, snapshot(model))
+    assert_each_right_or_refused(out, compressors)
+    assert_each_right_or_refused({0: first.compress(batches)}, {0: first})
+
+
+def built_two():
+    torch.manual_seed(11)
+    return two()
+
+
+def test_a_thread_that_trains_beside():
+    model, loss_fn, batches = built_two()
+    before = snapshot(model)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    stop, seen, errors = threading.Event(), [], []
+    expected = [torch.autograd.grad(loss_fn(model, b).sum(), list(model.parameters())) for b in batches[:3]]
+
+    def run():
+        while not stop.is_set():
+            for b, e in zip(batches, expected, strict=False):
+                try:
+                    g = torch.autograd.grad(loss_fn(model, b).sum(), list(model.parameters()))
+                    seen.append(all(torch.allclose(x, y) for x, y in zip(g, e, strict=True)))
+                except (ValueError, RuntimeError) as error:
+                    errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    out: dict = {}
+    rows(compressor, batches, out, 0)
+    stop.set()
+    thread.join()
+    assert not changes(before, snapshot(model))
+    assert all(seen), "the other thread's gradients were wrong"
+    for error in errors[:1]:
+        assert "Compressor" in str(error) or "thread" in str(error), f"unclear in the other thread: {error}"
+    assert_each_right_or_refused(out, {0: compressor})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_that_compress_with_the_same_model(shared):
+    model, loss_fn, batches = built_two()
+    before = snapshot(model)
+    outer = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    inner = outer if shared else dropinf.Compressor(model, dropinf.Dropout(2), loss_fn)
+    out: dict = {}
+
+    def between():
+        for k, b in enumerate(batches):
+            if k == 3:
+                rows(inner, batches, out, "inner")
+            yield b
+
+    rows(outer, between(), out, "outer")
+    assert not changes(before, snapshot(model))
+    assert_each_right_or_refused(out, {"inner": inner, "outer": outer})
+
+
+def test_a_loss_that_compresses_with_the_same_model():
+    model, loss_fn, batches = built_two()
+    before = snapshot(model)
+    inner = dropinf.Compressor(model, dropinf.Dropout(2), loss_fn)
+    out: dict = {}
+
+    def loss(m, b):
+        rows(inner, batches, out, "inner")
+        return loss_fn(m, b)
+
+    outer = dropinf.Compressor(model, dropinf.Identity(), loss)
+    rows(outer, batches, out, "outer")
+    assert not changes(before, snapshot(model))
+    assert_each_right_or_refused(out, {"inner": inner, "outer": outer})
+
+
+def test_compressors_by_turns():
+    model, loss_fn, batches = built_two()
+    compressors = [dropinf.Compressor(model, s, loss_fn) for s in (dropinf.Identity(), dropinf.Dropout(2))]
+    for k in range(4):
+        c = compressors[k % 2]
+        assert_each_right_or_refused({0: c.compress(batches[k : k + 2])}, {0: c}, seen=[k, k + 1])
+
+
+def test_a_loss_that_fails_leaves_the_model_free():
+    model, loss_fn, batches = built_two()
+    before = snapshot(model)
+
+    def loss(m, b):
+        if b is batches[2]:
+            raise KeyError("no such thing")
+        return loss_fn(m, b)
+
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss)
+    with pytest.raises(KeyError):
+        compressor.compress(batches)
+    assert not changes(before, snapshot(model))
+    assert_each_right_or_refused({0: compressor.compress(batches[:2])}, {0: compressor}, seen=[0, 1])
