@@ -222,7 +222,7 @@ def check(
             before = snapshot(model, but)
             random = torch.get_rng_state()
             for seen in (order, order[::-1]):
-                results.append((seen, compressor.compress([batches[b] for b in seen])))
+                results.append((seen, compressor.compress([batches[b] for b in seen])))  # noqa: PERF401
         except (ValueError, RuntimeError) as error:
             refusal = error
     changed = changes(before, snapshot(model, but))

@@ -297,11 +297,11 @@ def reversible_of_raw_parameters():
 def straight_through_weights():
     class Sign(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, w):
+        def forward(ctx, w):  # noqa: ARG004
             return w.sign()
 
         @staticmethod
-        def backward(ctx, g):
+        def backward(ctx, g):  # noqa: ARG004
             return g
 
     class Binary(nn.Linear):

@@ -305,11 +305,11 @@ def equilibrium_by_a_hook():
 def gradient_reversal():
     class Reverse(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(ctx, x):  # noqa: ARG004
             return x.view_as(x)
 
         @staticmethod
-        def backward(ctx, g):
+        def backward(ctx, g):  # noqa: ARG004
             return -0.5 * g
 
     class Domains(nn.Module):
@@ -328,11 +328,11 @@ def gradient_reversal():
 def gradient_clipped_on_its_way():
     class Clip(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(ctx, x):  # noqa: ARG004
             return x.view_as(x)
 
         @staticmethod
-        def backward(ctx, g):
+        def backward(ctx, g):  # noqa: ARG004
             return g / g.norm().clamp_min(0.01)
 
     class Clipped(nn.Module):

@@ -298,7 +298,7 @@ def early_exit_by_depth():
             self.ls = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
 
         def forward(self, x, depth):
-            for l in self.ls[:depth]:
+            for l in self.ls[:depth]:  # noqa: E741
                 x = torch.tanh(l(x))
             return x
 

@@ -105,7 +105,7 @@ def backward_hook_only_looks():
 @CASES.add()
 def forward_of_the_instance():
     m = mlp()
-    m[0].forward = lambda x, l=m[0]: 3 * F.linear(x, l.weight, l.bias)
+    m[0].forward = lambda x, l=m[0]: 3 * F.linear(x, l.weight, l.bias)  # noqa: E741
     return m, squares, points()
 
 
@@ -120,7 +120,7 @@ def forward_of_the_instance_wraps():
 @CASES.add()
 def forward_of_the_instance_is_a_partial():
     m = mlp()
-    m[2].forward = functools.partial(lambda l, x, k: F.linear(x * k, l.weight.abs(), l.bias), m[2], k=2)
+    m[2].forward = functools.partial(lambda l, x, k: F.linear(x * k, l.weight.abs(), l.bias), m[2], k=2)  # noqa: E741
     return m, squares, points()
 
 

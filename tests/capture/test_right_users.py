@@ -277,10 +277,10 @@ def test_a_random_model_is_right_for_what_it_draws_first_or_refused(name, raw, s
                 random.seed(5)
                 torch.manual_seed(12)
                 got = compressor.compress([batches[b]])
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError) as error:  # noqa: PT017, RUF100
                 print(f"refused: {type(error).__name__}: {error}")
-                assert "own" in name or name == "python", f"refused what is right: {error}"
-                assert "layer" in str(error) or "generator" in str(error), str(error)
+                assert "own" in name or name == "python", f"refused what is right: {error}"  # noqa: PT017
+                assert "layer" in str(error) or "generator" in str(error), str(error)  # noqa: PT017
                 continue
         wrong = worst(compressor, got, plain(build, [b]))
         assert not wrong, f"WRONG without an error: {wrong}"
@@ -355,7 +355,7 @@ def test_a_thread_that_trains_beside():
                 try:
                     g = torch.autograd.grad(loss_fn(model, b).sum(), list(model.parameters()))
                     seen.append(all(torch.allclose(x, y) for x, y in zip(g, e, strict=True)))
-                except (ValueError, RuntimeError) as error:
+                except (ValueError, RuntimeError) as error:  # noqa: PERF203
                     errors.append(error)
 
     thread = threading.Thread(target=run)
