@@ -16,6 +16,7 @@ from tests.capture.right_or_refused import (
     Cases,
     changes,
     check,
+    doubles,  # noqa: F401
     mlp,
     plain,
     points,
