@@ -21,7 +21,7 @@ When = Literal["auto", "every", "never"]
 # By the coarsest dtype that gradients are computed in: the relative difference that rounding explains, and the part of
 # the largest layer's gradient below which a layer's own is rounding.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-FLOOR = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+FLOOR = {torch.float64: 1e-7, torch.float32: 3e-3, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
     if sizes and len(losses) not in sizes:
         raise ValueError(
             f"loss_fn returned {len(losses)} losses for a batch whose tensors have leading sizes {sorted(sizes)}; "
-            f"{way_out}"
+            f"{way_out}. Are documents, graphs or views packed into one tensor, say where each starts: cu_seqlens="
         )
 
 

@@ -55,7 +55,9 @@ class Colours:
     def sign(self, key: Key, g: Tensor) -> None:
         """Take a gradient [*lead, d] of all losses with weight one."""
         seen = _projected(g.reshape(-1, g.shape[-1]))
-        known = (seen.isfinite() & (seen != 0)).all(1)
+        # Entries below the smallest normal number do not scale exactly.
+        least = g.shape[-1] * torch.finfo(g.dtype).tiny
+        known = (seen.isfinite() & (seen.abs() > least)).all(1)
         self.rows[key] = _Rows(seen, g.shape[:-1], torch.where(known, 0, NONE))
 
     def read(self, key: Key, g: Tensor, digit: int) -> None:

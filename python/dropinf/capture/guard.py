@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,6 +17,7 @@ from .movement import MOVERS, Movement
 from .outside import Outside
 
 _SEQUENCES = (list, tuple)
+_RENORMALISE = (F.embedding, F.embedding_bag)
 
 
 class UseGuard(TorchFunctionMode):
@@ -28,17 +30,20 @@ class UseGuard(TorchFunctionMode):
         shards: Mapping[tuple[nn.Module, str], int],
         movement: Movement,
         outside: Outside | None,
+        changed: dict[int, tuple[nn.Parameter, Tensor]],
     ) -> None:
         super().__init__()
         self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
-        self.outside = outside
+        self.outside, self.changed = outside, changed
         self.found: set[int] = set()
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.movement.pass_by(func)
+        self.movement.pass_by(func, args, kwargs or {})
         if func in MOVERS:
             self.movement.note(func, args, kwargs or {})
+        if func in _RENORMALISE:
+            self._keep_weight(args, kwargs or {})
         if self.outside is not None:
             result = self.outside(func, args, kwargs or {})
         else:
@@ -49,6 +54,14 @@ class UseGuard(TorchFunctionMode):
                 if id(item) in self.owners or self.shards:
                     self._note(item, result)
         return result
+
+    def _keep_weight(self, args: Any, kwargs: Any) -> None:
+        """Keep a copy of a parameter that a look-up is about to renormalise, to be put back in the end."""
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        limit = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
+        if limit is not None and isinstance(weight, nn.Parameter) and id(weight) not in self.changed:
+            with torch._C.DisableTorchFunction():
+                self.changed[id(weight)] = weight, weight.detach().clone()
 
     def _note(self, parameter: Any, result: Any) -> None:
         if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
@@ -85,4 +98,4 @@ def watch(capture: Capture, parameters: Iterable[nn.Parameter], n: int, outside:
     if any(sharded.is_sharded(p) for p in parameters):
         places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
-    return UseGuard(owners, capture.active, shards, Movement(n), outside)
+    return UseGuard(owners, capture.active, shards, Movement(n), outside, capture.changed)

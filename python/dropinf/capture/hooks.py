@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
 
 from dropinf_kernels.op import no_autograd
 
@@ -155,9 +156,17 @@ class Pass:
         self._run(losses, weights, take, retain=True)
         return found
 
-    def scattered(self, name: str) -> bool:
-        """Return whether some gradient of a module has its samples in no regular order."""
-        return any(isinstance(layout, Rows) for (of, _), layout in self.layouts.items() if of == name)
+    @property
+    def emitted_keys(self) -> list[Key]:
+        """The gradients of the last backward."""
+        return [(name, i) for name, count in self.emitted.items() for i in range(count)]
+
+    def is_loose(self, key: Key, before: Mapping[Key, Layout], proven: set[Key]) -> bool:
+        """Return whether the layout of a gradient follows the data: irregular, or another than proven before."""
+        now = self.layouts.get(key)
+        if isinstance(now, Rows):
+            return True
+        return key in self.proven and key in proven and before.get(key) != now
 
     def _run(
         self, losses: Tensor, weights: Tensor, take: Callable[[Call, Key, Tensor], None] | None, *, retain: bool = False
@@ -233,25 +242,51 @@ class Capture:
         self.model, self.uses = model, dict(uses)
         self.active: Counter[nn.Module] = Counter()
         self.shared: set[Signature] = set()  # calls whose output has no sample dimension
+        self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were
+        self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
         self._pass: Pass | None = None
         self._thread = 0
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Hook the modules inside."""
-        handles = []
         try:
-            for use in self.uses.values():
-                handles.append(use.module.register_forward_pre_hook(self._enter))
-                leave = partial(self._leave, use)
-                # First of all hooks: what a user's hook makes of the output comes after the layer.
-                hook = use.module.register_forward_hook(leave, with_kwargs=True, always_call=True, prepend=True)
-                handles.append(hook)
+            self._attach()
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._detach(self.uses)
             self._pass = None
+            with torch.no_grad():
+                for parameter, before in self.changed.values():
+                    parameter.copy_(before)
+
+    @contextlib.contextmanager
+    def removed(self) -> Iterator[None]:
+        """Have no hook on the modules inside, as the user has them."""
+        self._detach(self.uses)
+        try:
+            yield
+        finally:
+            self._attach()
+
+    def refresh(self) -> None:
+        """Take the hooks off modules of which nothing is captured."""
+        self._detach([name for name, use in self.uses.items() if not use.plans])
+
+    def _attach(self) -> None:
+        for name, use in self.uses.items():
+            if use.plans:
+                # First of all hooks: what a user's hook makes of the output comes after the layer.
+                leave = partial(self._leave, use)
+                self._handles[name] = (
+                    use.module.register_forward_pre_hook(self._enter),
+                    use.module.register_forward_hook(leave, with_kwargs=True, always_call=True, prepend=True),
+                )
+
+    def _detach(self, names: Iterable[str]) -> None:
+        for name in list(names):
+            for handle in self._handles.pop(name, ()):
+                handle.remove()
 
     @contextlib.contextmanager
     def running(self, current: Pass) -> Iterator[None]:

@@ -34,6 +34,7 @@ class Plan:
     layouts: dict[Key, Layout] = field(default_factory=dict)
     proven: set[Key] = field(default_factory=set)
     blank: set[Key] = field(default_factory=set)
+    loose: set[Key] = field(default_factory=set)  # whose layout follows the data
     movements: set[Any] = field(default_factory=set)
     gradients: set[frozenset[str]] = field(default_factory=set)
     follow: bool = False
@@ -76,11 +77,6 @@ class Knowledge:
     def exact_names(self) -> set[str]:
         """The layers that no hook covers."""
         return self.ladder.exact
-
-    def state(self) -> Any:
-        """Return what decides how rows are found: equal where nothing was learned."""
-        layouts = [(sorted(p.layouts), len(p.proven), p.follow) for p in self.plans.values()]
-        return dict(self.ladder.rungs), set(self.shared), self.own_flags, layouts
 
     @contextmanager
     def capturing(self, layers: Mapping[str, Layer]) -> Iterator[Capture]:

@@ -53,9 +53,14 @@ _BY_NAME: dict[str, Mover] = {
     "tensor_split": _mover("input", "indices_or_sections", "dim", dim=2),
     "unbind": _mover("input", "dim", dim=1, unknowable=True),
 }  # fmt: skip
+_JOINS = ("cat", "stack", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 _TURNS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis")
 # Functions that mix rows by a matrix -> the place of that matrix among their tensors; None: any.
-_PRODUCTS = {"matmul": 0, "mm": 0, "einsum": None, "addmm": 1, "__matmul__": 0, "__rmatmul__": 1, "tensordot": None}
+_PRODUCTS = {
+    "matmul": 0, "mm": 0, "einsum": None, "addmm": 1, "__matmul__": 0, "__rmatmul__": 1, "tensordot": None, "bmm": None,
+    "baddbmm": None,
+}  # fmt: skip
+MOST_ENTRIES = 1 << 18  # of a matrix that may mix rows from the right: larger ones are weights
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,10 @@ def _functions() -> dict[Any, Mover | Product | str]:
             if hasattr(owner, name):
                 found[getattr(owner, name)] = Product(place)
     found |= {getattr(owner, name): "turn" for owner in (torch, Tensor) for name in _TURNS}
-    found |= {torch.sparse.mm: Product(0), F.embedding: "lookup", F.embedding_bag: "lookup"}
+    found |= {getattr(torch, name): "join" for name in _JOINS}
+    found |= {getattr(owner, name): "spread" for owner in (torch, Tensor) for name in ("mul", "multiply")}
+    found |= {Tensor.__mul__: "spread", Tensor.__rmul__: "spread"}
+    found |= {torch.sparse.mm: Product(0), F.linear: Product(1), F.embedding: "lookup", F.embedding_bag: "lookup"}
     found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
 
@@ -91,6 +99,7 @@ class Movement:
         self.n, self.unknowable = n, False
         self._static: list[str] = []
         self._path = 0  # of all functions, which differ where the data decides what runs
+        self._functions: set[int] = set()
         self._digests: list[Tensor] = []  # pairs: of the index, and of the one that moves nothing
 
     def fingerprint(self) -> tuple[Any, ...] | None:
@@ -101,30 +110,60 @@ class Movement:
         moved = [(i, a) for i, (a, b) in enumerate(zip(found[::2], found[1::2], strict=True)) if a != b]
         return (self._path, *self._static, *moved)
 
-    def pass_by(self, function: Any) -> None:
-        """Add a function that runs to the path."""
-        self._path = hash((self._path, function))
+    @property
+    def functions(self) -> frozenset[int]:
+        """Return which functions ran, however often."""
+        return frozenset(self._functions)
+
+    def pass_by(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add a function that runs, with its small numbers (dimensions, say), to the path."""
+        key = hash(function)
+        self._functions.add(key)
+        small = tuple(v for v in args if _is_small(v))
+        named = tuple((k, v) for k, v in kwargs.items() if _is_small(v)) if kwargs else ()
+        self._path = hash((self._path, key, small, named))
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take a call of one of `MOVERS`."""
         kind = MOVERS[function]
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if not any(t.requires_grad for t in tensors):
+        if kind != "join" and not any(t.requires_grad for t in tensors):
             return
         if kind == "index":
             self._indexed(args[0], args[1])
         elif isinstance(kind, Product):
             for t in tensors if kind.place is None else tensors[kind.place : kind.place + 1]:
-                batched = t.ndim > 2 and t.shape[0] == self.n  # a matrix for each sample
-                if not t.requires_grad and t.ndim > 1 and not batched and not isinstance(t, nn.Parameter):
+                batched = t.ndim > 2 and t.shape[0] == self.n and self.n != 1  # a matrix for each sample
+                large = function is F.linear and t.numel() > MOST_ENTRIES
+                if not (t.requires_grad or t.ndim < 2 or batched or large or isinstance(t, nn.Parameter)):
                     self._data(t)
+        elif kind == "spread":
+            self._spread(tensors)
         elif kind == "lookup":
             if len(tensors) > 1 and not isinstance(tensors[1], nn.Parameter):
                 self._data(tensors[0])
+        elif kind == "join":
+            self._joined(function, args, kwargs)
         elif kind == "turn":
             self._static.append(f"{getattr(function, '__name__', '')}{args[1:]}{dict(kwargs)}")
         elif isinstance(kind, Mover):
             self._along(function, kind, args, kwargs)
+
+    def _spread(self, tensors: Sequence[Tensor]) -> None:
+        """Take a product that spreads all rows over a new dimension, as a sum over picked rows does."""
+        rows = [t for t in tensors if t.requires_grad]
+        for t in tensors:
+            if not t.requires_grad and any(x.ndim < t.ndim and x.ndim and x.shape[0] == self.n for x in rows):
+                self._data(t)
+
+    def _joined(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note in which order pieces of one tensor are joined."""
+        pieces = args[0] if args else kwargs.get("tensors", ())
+        pieces = [p for p in pieces if isinstance(p, Tensor)] if isinstance(pieces, list | tuple) else []
+        offsets = [p.storage_offset() for p in pieces if p._base is not None]
+        if len(offsets) > 1 and any(p.requires_grad for p in pieces):
+            order = sorted(range(len(offsets)), key=offsets.__getitem__)
+            self._static.append(f"{getattr(function, '__name__', '')}{order}")
 
     def _along(self, function: Any, mover: Mover, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         named = dict(zip(mover.names, args, strict=False)) | dict(kwargs)
@@ -195,6 +234,15 @@ class Movement:
     def _data(self, x: Tensor, still: Tensor | None = None) -> None:
         found = _digest(x)
         self._digests += [found, _digest(still.reshape(x.shape)) if still is not None else ~found]
+
+
+def _is_small(value: Any) -> bool:
+    """Return whether an argument is a word, a flag or a dimension rather than a size."""
+    if type(value) is int:
+        return -5 < value < 5
+    if type(value) is tuple:
+        return len(value) < 6 and all(type(v) is int and -5 < v < 5 for v in value)
+    return type(value) is str or type(value) is bool
 
 
 _INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -52,6 +52,7 @@ class Outside:
 
     def __init__(self, current: Pass, raw: Mapping[int, Layer], constant: Collection[str]) -> None:
         self.current, self.raw, self.constant = current, raw, constant
+        self.outputs: dict[str, list[Tensor]] | None = None  # by name, where they are asked for
         self.unfit: set[str] = set()  # layers that are used in a way that no op here covers
 
     def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -120,6 +121,8 @@ class Outside:
         use = OpUse(name, layers, self, guessed=guessed)
         signature = signature_of(name, result, result, self.current.samples.n)
         call = OpCall(self.current, use, None, None, signature, function, tuple(args), dict(kwargs), derived)
+        if self.outputs is not None:
+            self.outputs.setdefault(name, []).append(result.detach().clone())
         tapped = tap(self.current, call, result)
         mark_data(tapped)
         return tapped

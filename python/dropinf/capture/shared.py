@@ -10,23 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..workload import map_tensors
+from .colours import SEVERAL, Colours
 from .hooks import Pass, Signature, signature_of
 
 MOST_LOSSES = 64  # that are backpropagated one by one to name two samples in an error
 
 
-def constant(
-    forward: Callable[[Any], None],
-    modules: Mapping[str, nn.Module],
-    signatures: Collection[Signature],
-    batch: Any,
-    n: int,
-    cu: Tensor | None,
-) -> set[str]:
-    """Return the modules whose calls of these signatures give the same where the samples of the batch trade places.
-
-    Such a call depends on no sample, as a table of positions does. None is returned where that cannot be tried.
-    """
+def rolled(batch: Any, n: int, cu: Tensor | None) -> Any:
+    """Return the batch with its samples (the rows of packed ones) one place on, or None where nothing moves."""
     sizes = {n} if cu is None else {int(cu[-1])}
     moved = 0
 
@@ -37,28 +28,37 @@ def constant(
         moved += not torch.equal(t, t.roll(1, 0))
         return t.roll(1, 0)
 
+    turned = map_tensors(roll, batch)
+    return turned if moved else None
+
+
+def constant(outputs: Callable[[Any], Mapping[str, list[Tensor]]], batch: Any, n: int, cu: Tensor | None) -> set[str]:
+    """Return the names whose ``outputs`` of a batch are the same where its samples trade places.
+
+    They then depend on no sample, as a table of positions does. None is returned where that cannot be tried.
+    """
     try:
-        rolled = map_tensors(roll, batch)
-        if not moved:
+        turned = rolled(batch, n, cu)
+        if turned is None:
             return set()
-        before = _outputs(forward, modules, signatures, batch, n)
-        after = _outputs(forward, modules, signatures, rolled, n)
+        before, after = outputs(batch), outputs(turned)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return set()
     return {
         name
-        for name in modules
-        if len(before[name]) == len(after[name]) and all(map(torch.equal, before[name], after[name]))
+        for name, was in before.items()
+        if len(was) == len(after.get(name, [])) and all(map(torch.equal, was, after[name]))
     }
 
 
-def _outputs(
+def outputs_of(
     forward: Callable[[Any], None],
     modules: Mapping[str, nn.Module],
     signatures: Collection[Signature],
-    batch: Any,
     n: int,
+    batch: Any,
 ) -> dict[str, list[Tensor]]:
+    """Return the outputs of modules in a forward of the batch, of the calls with these signatures."""
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -86,3 +86,32 @@ def meeting(current: Pass, losses: Tensor, name: str) -> tuple[int, int] | None:
                 if owner.setdefault((call, row), n) != n:
                     return owner[call, row], n
     return None
+
+
+def mixing_leaves(losses_of: Callable[[Any], Tensor], batch: Any, n: int) -> bool:
+    """Return whether every floating tensor of the batch, one row a sample, has rows that several losses depend on.
+
+    One alone may be a table that all samples share, class weights say; where all are met, samples mix.
+    """
+    rows: list[Tensor] = []
+
+    def leaf(t: Tensor) -> Tensor:
+        if t.is_floating_point() and t.ndim and len(t) == n:
+            t = t.detach().clone().requires_grad_()
+            rows.append(t)
+        return t
+
+    with torch.enable_grad():
+        losses = losses_of(map_tensors(leaf, batch))
+    if not rows or len(losses) != n or not losses.requires_grad:
+        return False
+    colours = Colours(n, narrow=any(t.dtype == torch.float16 for t in rows))
+    for digit in range(-1, colours.passes):
+        weights = torch.ones_like(losses) if digit < 0 else colours.weights(losses, digit)
+        for i, g in enumerate(torch.autograd.grad(losses, rows, weights, retain_graph=True, allow_unused=True)):
+            if g is not None and digit < 0:
+                colours.sign((str(i), 0), g.reshape(n, -1))
+            elif g is not None:
+                colours.read((str(i), 0), g.reshape(n, -1), digit)
+    found = [bool((colours.samples(key) == SEVERAL).any()) for key in colours.rows]
+    return bool(found) and all(found)

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import sharded
+from .attempt import Hooked
 from .checks import check_batchnorm, check_current
 from .knowledge import Knowledge
 from .layer import Layer
 from .preserved import preserved
 from .recorders import Compression, Recorder
-from .run import Hooked, Run
+from .run import Run
 
 
 class Sweep(Knowledge):
@@ -35,10 +36,10 @@ class Sweep(Knowledge):
         ``probe``: the layers that are audited, where the recorder does not record rows.
         """
         check_batchnorm(self.model)
-        check_current(self.model, self.targets)
         self.warn_train_mode()
         sharded.reshard(self.model)
         with preserved(self.model) as (flags, attributes), self.capturing(layers) as capture:
+            check_current(self.model, self.targets)
             yield HookedModel(Hooked(self, capture, flags, attributes, layers, recorder, where or str, probe), where)
 
 
@@ -56,13 +57,15 @@ class HookedModel:
         self.done += n
         return store, n
 
-    def _prove(self, batch: Any) -> None:
-        """Have the ways that rows are found audited on a batch, on the masks of the probe."""
+    def _prove(self, batch: Any) -> bool:
+        """Have the ways that rows are found audited on the masks of the probe. Return whether they had to change."""
         hooked = self.hooked
         assert hooked.probe is not None
         with hooked.known.capturing(hooked.probe) as capture:
             rows = replace(hooked, capture=capture, layers=hooked.probe, recorder=Compression, probe=None)
-            Run(rows, batch).result()
+            run = Run(rows, batch)
+            run.result()
+            return run.attempts > 1
 
     def _sample(self, row: int) -> str:
         return f"sample {self.done + row}"

@@ -1,0 +1,141 @@
+"""One batch on a hooked model: its passes, with the flags that the model runs with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..workload import tensors
+from . import sharded
+from .checks import check_losses, explain
+from .guard import UseGuard
+from .hooks import Capture, Pass
+from .knowledge import Knowledge
+from .layer import Layer
+from .outside import Outside, mark_data, unmark
+from .preserved import Attributes, Flags, Start, gradients_taken
+from .proof import Proof
+from .recorders import Recorder
+from .samples import Samples
+
+
+@dataclass
+class Hooked:
+    """A model with hooks on it, for one call: what its layers give a new recorder for each batch.
+
+    ``where`` names a sample of the current batch in errors. ``probe``: the layers that are audited, by ``prove``, where
+    the recorder does not record rows. ``batches``: how many were begun.
+    """
+
+    known: Knowledge
+    capture: Capture
+    flags: Flags
+    attributes: Attributes
+    layers: Mapping[str, Layer]
+    recorder: Callable[[], Recorder]
+    where: Callable[[int], str]
+    probe: Mapping[str, Layer] | None = None
+    prove: Callable[[Any], bool] = bool
+    batches: int = 0
+
+
+class Again(Exception):  # noqa: N818
+    """The batch must run again: what is known has changed."""
+
+
+class Attempts:
+    """The passes of one batch."""
+
+    def __init__(self, hooked: Hooked, batch: Any) -> None:
+        self.hooked, self.known, self.batch = hooked, hooked.known, batch
+        self.model = self.known.model
+        self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
+        self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
+        self.start = Start(self.model, hooked.attributes)
+        self.begun = False
+        self.colour = False  # whether layouts must be found anew
+        self.why: str | None = None  # it is audited
+        self.attempts, self.proving = 0, 3
+        self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
+        self.first_losses: Tensor | None = None
+        self.proof = Proof(self.known, hooked.probe or hooked.layers, hooked.flags, self.start, hooked.batches)
+        self.tried_flags, self.tried = False, 0  # its user's flags, and how many layers were wrong before
+
+    def _pass(self) -> Pass:
+        anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
+        return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, self.known.scales)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [target.tensor for target in self.known.targets.values()]
+
+    def _outside(self, current: Pass) -> Outside | None:
+        """Return what captures parameters at the ops that use them, if there are such parameters."""
+        names = [] if self.hooked.probe is not None else self.known.ladder.on("op")
+        raw = {id(self.known.targets[n].tensor): self.hooked.layers[n] for n in names}
+        return Outside(current, raw, self.known.constant) if raw else None
+
+    @contextlib.contextmanager
+    def _flags(self, outside: Outside | None = None) -> Iterator[None]:
+        """Have the flags inside that the model runs with, and no gradient reach a weight; mark the batch's tensors."""
+        targets = self.known.targets.values()
+        tapped = self.known.ladder.on("hook") or self.known.ladder.on("op")
+        own: list[Tensor] = [t.tensor for t in targets] if self.known.own_flags or not tapped else []
+        raw = [] if outside is None else [t for t in targets if id(t.tensor) in outside.raw]
+        if not own and not raw:
+            yield
+            return
+
+        def leaked(name: str, _: Tensor) -> None:
+            assert outside is not None
+            outside.unfit.add(name)  # a use that no op here covers: its gradient reached the parameter itself
+
+        flags = self.hooked.flags.own(own) if own else self.hooked.flags.only([t.tensor for t in raw])
+        taken: dict[Tensor, Callable[[Tensor], None]] = {t.tensor: partial(leaked, t.name) for t in raw}
+        leaves = tensors(self.batch)
+        try:
+            for leaf in leaves:
+                mark_data(leaf)
+            with flags, gradients_taken(self.model, taken):
+                yield
+        finally:
+            for leaf in (*leaves, *self.model.buffers()):
+                unmark(leaf)
+
+    def _losses(self, guard: UseGuard | None = None) -> Tensor:
+        with guard or contextlib.nullcontext(), torch.enable_grad():
+            losses = self.known.loss_fn(self.model, self.batch)
+        check_losses(losses, self.batch, self.cu)
+        return losses
+
+    def _plain_losses(self) -> Tensor:
+        """Return the losses without hooks; explain what their failure is likely due to."""
+        try:
+            losses = self._losses()
+        except (RuntimeError, ValueError, IndexError) as error:
+            explained = explain(self.model, self.batch)
+            if explained is None:
+                raise
+            raise explained from error
+        return losses
+
+    def _forward_only(self, batch: Any) -> None:
+        self.start.restore()
+        with torch.no_grad():
+            self.known.loss_fn(self.model, batch)
+
+    def _lower(self, names: list[str], reason: str, *, sharded_too: bool = False) -> None:
+        """Take layers off their hooks and run again, if there are any."""
+        names = [n for n in names if self.known.ladder.rungs[n] in ("hook", "op")]
+        if not names:
+            return
+        if sharded_too:
+            sharded.check_whole((name, self.known.targets[name].tensor) for name in names)
+        for name in names:
+            self.known.ladder.lower(name, reason)
+        raise Again

@@ -1,0 +1,96 @@
+"""Rows that several samples have in common: expanded where all share them, refused where samples mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..workload import tensors
+from .attempt import Again, Attempts
+from .checks import mixing_message
+from .guard import watch
+from .hooks import Pass
+from .ladder import AttributionError
+from .outside import OpUse, mark_data
+from .shared import constant, meeting, mixing_leaves, outputs_of
+
+
+class Sharing(Attempts):
+    """One batch, some of whose rows may belong to several samples."""
+
+    def _resolve_several(self, current: Pass) -> None:
+        """Expand outputs that all samples share to one copy per sample; refuse those that mix samples."""
+        if not current.several:
+            return
+        names = {signature[0] for signature in current.several.values()}
+        ops = [current.uses[n] for n in sorted(names) if n not in self.hooked.capture.uses]
+        guessed = {use.name for use in ops if isinstance(use, OpUse) and use.guessed}
+        if guessed:
+            self.known.constant |= guessed  # what they make serves all samples
+            raise Again
+        if ops:
+            self._refuse_mixed({use.name for use in ops}, self._op_outputs, {p.name for use in ops for p in use.plans})
+            self._lower([p.name for use in ops for p in use.plans], "its op's rows belong to several samples")
+        modules = {name: self.hooked.capture.uses[name].module for name in sorted(names)}
+        signatures = set(current.several.values())
+        outputs = partial(outputs_of, self._forward_only, modules, signatures, self.n)
+        self._refuse_mixed(names, outputs, {plan.name for n in names for plan in self.hooked.capture.uses[n].plans})
+        new = signatures - self.hooked.capture.shared
+        if not new:
+            self._lower_uses(names, "all samples share its output, in a way that cannot be expanded")
+        self.hooked.capture.shared |= new
+        self.suspects |= {signature[0] for signature in new}
+        raise Again
+
+    def _lower_uses(self, names: set[str], reason: str) -> None:
+        for name in sorted(names):
+            for plan in self.hooked.capture.uses[name].plans:
+                self.known.ladder.lower(plan.name, reason)
+        raise Again
+
+    def _refuse_mixed(self, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
+        """Refuse rows of several samples that depend on samples, or find their layers' gradients as they stand."""
+        mixed = names - constant(outputs, self.batch, self.n, self.cu)
+        if mixed and not self.known.mixing:
+            name = min(mixed)
+            raise AttributionError(mixing_message(name.split("@")[0], self._who_met(name), self.n))
+        if mixed:
+            for layer in layers:
+                self.known.ladder.lower(layer, "the loss mixes samples, and mixing=True allows it", "backward")
+            raise Again
+
+    def _op_outputs(self, batch: Any) -> Mapping[str, list[Tensor]]:
+        """Return the outputs of the ops that use parameters in a forward of the batch."""
+        self.start.restore()
+        current = self._pass()
+        outside = self._outside(current)
+        assert outside is not None
+        outside.outputs = {}
+        with self._flags(outside), watch(self.hooked.capture, self._parameters(), self.n, outside), torch.enable_grad():
+            for leaf in tensors(batch):
+                mark_data(leaf)
+            self.known.loss_fn(self.model, batch)
+        return outside.outputs
+
+    def _who_met(self, name: str) -> tuple[int, int] | None:
+        """Return two samples whose losses both depend on one row of a module's output."""
+        self.start.restore()
+        current = self._pass()
+        outside = self._outside(current)
+        with self.hooked.capture.running(current), self._flags(outside):
+            guard = watch(self.hooked.capture, self._parameters(), self.n, outside)
+            return meeting(current, self._losses(guard), name)
+
+    def _check_leaves(self) -> None:
+        """Refuse a loss that mixes samples, by the gradients of the batch's own tensors: no hook or op may tell."""
+        self.start.restore()
+        try:
+            mixes = mixing_leaves(lambda batch: self.known.loss_fn(self.model, batch), self.batch, self.n)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return  # a batch that takes no copies of its tensors
+        if mixes:
+            raise AttributionError(mixing_message(min(self.known.exact_names), None, self.n))
