@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .axis import Axis
-from .draws import Place, bits, chances, fold_table, systematic, uniform
+from .draws import Place, bits, chances, fold_table, sample, shuffle, systematic, uniform
 
 Statistics = Literal["energy", "covariance", "survivors"]
 Sampling = Literal["uniform", "energy"]
@@ -262,20 +262,22 @@ class Dropout(Sketch):
         order, chance = self._runs(size // group, math.ceil(survivors / group), place, energies)
         folded = survivors > dim
         if not folded:
-            order = np.sort(order)
-        weights = np.repeat(1 / np.sqrt(chance[order]) if self.scale else np.ones(len(order)), group)
+            ascending = np.argsort(order)
+            order, chance = order[ascending], chance[ascending]
+        weights = np.repeat(1 / np.sqrt(chance) if self.scale else np.ones(len(order)), group)
         if folded:
             weights *= (bits(self.seed, place, len(weights), "/sign") & np.uint64(1)).astype(np.float32) * 2 - 1
         index, weight = fold_table(order, dim // group, group, weights)
         return Axis(size, index, weight if folded or self.scale else None, group=group)
 
     def _runs(self, runs: int, count: int, place: Place, energies: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return which ``count`` of ``runs`` survive, in random order, and the chance of every run."""
-        order = np.argsort(bits(self.seed, place, runs), kind="stable")
+        """Return which ``count`` of ``runs`` survive, in random order, and the chance of each of these."""
         if energies is None:
-            return order[:count], np.full(runs, count / runs)
+            return sample(self.seed, place, runs, count), np.full(count, count / runs)
         found = chances(energies.double().cpu().numpy().reshape(runs, -1).mean(1), count)
-        return systematic(found, order, float(uniform(self.seed, place, 1, "/energy")[0])), found
+        start = float(uniform(self.seed, place, 1, "/energy")[0])
+        order = systematic(found, shuffle(self.seed, place, runs), start)
+        return order, found[order]
 
 
 class SJLT(Sketch):
