@@ -110,3 +110,12 @@ def refused_message(name: str, error: float, n: int) -> str:
         "of its own, changes a state from call to call that no module holds, or has a hook that clips or normalises "
         "gradients; make it repeatable, or leave the layer out with layers="
     )
+
+
+def cached_message(names: list[str]) -> str:
+    """Return what to say of a model whose second backward fails; ``names``: layers that are used outside modules."""
+    likely = f" (of {', '.join(names[:3])}, likely)" if names else ""
+    return (
+        f"model: it keeps what it computed from a weight{likely} from one call to the next, in a cache that no module "
+        "holds, so that a second backward fails; clear the cache before each call, or compute it without one"
+    )

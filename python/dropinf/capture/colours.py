@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 NONE, SEVERAL = -1, -2
+# How far a ratio may be from a power of two, where sums are formed in an order that changes.
+SLACK = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 Key = tuple[str, int]  # a module, and which of its gradients in a backward
 
 
@@ -67,7 +69,7 @@ class Colours:
         ratio = torch.where(known[:, None], _projected(g.reshape(-1, g.shape[-1])) / row.seen, 1)
         power = ratio[:, :1].abs().log2().round()
         exact = torch.exp2(power)
-        same = ((ratio - exact).abs() <= 1e-3 * exact).all(1)
+        same = ((ratio - exact).abs() <= SLACK[g.dtype] * exact).all(1)
         power, exact = power[:, 0].long(), exact[:, 0]
         sample = row.sample + power * self.base**digit
         fits = same & (power >= 0) & (power < self.base) & (sample < self.n) & (row.sample != SEVERAL)

@@ -245,7 +245,7 @@ class Capture:
         self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were
         self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
         self._pass: Pass | None = None
-        self._thread = 0
+        self._thread = threading.get_ident()
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -292,13 +292,19 @@ class Capture:
     def running(self, current: Pass) -> Iterator[None]:
         """Have the hooks feed ``current`` inside."""
         self.active.clear()
-        self._pass, self._thread = current, threading.get_ident()
+        self._pass = current
         try:
             yield
         finally:
             self._pass = None
 
     def _enter(self, module: nn.Module, _: Any) -> None:
+        # A backward of ours runs checkpoints in threads of autograd.
+        if self._thread != threading.get_ident() and not (self._pass is not None and self._pass.running):
+            raise RuntimeError(
+                "model: a Compressor is using it in another thread, and would take this thread's batch for its own; "
+                "wait for that call, or give each thread its own copy.deepcopy(model)"
+            )
         self.active[module] += 1
 
     def _leave(
@@ -308,11 +314,6 @@ class Capture:
         current = self._pass
         if out is None or current is None or not torch.is_grad_enabled():
             return None  # no output where the module raised an error
-        if self._thread != threading.get_ident() and not current.running:
-            raise RuntimeError(
-                "model: a Compressor is using it in another thread, and would take this thread's batch for its own; "
-                "wait for that call, or give each thread its own copy.deepcopy(model)"
-            )
         if use.weight is None and use.bias is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))

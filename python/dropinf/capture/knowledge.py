@@ -70,6 +70,7 @@ class Knowledge:
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
         self._exact_gradients: ExactGradients | None = None  # of the last batch that had some
+        self.others: set[int] = set()  # places of tensors in a batch that have no sample dimension
         self._leaf: int | None = None  # which tensor of a batch has the samples in its leading dimension
         self._warned: set[str] = set()
 
@@ -108,6 +109,10 @@ class Knowledge:
         if self._leaf is not None and self._leaf < len(leaves) and leaves[self._leaf].ndim:
             return len(leaves[self._leaf])
         return next((len(t) for t in leaves if t.ndim), None)
+
+    def learn_leaves(self, batch: Any, n: int) -> None:
+        """Remember which tensors of a batch of ``n`` samples do not have them in their leading dimension."""
+        self.others |= {i for i, t in enumerate(tensors(batch)) if not t.ndim or len(t) != n}
 
     def learn_size(self, batch: Any, n: int) -> None:
         """Remember which tensor of a batch of ``n`` samples has them in its leading dimension."""

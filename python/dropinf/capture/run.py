@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import sharded
 from .attempt import Again
-from .checks import check_finite, refused_message
+from .checks import cached_message, check_finite, refused_message
 from .exact import ExactGradients
 from .guard import UseGuard, watch
 from .hooks import Pass
@@ -92,6 +92,8 @@ class Run(Sharing):
             self.known.learn_size(self.batch, len(losses))
             self.n = len(losses)
             raise Again
+        if self.n > 1 and self.cu is None:
+            self.known.learn_leaves(self.batch, self.n)
         if self.first_losses is None:
             self.first_losses = losses.detach()
         elif self.suspects and not torch.allclose(losses, self.first_losses, equal_nan=True):
@@ -237,7 +239,7 @@ class Run(Sharing):
         for name, error in wrong.items():
             reason = f"its rows differed from plain autograd's sum by {error:.2g}"
             if not known.ladder.lower(name, reason):
-                raise AttributionError(refused_message(name, error, self.n))
+                raise AttributionError(refused_message(name, error, self.n, known.targets[name].tensor.dtype))
 
     def _retreat(self, failure: Exception) -> None:
         """Take a slower way where the hooked model raised an error; raise what the plain model raises."""
@@ -248,8 +250,7 @@ class Run(Sharing):
         except Exception as plain:
             if "backward through the graph a second time" in str(plain):
                 raise RuntimeError(
-                    "model: it keeps what it computed from a weight from one call to the next (a cache that no module "
-                    "holds), so that a second backward fails; clear the cache, or compute it without one"
+                    cached_message([n for n in known.ladder.rungs if n not in known.ladder.on("hook")])
                 ) from plain
             raise plain from None
         if not reached:

@@ -16,14 +16,18 @@ from .hooks import Pass, Signature, signature_of
 MOST_LOSSES = 64  # that are backpropagated one by one to name two samples in an error
 
 
-def rolled(batch: Any, n: int, cu: Tensor | None) -> Any:
-    """Return the batch with its samples (the rows of packed ones) one place on, or None where nothing moves."""
+def rolled(batch: Any, n: int, cu: Tensor | None, others: Collection[int]) -> Any:
+    """Return the batch with its samples (the rows of packed ones) one place on, or None where nothing moves.
+
+    ``others``: the places of tensors that are of no samples, though they may be as many.
+    """
     sizes = {n} if cu is None else {int(cu[-1])}
-    moved = 0
+    moved, place = 0, -1
 
     def roll(t: Tensor) -> Tensor:
-        nonlocal moved
-        if not t.ndim or len(t) not in sizes or (cu is not None and t is cu) or len(t) == 1:
+        nonlocal moved, place
+        place += 1
+        if place in others or not t.ndim or len(t) not in sizes or (cu is not None and t is cu) or len(t) == 1:
             return t
         moved += not torch.equal(t, t.roll(1, 0))
         return t.roll(1, 0)
@@ -32,13 +36,19 @@ def rolled(batch: Any, n: int, cu: Tensor | None) -> Any:
     return turned if moved else None
 
 
-def constant(outputs: Callable[[Any], Mapping[str, list[Tensor]]], batch: Any, n: int, cu: Tensor | None) -> set[str]:
+def constant(
+    outputs: Callable[[Any], Mapping[str, list[Tensor]]],
+    batch: Any,
+    n: int,
+    cu: Tensor | None,
+    others: Collection[int],
+) -> set[str]:
     """Return the names whose ``outputs`` of a batch are the same where its samples trade places.
 
     They then depend on no sample, as a table of positions does. None is returned where that cannot be tried.
     """
     try:
-        turned = rolled(batch, n, cu)
+        turned = rolled(batch, n, cu, others)
         if turned is None:
             return set()
         before, after = outputs(batch), outputs(turned)

@@ -54,7 +54,7 @@ class Sharing(Attempts):
 
     def _refuse_mixed(self, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
         """Refuse rows of several samples that depend on samples, or find their layers' gradients as they stand."""
-        mixed = names - constant(outputs, self.batch, self.n, self.cu)
+        mixed = names - constant(outputs, self.batch, self.n, self.cu, self.known.others)
         if mixed and not self.known.mixing:
             name = min(mixed)
             raise AttributionError(mixing_message(name.split("@")[0], self._who_met(name), self.n))
