@@ -18,6 +18,7 @@ from ..files import whole_number
 from ..ranks import Ranks
 from .cholesky import solver_dtype, spans
 from .damping import Damping, ledoit_wolf
+from .ledger import Ledger
 
 
 class Block(ABC):
@@ -38,12 +39,12 @@ class Block(ABC):
         self.fourths = 0.0  # what ledoit_wolf asks for
 
     @abstractmethod
-    def update(self, c: Tensor) -> None:
-        """Add the gradients `[n, K]`."""
+    def update(self, c: Tensor, ledger: Ledger) -> None:
+        """Add the gradients `[n, K]`. Replace what changes, or change it through the ledger."""
 
     @abstractmethod
-    def merge(self, other: Block) -> None:
-        """Add the sums of another block of the same kind and layer."""
+    def merge(self, other: Block, ledger: Ledger) -> None:
+        """Add the sums of another block of the same kind and layer. Replace what changes, or use the ledger."""
 
     @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
@@ -170,12 +171,12 @@ class DiagonalBlock(Block):
         super().__init__(name, width, damping)
         self.squares: Tensor | None = None  # [K]
 
-    def update(self, c: Tensor) -> None:
+    def update(self, c: Tensor, ledger: Ledger) -> None:  # noqa: ARG002
         self._count(c)
         for part in spans(len(c), self.width):
             self._add(c[part].to(solver_dtype(c.dtype)).square().sum(0))
 
-    def merge(self, other: Block) -> None:
+    def merge(self, other: Block, ledger: Ledger) -> None:  # noqa: ARG002
         assert isinstance(other, DiagonalBlock)
         self._count_of(other)
         if other.squares is not None:

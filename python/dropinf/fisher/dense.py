@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from ..ranks import Ranks
 from .blocks import Block, total
 from .cholesky import Cholesky, cholesky, solver_dtype, spans
 from .damping import Damping
+from .ledger import Ledger
 
 Form = Literal["primal", "dual"]
 
@@ -34,22 +36,22 @@ class DenseBlock(Block):
         self._factor: Cholesky | None = None
         self._inner: dict[torch.dtype, Tensor] = {}  # C C^T, which another damping needs too
 
-    def update(self, c: Tensor) -> None:
+    def update(self, c: Tensor, ledger: Ledger) -> None:
         self._factor, self._inner = None, {}
         self.count += len(c)
         self.rows.append(c)
         if self.gram is not None or self.form == "primal" or (self.form is None and self.count >= self.width):
-            self._fold_rows()
+            self._fold_rows(ledger)
 
-    def merge(self, other: Block) -> None:
+    def merge(self, other: Block, ledger: Ledger) -> None:
         assert isinstance(other, DenseBlock)
         self._factor, self._inner = None, {}
         self._count_of(other)
         self.rows += other.rows
         if other.gram is not None or self.gram is not None or (self.form is None and self.count >= self.width):
-            self._fold_rows()
+            self._fold_rows(ledger)
         if other.gram is not None:
-            self.gram = other.gram.clone() if self.gram is None else self.gram + other.gram.to(self.gram.device)
+            self.gram = ledger.add(self.gram, other.gram)
 
     def solve(self, v: Tensor) -> Tensor:
         factor = self._factorized()
@@ -86,7 +88,10 @@ class DenseBlock(Block):
         self._factor, self._inner = None, {}
         folded = int(ranks.sum(torch.tensor(int(self.gram is not None))))
         if folded or self.count >= self.width:
-            self._fold_rows()
+            ledger = Ledger()
+            if self.gram is not None:
+                ledger.fresh(self.gram)
+            self._fold_rows(ledger)
             self.gram = total(self.gram, (self.width, self.width), ranks, dtype)
         else:  # fewer rows than columns, of all ranks together
             rows = torch.cat([torch.empty(0, self.width, dtype=dtype), *self.rows])
@@ -98,16 +103,16 @@ class DenseBlock(Block):
     def _has_sums(self) -> bool:
         return bool(self.rows) != (self.gram is not None)
 
-    def _fold_rows(self) -> None:
+    def _fold_rows(self, ledger: Ledger) -> None:
         """Turn the rows into their Gram sum."""
         pieces, self.rows = self.rows, []
         for piece in pieces:
             dtype = solver_dtype(piece.dtype)
             if self.gram is None:
-                self.gram = torch.zeros(self.width, self.width, dtype=dtype, device=piece.device)
+                self.gram = ledger.fresh(torch.zeros(self.width, self.width, dtype=dtype, device=piece.device))
             elif torch.promote_types(self.gram.dtype, dtype) != self.gram.dtype:
-                self.gram = self.gram.to(dtype)
-            gram_update(self.gram, piece.to(self.gram.device))
+                self.gram = ledger.fresh(self.gram.to(dtype))
+            ledger.change(self.gram, partial(gram_update, self.gram, piece.to(self.gram.device)))
             self._add_fourths(piece)
 
     def _factorized(self) -> Cholesky | None:

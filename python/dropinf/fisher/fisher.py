@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from .cholesky import solver_dtype
 from .damping import Damping
 from .dense import DenseBlock, Form
 from .kronecker import KroneckerBlock
+from .ledger import Ledger, all_or_none
 
 FORMAT = "dropinf.fisher-1"
 FisherKind = Literal["block", "joint", "diagonal", "kronecker"]
@@ -74,6 +76,7 @@ class Fisher:
         self._digest: Mapping[str, str] = {}
         self._blocks: list[tuple[slice, Block]] = []  # columns and their block
         self._device = torch.device("cpu")
+        self._ledger: Ledger | None = None  # of the last change of sums
 
     @property
     def count(self) -> int:
@@ -98,20 +101,29 @@ class Fisher:
     def update(self, gradients: GradientSource) -> Fisher:
         """Add samples. Return self. Drop the factorization, and the correction of a Kronecker Fisher.
 
+        All of them or none: whatever is raised in between, KeyboardInterrupt and MemoryError too, leaves every sum,
+        count and field bit for bit as it was, and the call can be repeated. An interrupt in the last moment, when all
+        samples are in, finds them added: `count` tells. Only a second interrupt, while sums are being put back, makes
+        the Fisher unusable, and each later call says so. Beside the sums this takes a copy of the largest of them, as
+        solving does, and 64 MiB.
+
         Raises:
             ValueError: compressed differently from the samples before.
         """
-        self._adopt(gradients, "fisher and gradients")
-        for part in _parts(gradients):
-            self._count += len(part)
-            for columns, block in self._blocks:
-                block.update(part.flat[:, columns].to(self._device))
+        with self._changing() as ledger:
+            self._adopt(gradients, "fisher and gradients")
+            for part in _parts(gradients):
+                check_same_sketch(self, part, "fisher and gradients")
+                self._count += len(part)
+                for columns, block in self._blocks:
+                    block.update(part.flat[:, columns].to(self._device), ledger)
         return self
 
     def merge(self, other: Fisher) -> Fisher:
         """Add the sums of another Fisher, of other samples. Return self. Keep self's damping.
 
-        A Kronecker Fisher loses its correction, since its eigenbasis changes: call `correct` again.
+        A Kronecker Fisher loses its correction, since its eigenbasis changes: call `correct` again. A merge that
+        fails leaves self as it was, as `update` does.
 
         Raises:
             ValueError: another kind, or compressed differently.
@@ -120,19 +132,21 @@ class Fisher:
             raise ValueError(
                 f"other is a Fisher of kind {other.kind!r}; it must be {self.kind!r}, the kind merged into"
             )
+        other._check_whole()
         if other.count == 0:
             return self
-        self._adopt(other, "fisher and other")
-        self._count += other.count
-        for (_, block), (_, theirs) in zip(self._blocks, other._blocks, strict=True):
-            block.merge(theirs)
+        with self._changing() as ledger:
+            self._adopt(other, "fisher and other")
+            self._count += other.count
+            for (_, block), (_, theirs) in zip(self._blocks, other._blocks, strict=True):
+                block.merge(theirs, ledger)
         return self
 
     def correct(self, gradients: GradientSource) -> Fisher:
         """Add samples to the EK-FAC eigenvalues of a Kronecker Fisher. Return self.
 
         This is a second pass over what `update` has seen, in as many calls as wanted. Without it the eigenvalues are
-        K-FAC's products.
+        K-FAC's products. A call that fails leaves self as it was, as `update` does.
 
         Raises:
             ValueError: another kind of Fisher, one without samples, or gradients compressed differently.
@@ -140,10 +154,11 @@ class Fisher:
         if self.kind != "kronecker":
             raise ValueError(f"kind is {self.kind!r}; only a Fisher of kind 'kronecker' has eigenvalues to correct")
         self.check(gradients)
-        for part in _parts(gradients):
-            for columns, block in self._blocks:
-                if isinstance(block, KroneckerBlock):
-                    block.correct(part.flat[:, columns])
+        with self._changing():
+            for part in _parts(gradients):
+                for columns, block in self._blocks:
+                    if isinstance(block, KroneckerBlock):
+                        block.correct(part.flat[:, columns])
         return self
 
     def all_reduce(self, like: GradientSource, ranks: Ranks) -> Fisher:
@@ -151,6 +166,7 @@ class Fisher:
 
         `like` gives the layers to a rank that had no samples.
         """
+        self._check_whole()
         if ranks.world == 1:
             return self
         self._adopt(like, "fisher and index")
@@ -180,6 +196,7 @@ class Fisher:
         Raises:
             ValueError: a damping that `Fisher` refuses.
         """
+        self._check_whole()
         other = Fisher(self.kind, damping, absolute, _form=self._form)
         other._count, other._device = self._count, self._device
         other._shapes, other._digest = self._shapes, self._digest
@@ -229,6 +246,7 @@ class Fisher:
 
         A dense block of N < K samples is written as its N rows.
         """
+        self._check_whole()
         tensors: dict[str, Tensor] = {}
         blocks = []
         for i, (_, block) in enumerate(self._blocks):
@@ -288,6 +306,7 @@ class Fisher:
 
         `what` names both in the message, as in `check_same_sketch`.
         """
+        self._check_whole()
         if self._count == 0:
             raise ValueError("fisher has no samples; call fisher.update(train), or use build_fisher(train)")
         check_same_sketch(self, gradients, what)
@@ -296,6 +315,21 @@ class Fisher:
         damping = f"damping={Damping(self.damping)}" + (", absolute=True" if self.absolute else "")
         size = f"{self._count} samples, {len(self._blocks)} blocks"
         return f"Fisher({self.kind!r}, {damping}, {size}, {self._device})"
+
+    @contextmanager
+    def _changing(self) -> Iterator[Ledger]:
+        """Change sums inside, all of them or none."""
+        self._check_whole()
+        with all_or_none(self, *(block for _, block in self._blocks)) as ledger:
+            self._ledger = ledger
+            yield ledger
+
+    def _check_whole(self) -> None:
+        if self._ledger is not None and self._ledger.open:
+            raise RuntimeError(
+                "fisher: it was interrupted while its sums were being put back (or another thread is adding to it), so "
+                "they are not those of any samples; build it again, or load it from a file"
+            )
 
     def _adopt(self, source: GradientSource | Fisher, what: str) -> None:
         """Take the layout of the first source; check every later one against it."""

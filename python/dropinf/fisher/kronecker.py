@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from ..ranks import Ranks
 from .blocks import Block, total
 from .cholesky import solver_dtype, spans
 from .damping import Damping
+from .ledger import Ledger
 
 
 class KroneckerBlock(Block):
@@ -35,29 +38,25 @@ class KroneckerBlock(Block):
         self.corrected = 0
         self._basis: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def update(self, c: Tensor) -> None:
+    def update(self, c: Tensor, ledger: Ledger) -> None:
         self._changed()
         self._count(c)
         dtype = solver_dtype(c.dtype)
         if self.left is None or self.right is None:
-            self.left = torch.zeros(self.shape[0], self.shape[0], dtype=dtype, device=c.device)
-            self.right = torch.zeros(self.shape[1], self.shape[1], dtype=dtype, device=c.device)
+            left, right = (torch.zeros(size, size, dtype=dtype, device=c.device) for size in self.shape)
+            self.left, self.right = ledger.fresh(left), ledger.fresh(right)
         for part in spans(len(c), self.width):
             block = c[part].to(self.left.device).reshape(-1, *self.shape)
-            gram_update(self.left, block.transpose(1, 2).flatten(0, 1))
-            gram_update(self.right, block.flatten(0, 1))
+            ledger.change(self.left, partial(gram_update, self.left, block.transpose(1, 2).flatten(0, 1)))
+            ledger.change(self.right, partial(gram_update, self.right, block.flatten(0, 1)))
 
-    def merge(self, other: Block) -> None:
+    def merge(self, other: Block, ledger: Ledger) -> None:
         assert isinstance(other, KroneckerBlock)
         self._changed()
         self._count_of(other)
         if other.left is None or other.right is None:
             return
-        if self.left is None or self.right is None:
-            self.left, self.right = other.left.clone(), other.right.clone()
-        else:
-            self.left = self.left + other.left.to(self.left.device)
-            self.right = self.right + other.right.to(self.right.device)
+        self.left, self.right = ledger.add(self.left, other.left), ledger.add(self.right, other.right)
 
     def correct(self, c: Tensor) -> None:
         """Add the gradients `[n, K]` to the second moments in the eigenbasis."""
@@ -65,7 +64,7 @@ class KroneckerBlock(Block):
             self.moments = torch.zeros_like(self._eigen()[2])
         self.corrected += len(c)
         for part in spans(len(c), self.width):
-            self.moments += self._rotate(c[part]).square().sum(0)
+            self.moments = self.moments + self._rotate(c[part]).square().sum(0)
 
     def solve(self, v: Tensor) -> Tensor:
         left, right, _ = self._eigen()
