@@ -263,9 +263,10 @@ class Compressor:
         recorder = partial(Calibration, self._moments)
         sums, samples = dict(self._moments.sums), self._moments.samples
         try:
-            with self._sweep.hooked(plain, recorder, probe=probe) as model, progress_bar(batches, progress) as bar:
-                for batch in bar:
-                    model(batch)
+            with self._sweep.forgetting(), self._sweep.hooked(plain, recorder, probe=probe) as model:
+                with progress_bar(batches, progress) as bar:
+                    for batch in bar:
+                        model(batch)
             if self._moments.samples == samples:
                 raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         except BaseException:

@@ -80,6 +80,18 @@ class Knowledge:
         return self.ladder.exact
 
     @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget how gradients were found inside where something is raised: it may be what made a layer slow."""
+        rungs, reasons = dict(self.ladder.rungs), dict(self.ladder.reasons)
+        shared, follows, flags = set(self.shared), set(self.follows), self.own_flags
+        try:
+            yield
+        except BaseException:
+            self.ladder.rungs, self.ladder.reasons = rungs, reasons
+            self.shared, self.follows, self.own_flags = shared, follows, flags
+            raise
+
+    @contextmanager
     def capturing(self, layers: Mapping[str, Layer]) -> Iterator[Capture]:
         """Have hooks on the modules inside."""
         capture = Capture(self.model, self._uses(layers))

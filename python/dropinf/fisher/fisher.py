@@ -318,7 +318,7 @@ class Fisher:
 
     @contextmanager
     def _changing(self) -> Iterator[Ledger]:
-        """Change sums inside, all of them or none."""
+        """Run what changes the sums inside: all of them, or none."""
         self._check_whole()
         with all_or_none(self, *(block for _, block in self._blocks)) as ledger:
             self._ledger = ledger

@@ -97,7 +97,7 @@ class Ledger:
 
 @contextmanager
 def all_or_none(*holders: object) -> Iterator[Ledger]:
-    """Give what notes changes of sums inside. Where something is raised, every field of the holders is as it was.
+    """Yield what notes changes of sums inside. Where something is raised, every field of the holders is as it was.
 
     Fields other than such sums must be replaced, or be lists. An exception that is raised while the sums are closed
     finds everything changed.
