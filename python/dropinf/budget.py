@@ -18,7 +18,7 @@ from .compressor import Compressor
 from .sketch.axis import Axis
 from .sketch.draws import Place, chances
 from .sketch.sketch import Dropout, Sampling, Statistics, whitening
-from .workload import CuSeqlens, LossFn
+from .workload import CuSeqlens, LossFn, check_batches
 
 Allocation = Literal["spectrum", "equal"]
 _PILOT = 16  # stored per axis to learn how large each layer's gradients are
@@ -94,11 +94,12 @@ def choose(
     """
     if allocate not in get_args(Allocation):
         raise ValueError(f"allocate is {allocate!r}; it must be one of {', '.join(map(repr, get_args(Allocation)))}")
+    check_batches(batches)
     if iter(batches) is batches:
         raise ValueError("batches: they are read twice; pass a list or a DataLoader, not an iterator")
     pilot = Compressor(model, _Pilot(seed), loss_fn, layers=layers, cu_seqlens=cu_seqlens)
     pilot.calibrate(batches)
-    gradients = pilot.compress(batches)
+    gradients = pilot.compress(batch for batch in batches)  # in any order: no warning of a loader that shuffles
     plans = {
         name: _plan(layer, pilot.moments(name), _mean_square(gradients[name]), oversample, whiten, group)
         for name, layer in pilot.layers.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from .capture.masks import check_weights, fingerprint, load_masks, masked_layers
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
-from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer
+from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
 from .gradients import Gradients, GradientsBuilder
@@ -31,7 +32,7 @@ from .index.manifest import Manifest
 from .index.reader import Index
 from .index.writer import write_index
 from .sketch.sketch import Dropout, Sketch
-from .workload import CuSeqlens, Ids, LossFn
+from .workload import CuSeqlens, Ids, LossFn, check_batches, shuffles
 
 PROBE = 8  # entries of each side of a layer that calibration has audited
 
@@ -145,7 +146,7 @@ class Compressor:
             skipped |= {name: "the masks lack it" for name in self._targets if name not in only}
             self._targets = {name: target for name, target in self._targets.items() if name in only}
         if not self._targets:
-            raise ValueError(f"model: nothing to track; {skipped or 'it has no parameters'}")
+            raise ValueError(f"model: nothing to track; {skipped or no_parameters(self.model)}")
         self.skipped: Mapping[str, str] = MappingProxyType(skipped)
         self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets, **options)
         self._layers = {}
@@ -213,6 +214,12 @@ class Compressor:
             raise ValueError(
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
+        if shuffles(batches):
+            warnings.warn(
+                "batches: a shuffling DataLoader, so rows stand in an order that nothing keeps; make it with "
+                "shuffle=False. Only an index keeps the name of each row, by out= and ids=, and it needs that too",
+                stacklevel=2,
+            )
         builder: GradientsBuilder | None = None
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
@@ -263,10 +270,10 @@ class Compressor:
         recorder = partial(Calibration, self._moments)
         sums, samples = dict(self._moments.sums), self._moments.samples
         try:
-            with self._sweep.forgetting(), self._sweep.hooked(plain, recorder, probe=probe) as model:
-                with progress_bar(batches, progress) as bar:
-                    for batch in bar:
-                        model(batch)
+            hooked = self._sweep.hooked(plain, recorder, probe=probe)
+            with self._sweep.forgetting(), hooked as model, progress_bar(batches, progress) as bar:
+                for batch in bar:
+                    model(batch)
             if self._moments.samples == samples:
                 raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
         except BaseException:
@@ -347,6 +354,7 @@ def compress(
     Masks without statistics agree between calls with the same seed.
     """
     compressor = Compressor(model, sketch, loss_fn, layers=layers)
+    check_batches(batches)
     if compressor._moments.needed:
         if iter(batches) is batches:
             raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from .files import checksum
 
@@ -80,8 +81,65 @@ def batch_size_hint(batch: Any) -> int | None:
     return next((len(t) for t in tensors(batch) if t.ndim), None)
 
 
+def check_batches(batches: object) -> None:
+    """Raise TypeError where what should be batches is a single batch, or none at all."""
+    what = None
+    if isinstance(batches, Tensor):
+        what = f"a tensor of shape {list(batches.shape)}, whose rows would each be taken for a batch"
+    elif isinstance(batches, Mapping):
+        what = f"a {type(batches).__name__} of {', '.join(map(repr, itertools.islice(batches, 5)))}"
+    elif isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
+        what = f"a tuple of {_shapes(batches)}"
+    if what is not None:
+        raise TypeError(
+            f"batches: it is one batch, {what}; it must be an iterable of batches, such as a list or a DataLoader: "
+            "pass [batch]"
+        )
+    if isinstance(batches, str | bytes) or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"batches: it is {type(batches).__name__}; it must be an iterable of batches, such as a list or a "
+            "DataLoader; for a single batch pass [batch]"
+        )
+
+
+def is_one_batch(batches: object) -> bool:
+    """Return whether a list is the parts of one batch, by its looks: tensors of equal length and several kinds."""
+    if not (isinstance(batches, list) and len(batches) > 1 and all(isinstance(part, Tensor) for part in batches)):
+        return False
+    kinds = {(part.ndim, part.is_floating_point()) for part in batches}
+    return len(kinds) > 1 and len({len(part) for part in batches if part.ndim}) == 1
+
+
+def shuffles(batches: object) -> bool:
+    """Return whether batches are of a DataLoader that draws another order each time."""
+    if not isinstance(batches, DataLoader):
+        return False
+    inner = getattr(batches.batch_sampler, "sampler", None)
+    return any(
+        isinstance(s, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for s in (batches.sampler, inner)
+    )
+
+
+def _shapes(parts: Iterable[Any]) -> str:
+    return ", ".join(f"tensor {list(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts)
+
+
+def samples_of(batch: Any) -> int | None:
+    """Return the length of a list of samples that were not collated: pairs, dicts, or two and more tensors of a kind.
+
+    None for any other batch.
+    """
+    if not isinstance(batch, list) or not batch:
+        return None
+    if all(isinstance(sample, list | tuple | Mapping) and tensors(sample) for sample in batch):
+        return len(batch)
+    kinds = {(s.ndim, s.is_floating_point()) if isinstance(s, Tensor) and s.ndim else None for s in batch}
+    return len(batch) if len(batch) > 1 and len(kinds) == 1 and None not in kinds else None
+
+
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """Return the first batch, and all batches, the first included."""
+    check_batches(batches)
     if isinstance(batches, Sequence):
         if not len(batches):
             raise ValueError("batches: it is empty; pass at least one batch")

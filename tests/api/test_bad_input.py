@@ -6,8 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import dropinf
+
+from .oracle import assert_equal_gradients, oracle
 
 
 def loss_fn(model, batch):
@@ -220,6 +229,31 @@ def test_layers_that_match_nothing():
             compress(classifier(), batches(), loss_fn, layers=wrong)
 
 
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.Linear(5, 5) for _ in range(2)])
+        self.q_proj, self.norm = nn.Linear(5, 3), nn.LayerNorm(3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hint"),
+    [
+        ("encodr.0", r"did you mean 'encoder\.0'"),
+        ("encodr.*", "did you mean 'encoder'"),
+        ("*.q_prj", "did you mean 'q_proj'"),
+        ("q_proj.wieght", r"did you mean 'q_proj\.weight'"),
+        ("proj", r"did you mean '\*proj\*'\?"),
+        ("Linear", r"to pick modules by their type, pass the type itself, torch\.nn\.modules\.linear\.Linear"),
+        (nn.RMSNorm, "did you mean LayerNorm"),
+        ("zzz", "; its modules are encoder"),
+    ],
+)
+def test_the_nearest_names(layers, hint):
+    with pytest.raises(ValueError, match=rf"layers: .* matches no module or parameter of this model.*{hint}"):
+        dropinf.Compressor(Nested(), dropinf.Dropout(3), loss_fn, layers=layers)
+
+
 def test_statistics_are_needed_first():
     for sketch in (dropinf.PCA(2), dropinf.Dropout(2, sampling="energy")):
         with pytest.raises(RuntimeError, match=r"needs statistics.*call compressor\.calibrate\(batches\) first"):
@@ -252,3 +286,99 @@ def test_documents_and_losses_must_agree():
     cu = torch.tensor([0, 2, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="returned 4 losses for the 2 documents of cu_seqlens"):
         compress(classifier(), batches(), loss_fn, cu_seqlens=lambda _: cu)
+
+
+def one_batch():
+    return batches(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: one_batch()[0], r"it is one batch, a tensor of shape \[4, 5\], whose rows .* pass \[batch\]"),
+        (one_batch, r"it is one batch, a tuple of tensor \[4, 5\], tensor \[4\]; .* pass \[batch\]"),
+        (lambda: (*one_batch(), None), r"it is one batch, a tuple of .*, NoneType; "),
+        (lambda: dict(zip("xy", one_batch(), strict=True)), "it is one batch, a dict of 'x', 'y'; .* pass"),
+        (lambda: "train", r"it is str; it must be an iterable of batches, .* pass \[batch\]"),
+        (lambda: None, "it is NoneType; it must be an iterable of batches"),
+        (lambda: 3, "it is int; it must be an iterable of batches"),
+    ],
+)
+def test_one_batch_instead_of_several(make, what, tmp_path):
+    model, plain = classifier(), dropinf.Compressor(classifier(), dropinf.Dropout(3), loss_fn)
+    calibrated = dropinf.Compressor(model, dropinf.PCA(2), loss_fn)
+    uses = [
+        plain.compress,
+        calibrated.calibrate,
+        lambda b: plain.compress(b, out=tmp_path / "idx"),
+        lambda b: dropinf.compress(model, b, loss_fn, dropinf.PCA(2)),
+        lambda b: dropinf.choose(model, b, loss_fn, budget_bytes=400),
+    ]
+    for use in uses:
+        with pytest.raises(TypeError, match=f"batches: {what}"):
+            use(make())
+
+
+def test_a_list_that_is_one_batch():
+    with pytest.raises(
+        ValueError, match=r"batches: it is a list whose first batch would be its first .* pass \[batch\]"
+    ):
+        compress(classifier(), list(one_batch()), loss_fn)
+    x = torch.randn(4, 5)
+    for data in ([x, x], (b for b in [x]), [x, x[:2], x.double().float()], ((x,), (x,)), [[x, x]]):
+        rows = compress(classifier(), data, lambda m, b: m(b if isinstance(b, torch.Tensor) else b[0]).sum(1))
+        assert len(rows) >= 4
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):  # as the model says it
+        compress(classifier(), [torch.randn(4, 6)] * 2, lambda m, b: m(b).sum(1))
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(3, 3)
+        self.mixer = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return self.last((self.first(x).to(self.mixer.dtype) @ self.mixer).abs())
+
+
+def test_complex_parameters():
+    message = r"model: its parameter mixer is complex \(torch\.complex64\).* name the others in layers=.*two real"
+    for model in (Complex(), Complex().requires_grad_(False)):
+        with pytest.raises(ValueError, match=message):
+            dropinf.Compressor(model, dropinf.Dropout(3), loss_fn)
+    model = Complex().to(torch.float64)
+    model.mixer = nn.Parameter(model.mixer.to(torch.complex128), requires_grad=False)
+    data = (torch.randn(4, 5, dtype=torch.float64), torch.randint(0, 3, (4,)))
+    for options in ({}, {"layers": ["first", "last"]}):
+        compressor = dropinf.Compressor(model, dropinf.Dropout(3), loss_fn, **options)
+        assert_equal_gradients(compressor, compressor.compress([data]), oracle(model, loss_fn, data, 4))
+
+
+def loaders():
+    data = TensorDataset(*one_batch())
+    weighted = WeightedRandomSampler([1.0] * 4, 4)
+    return {
+        "shuffle": DataLoader(data, 2, shuffle=True),
+        "subset": DataLoader(data, 2, sampler=SubsetRandomSampler(range(4))),
+        "batch_sampler": DataLoader(data, batch_sampler=BatchSampler(weighted, 2, drop_last=False)),
+        "in order": DataLoader(data, 2),
+        "own batches": DataLoader(data, batch_sampler=[[0, 1], [2, 3]]),
+    }
+
+
+@pytest.mark.parametrize("name", loaders())
+def test_a_loader_that_shuffles(name, recwarn):
+    model, loader = classifier(), loaders()[name]
+    assert len(compress(model, loader, loss_fn)) == 4
+    said = [str(w.message) for w in recwarn if "shuffl" in str(w.message)]
+    if name in ("in order", "own batches"):
+        assert not said
+    else:
+        assert len(said) == 1
+        assert said[0].startswith("batches: a shuffling DataLoader, so rows stand in an order that nothing keeps")
+        assert "shuffle=False" in said[0]
+        assert "ids=" in said[0]
+    dropinf.Compressor(model, dropinf.PCA(2), loss_fn).calibrate(loader)  # in any order
+    dropinf.choose(model, loader, loss_fn, budget_bytes=400)
+    assert len([w for w in recwarn if "shuffl" in str(w.message)]) == len(said)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..workload import tensors
+from ..workload import samples_of, tensors
+from .ladder import AttributionError
 from .layer import clean_name
 from .moments import NotFinite
 from .targets import Target
@@ -18,7 +19,8 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
     way_out = "return one loss per sample, not reduced (reduction='none', then summed within each sample)"
     if not isinstance(losses, Tensor) or losses.ndim != 1:
         what = f"a tensor of shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"loss_fn must return a tensor of shape [N], it returned {what}; {way_out}")
+        alone = "; or is the batch a single sample? pass batches, as a DataLoader gives them" * is_alone(batch)
+        raise ValueError(f"loss_fn must return a tensor of shape [N], it returned {what}; {way_out}{alone}")
     if not losses.is_floating_point():
         raise ValueError(f"loss_fn must return floating-point losses, it returned {losses.dtype}")
     if len(losses) == 0:
@@ -29,12 +31,30 @@ def check_losses(losses: Any, batch: Any, cu: Tensor | None) -> None:
                 f"loss_fn returned {len(losses)} losses for the {len(cu) - 1} documents of cu_seqlens; {way_out}"
             )
         return
-    sizes = {len(t) for t in tensors(batch) if t.ndim}
-    if sizes and len(losses) not in sizes:
-        raise ValueError(
-            f"loss_fn returned {len(losses)} losses for a batch whose tensors have leading sizes {sorted(sizes)}; "
-            f"{way_out}. Are documents, graphs or views packed into one tensor, say where each starts: cu_seqlens="
+    check_count(len(losses), batch, way_out)
+
+
+def check_count(n: int, batch: Any, way_out: str) -> None:
+    """Raise ValueError where a batch cannot have n samples by the sizes of its tensors.
+
+    It may have as many as one of its tensors is long, as it is a list of, or, time first, as all of its sequences have
+    in their second dimension: [T, N, d], or ids [T, N].
+    """
+    found = tensors(batch)
+    sizes = {len(t) for t in found if t.ndim}
+    sequences = all(t.ndim > 2 or not t.is_floating_point() for t in found if t.ndim > 1)
+    time_first = n > 1 and sequences and {t.shape[1] for t in found if t.ndim > 1} == {n}
+    if not sizes or n in sizes or n == samples_of(batch) or time_first:
+        return
+    packed = ""
+    if 1 < n < max(sizes):
+        packed = (
+            ". Where several rows belong to a sample (nodes of graphs, tokens of packed documents), pass cu_seqlens=, "
+            "which says where each sample starts and ends: lambda batch: int [N + 1]"
         )
+    raise ValueError(
+        f"loss_fn returned {n} losses for a batch whose tensors have leading sizes {sorted(sizes)}; {way_out}{packed}"
+    )
 
 
 def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str]) -> None:
@@ -68,10 +88,72 @@ def explain(model: nn.Module, batch: Any) -> ValueError | None:
     return None
 
 
+def is_alone(batch: Any) -> bool:
+    """Return whether a batch looks like one sample that was not collated: with a number where batches have a tensor."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    numbers = [isinstance(p, int | float) or (isinstance(p, Tensor) and p.ndim == 0) for p in parts]
+    return any(numbers) and bool(tensors(batch))
+
+
+def explain_batch(model: nn.Module, batch: Any, error: Exception) -> Exception | None:
+    """Return what a batch's failure is likely due to, by its structure or the model's, or None."""
+    if isinstance(error, AttributionError):
+        name = time_first(model) if "mixing=True" in str(error) else None
+        return (
+            None
+            if name is None
+            else AttributionError(
+                f"{error}. Note that {name} has batch_first=False: it takes [T, N, d], and what it mixes stands along "
+                "the first dimension; make it with batch_first=True, or transpose its inputs"
+            )
+        )
+    if type(error) not in (TypeError, AttributeError, KeyError, IndexError, ValueError):
+        return None
+    n, raised = samples_of(batch), f"loss_fn gets it as it is, and raised {type(error).__name__}: {error}"
+    if n is not None and not isinstance(batch[0], Tensor):
+        what = (
+            f"batch: it is a list of {n} samples, each a {type(batch[0]).__name__}, that were not collated; {raised}. "
+            "Have the DataLoader collate them (its default collate_fn does), or have loss_fn stack them itself"
+        )
+    elif is_alone(batch) and not isinstance(error, ValueError):
+        what = (
+            f"batch: it has a number where batches have a tensor; {raised}. If it is a single sample of a data set, "
+            "pass batches, as DataLoader(dataset, batch_size=32) gives them"
+        )
+    else:
+        return None
+    return TypeError(what) if isinstance(error, TypeError) else ValueError(what)
+
+
+def time_first(model: nn.Module) -> str | None:
+    """Return the name of a module of the model that takes [T, N, d], or None."""
+    for name, module in model.named_modules():
+        if getattr(module, "batch_first", True) is False and isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            return f"{type(module).__name__} {name!r}"
+    return None
+
+
+def check_surroundings() -> None:
+    """Raise ValueError inside torch.func's transforms and under inference_mode: nothing can be backpropagated there."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            "compressor: it is called inside torch.func (vmap, grad, jvp, jacrev ...); it must be called outside, on "
+            "plain tensors. Inside loss_fn and the model these transforms work"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "compressor: it is called under torch.inference_mode, where nothing has a gradient; call it outside, "
+            "on tensors made outside"
+        )
+
+
 def check_batchnorm(model: nn.Module) -> None:
     """Raise ValueError where a batch norm mixes samples by batch statistics: no per-sample gradient exists then."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        scripted = isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(module, "original_name", "")
+        if not (scripted or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            continue
+        if module.training or getattr(module, "running_mean", None) is None:
             state = "is in train mode" if module.training else "has no running statistics"
             raise ValueError(
                 f"model: BatchNorm {name!r} {state}, so it mixes the samples of a batch and no per-sample gradient "

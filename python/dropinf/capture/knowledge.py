@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from ..workload import CuSeqlens, LossFn, tensors
+from ..workload import CuSeqlens, LossFn, samples_of, tensors
 from . import sharded
 from .audit import Audited, When
 from .colours import Key
@@ -71,7 +71,7 @@ class Knowledge:
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
         self._exact_gradients: ExactGradients | None = None  # of the last batch that had some
         self.others: set[int] = set()  # places of tensors in a batch that have no sample dimension
-        self._leaf: int | None = None  # which tensor of a batch has the samples in its leading dimension
+        self._leaf: tuple[int, int] | Literal["list"] | None = None  # the tensor and dimension that has the samples
         self._warned: set[str] = set()
 
     @property
@@ -118,8 +118,12 @@ class Knowledge:
     def size_hint(self, batch: Any) -> int | None:
         """Return the number of a batch's samples by the size of its tensors, or None."""
         leaves = tensors(batch)
-        if self._leaf is not None and self._leaf < len(leaves) and leaves[self._leaf].ndim:
-            return len(leaves[self._leaf])
+        if self._leaf == "list":
+            return samples_of(batch)
+        if self._leaf is not None:
+            i, axis = self._leaf
+            if i < len(leaves) and leaves[i].ndim > axis:
+                return leaves[i].shape[axis]
         return next((len(t) for t in leaves if t.ndim), None)
 
     def learn_leaves(self, batch: Any, n: int) -> None:
@@ -127,8 +131,12 @@ class Knowledge:
         self.others |= {i for i, t in enumerate(tensors(batch)) if not t.ndim or len(t) != n}
 
     def learn_size(self, batch: Any, n: int) -> None:
-        """Remember which tensor of a batch of ``n`` samples has them in its leading dimension."""
-        self._leaf = next((i for i, t in enumerate(tensors(batch)) if t.ndim and len(t) == n), None)
+        """Remember where a batch of ``n`` samples shows their number."""
+        self._leaf = "list" if samples_of(batch) == n else None
+        for axis in (1, 0):
+            for i, t in reversed(list(enumerate(tensors(batch)))):
+                if self._leaf != "list" and t.ndim > axis and t.shape[axis] == n:
+                    self._leaf = i, axis
 
     def warn_slow(self, fast: float, slow: float) -> None:
         """Say once of each layer that it is slow, with what a batch took in seconds on both routes."""

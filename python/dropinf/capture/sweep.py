@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..workload import check_batches, is_one_batch
 from . import sharded
 from .attempt import Hooked
-from .checks import check_batchnorm, check_current
+from .checks import check_batchnorm, check_current, check_surroundings, explain_batch
 from .knowledge import Knowledge
 from .layer import Layer
 from .preserved import preserved
@@ -35,6 +36,7 @@ class Sweep(Knowledge):
 
         ``probe``: the layers that are audited, where the recorder does not record rows.
         """
+        check_surroundings()
         check_batchnorm(self.model)
         self.warn_train_mode()
         sharded.reshard(self.model)
@@ -53,7 +55,13 @@ class HookedModel:
     def __call__(self, batch: Any) -> tuple[dict[str, Tensor], int]:
         """Return what a new recorder makes of the batch, and its number of samples."""
         self.hooked.batches += 1
-        store, n = Run(self.hooked, batch).result()
+        try:
+            store, n = Run(self.hooked, batch).result()
+        except Exception as error:
+            explained = explain_batch(self.hooked.known.model, batch, error)
+            if explained is None:
+                raise
+            raise explained from error
         self.done += n
         return store, n
 
@@ -71,6 +79,17 @@ class HookedModel:
         return f"sample {self.done + row}"
 
 
-def progress_bar(batches: Iterable[Any], shown: bool) -> tqdm[Any]:
-    """Return the batches, with a bar on standard error if it is to be shown."""
-    return tqdm(batches, disable=not shown, desc="compress", unit="batch")
+@contextmanager
+def progress_bar(batches: Iterable[Any], shown: bool) -> Iterator[tqdm[Any]]:
+    """Yield the batches, with a bar on standard error if it is to be shown."""
+    check_batches(batches)
+    try:
+        with tqdm(batches, disable=not shown, desc="compress", unit="batch") as bar:
+            yield bar
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if is_one_batch(batches):
+            raise ValueError(
+                f"batches: it is a list whose first batch would be its first tensor, and loss_fn cannot use that "
+                f"({error}); if the list is one batch, pass [batch]"
+            ) from error
+        raise

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from ..sketch.sketch import Sketch, Statistics
+from .adapters import adapter_parameters, warn_adapters
 from .kinds import module_kind
 from .layer import Layer, LayerKind, clean_name, matrix_shape
 from .moments import Need
+from .names import no_match
 
 LayerFilter = str | type | Iterable["str | type"] | None
 
@@ -71,10 +74,7 @@ def _selected(layers: LayerFilter, model: nn.Module) -> Callable[[str, nn.Module
         names = [n for n, m in modules if hit(pattern, n, m)]
         parameters = [clean_name(n) for n, _ in model.named_parameters(remove_duplicate=False)]
         if not names and not any(isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern) for n in parameters):
-            known = ", ".join(n for n, _ in modules[1:6])
-            raise ValueError(
-                f"layers: {pattern!r} matches no module or parameter of this model; its modules are {known}, ..."
-            )
+            raise ValueError(no_match(pattern, modules, parameters))
     return lambda name, module: any(hit(p, name, module) for p in wanted)
 
 
@@ -82,6 +82,9 @@ def find_targets(model: nn.Module, layers: LayerFilter) -> tuple[dict[str, Targe
     """Return the parameters to track, by layer name, and for every other parameter why it is not tracked."""
     selected = _selected(layers, model)
     frozen = layers is None and not any(p.requires_grad for p in model.parameters())
+    adapter = adapter_parameters(model) if frozen else {}
+    if adapter:
+        warn_adapters(adapter)
     uses: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=True):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -99,11 +102,30 @@ def find_targets(model: nn.Module, layers: LayerFilter) -> tuple[dict[str, Targe
             skipped[target.name] = "not picked by layers="
         elif selected is None and not (parameter.requires_grad or frozen):
             skipped[target.name] = "frozen (requires_grad is False); name it in layers= to track it"
+        elif adapter and parameter not in adapter:
+            skipped[target.name] = "frozen, beside a PEFT adapter; layers='*' tracks it"
         elif parameter.numel() == 0:
             skipped[target.name] = "has no entries"
         else:
+            check_real(target)
             targets[target.name] = target
     return targets, skipped
+
+
+def no_parameters(model: nn.Module) -> str:
+    """Return why a model without parameters has none."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "it is a script without parameters (torch.jit.freeze makes them constants); pass it as it was before"
+    return "it has no parameters"
+
+
+def check_real(target: Target) -> None:
+    """Raise ValueError for a complex parameter."""
+    if target.tensor.is_complex():
+        raise ValueError(
+            f"model: its parameter {target.parameter} is complex ({target.tensor.dtype}), and only real ones are "
+            "tracked; name the others in layers=, or make it of two real parameters (torch.complex(re, im) in forward)"
+        )
 
 
 def _target(parameter: nn.Parameter, sites: Sequence[tuple[str, str, nn.Module]], silent: set[nn.Module]) -> Target:

@@ -18,12 +18,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
 
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
-from ..workload import Ids, first_batch
+from ..workload import Ids, first_batch, shuffles
 from .folder import FISHER, PARTS, locked, shard_path
 from .manifest import Manifest, ShardEntry
 from .plan import Opening, Plan, RowSource
@@ -218,7 +217,7 @@ def write_index(
     """Compress into a folder; see `Compressor.compress`."""
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
-    if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
+    if shuffles(batches):
         raise ValueError("batches: a shuffling DataLoader gives another order each time; make it with shuffle=False")
     if fisher is not None and fisher.count:
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
