@@ -88,7 +88,7 @@ def check_batches(batches: object) -> None:
         what = f"a tensor of shape {list(batches.shape)}, whose rows would each be taken for a batch"
     elif isinstance(batches, Mapping):
         what = f"a {type(batches).__name__} of {', '.join(map(repr, itertools.islice(batches, 5)))}"
-    elif isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
+    elif isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches) and not _alike(batches):
         what = f"a tuple of {_shapes(batches)}"
     if what is not None:
         raise TypeError(
@@ -102,12 +102,18 @@ def check_batches(batches: object) -> None:
         )
 
 
+def _alike(batches: Sequence[Any]) -> bool:
+    """Return whether these may be batches that are tensors, as `x.split(32)` gives them."""
+    return (
+        all(isinstance(b, Tensor) and b.ndim for b in batches) and len({(b.dtype, b.shape[1:]) for b in batches}) == 1
+    )
+
+
 def is_one_batch(batches: object) -> bool:
-    """Return whether a list is the parts of one batch, by its looks: tensors of equal length and several kinds."""
-    if not (isinstance(batches, list) and len(batches) > 1 and all(isinstance(part, Tensor) for part in batches)):
+    """Return whether batches look like the parts of one: tensors of equal length, in a list of several kinds."""
+    if not isinstance(batches, list | tuple) or len(batches) < 2 or not all(isinstance(b, Tensor) for b in batches):
         return False
-    kinds = {(part.ndim, part.is_floating_point()) for part in batches}
-    return len(kinds) > 1 and len({len(part) for part in batches if part.ndim}) == 1
+    return len({len(b) if b.ndim else 0 for b in batches}) == 1 and (isinstance(batches, tuple) or not _alike(batches))
 
 
 def shuffles(batches: object) -> bool:

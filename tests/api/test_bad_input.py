@@ -319,13 +319,13 @@ def test_one_batch_instead_of_several(make, what, tmp_path):
             use(make())
 
 
-def test_a_list_that_is_one_batch():
-    with pytest.raises(
-        ValueError, match=r"batches: it is a list whose first batch would be its first .* pass \[batch\]"
-    ):
-        compress(classifier(), list(one_batch()), loss_fn)
+def test_tensors_that_are_one_batch():
     x = torch.randn(4, 5)
-    for data in ([x, x], (b for b in [x]), [x, x[:2], x.double().float()], ((x,), (x,)), [[x, x]]):
+    for data in (list(one_batch()), (x, x)):
+        what = rf"batches: it is a {type(data).__name__} of tensors, each of which was taken for a batch, and \w+Error"
+        with pytest.raises(ValueError, match=rf"{what} was raised: .*; if they are one batch, pass \[batch\]"):
+            compress(classifier(), data, loss_fn)
+    for data in (x.split(2), (x, x[:3]), [x, x], (b for b in [x]), [x, x[:2]], ((x,), (x,)), [[x, x]]):
         rows = compress(classifier(), data, lambda m, b: m(b if isinstance(b, torch.Tensor) else b[0]).sum(1))
         assert len(rows) >= 4
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):  # as the model says it
@@ -347,12 +347,16 @@ def test_complex_parameters():
     for model in (Complex(), Complex().requires_grad_(False)):
         with pytest.raises(ValueError, match=message):
             dropinf.Compressor(model, dropinf.Dropout(3), loss_fn)
-    model = Complex().to(torch.float64)
-    model.mixer = nn.Parameter(model.mixer.to(torch.complex128), requires_grad=False)
-    data = (torch.randn(4, 5, dtype=torch.float64), torch.randint(0, 3, (4,)))
-    for options in ({}, {"layers": ["first", "last"]}):
+    model, data = Complex(), (torch.randn(4, 5, dtype=torch.float64), torch.randint(0, 3, (4,)))
+    model.first.double()
+    model.last.double()
+    model.mixer = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
+    for options in ({"layers": ["first", "last"]}, {}):
+        model.mixer.requires_grad_(False)
+        expected = oracle(model, loss_fn, data, 4)
+        model.mixer.requires_grad_(bool(options))
         compressor = dropinf.Compressor(model, dropinf.Dropout(3), loss_fn, **options)
-        assert_equal_gradients(compressor, compressor.compress([data]), oracle(model, loss_fn, data, 4))
+        assert_equal_gradients(compressor, compressor.compress([data]), expected)
 
 
 def loaders():

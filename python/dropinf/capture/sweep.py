@@ -87,9 +87,9 @@ def progress_bar(batches: Iterable[Any], shown: bool) -> Iterator[tqdm[Any]]:
         with tqdm(batches, disable=not shown, desc="compress", unit="batch") as bar:
             yield bar
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        if is_one_batch(batches):
+        if type(error) in (TypeError, ValueError, IndexError, RuntimeError) and is_one_batch(batches):
             raise ValueError(
-                f"batches: it is a list whose first batch would be its first tensor, and loss_fn cannot use that "
-                f"({error}); if the list is one batch, pass [batch]"
+                f"batches: it is a {type(batches).__name__} of tensors, each of which was taken for a batch, and "
+                f"{type(error).__name__} was raised: {error}; if they are one batch, pass [batch]"
             ) from error
         raise
