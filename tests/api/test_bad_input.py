@@ -246,11 +246,13 @@ class Nested(nn.Module):
         ("proj", r"did you mean '\*proj\*'\?"),
         ("Linear", r"to pick modules by their type, pass the type itself, torch\.nn\.modules\.linear\.Linear"),
         (nn.RMSNorm, "did you mean LayerNorm"),
+        ("*.wieght", r"did you mean 'encoder\.0\.weight'"),
+        ("??", "; its modules are encoder"),
         ("zzz", "; its modules are encoder"),
     ],
 )
 def test_the_nearest_names(layers, hint):
-    with pytest.raises(ValueError, match=rf"layers: .* matches no module or parameter of this model.*{hint}"):
+    with pytest.raises(ValueError, match=rf"layers: .* matches no module or parameter of this model(; )?{hint}"):
         dropinf.Compressor(Nested(), dropinf.Dropout(3), loss_fn, layers=layers)
 
 

@@ -41,7 +41,6 @@ def nearest(wanted: str, names: Sequence[str]) -> list[str]:
     depth = wanted.count(".") + 1
     ends: dict[str, str] = {}
     for name in names:
-        ends.setdefault(name, name)
         ends.setdefault(".".join(name.split(".")[-depth:]), name)
     found = difflib.get_close_matches(wanted, list(ends), n=3, cutoff=0.7)
     return list(dict.fromkeys(ends[end] for end in found))
