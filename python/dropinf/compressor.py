@@ -42,8 +42,8 @@ class Compressor:
 
     ``loss_fn(model, batch) -> Tensor [N]``: one loss per sample, not reduced. ``layers``: name patterns (fnmatch,
     on module or parameter names) or module types to track; by default every trainable parameter, or of a model
-    that is frozen throughout its active PEFT adapter, else every parameter. ``cu_seqlens(batch) -> int Tensor [N + 1]``:
-    where the documents of a packed batch start and end; the loss then has one entry per document.
+    that is frozen throughout its active PEFT adapter, else every parameter. ``cu_seqlens(batch) -> int Tensor [N + 1]``
+    says where the documents of a packed batch start and end; the loss then has one entry per document.
 
     ``audit``: when a batch's rows are compared with one ordinary backward of the model, which costs a training step:
     "auto" (the first batch, batches that look new, and the 4th, 16th, 64th, ... of every call), "every" or "never".
