@@ -367,7 +367,7 @@ def positions_shared_then_each():
     return Positions(), squares, [(tokens(4),), own(4), (tokens(3),), own(3), own(1), (tokens(1),)]
 
 
-@CASES.add()
+@CASES.add(right=False)  # as many positions as samples in the first batch look like samples
 def positions_of_one_row_of_a_batch():
     row = lambda: torch.randint(0, 8, (1, 4))  # noqa: E731
     return (

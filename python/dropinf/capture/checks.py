@@ -184,13 +184,14 @@ def mixing_message(name: str, pair: tuple[int, int] | None, n: int) -> str:
     )
 
 
-def refused_message(name: str, error: float, n: int) -> str:
-    """Return what to say of a layer that no way of the ladder gets right."""
+def refused_message(name: str, error: float, n: int, dtype: torch.dtype) -> str:
+    """Return what to say of a layer of a dtype that no way of the ladder gets right."""
+    rounding = "" if dtype.itemsize > 2 else "In half precision small gradients are rounded away: scale the loss up. "
     return (
         f"layer {name}: its per-sample gradients do not sum to what plain autograd gives for the batch of {n} "
-        f"(relative error {error:.2g}), whichever way they are found. Likely the model draws numbers from a generator "
-        "of its own, changes a state from call to call that no module holds, or has a hook that clips or normalises "
-        "gradients; make it repeatable, or leave the layer out with layers="
+        f"(relative error {error:.2g}), whichever way they are found. {rounding}Likely the model draws numbers from a "
+        "generator of its own, changes a state from call to call that no module holds, or has a hook that clips or "
+        "normalises gradients; make it repeatable, or leave the layer out with layers="
     )
 
 
