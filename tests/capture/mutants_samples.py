@@ -102,16 +102,16 @@ def colour_digits_in_the_wrong_order(patch):
     around(patch, Colours, "read", lambda old, colours, key, g, digit: old(colours, key, g, 1 - digit))
 
 
-@fault("sorted_rows", acts=3, heals=True)
+@fault("sorted_rows", acts=1)
 def colour_powers_left_in(patch):
     patch.setattr(Use, "scaled", lambda use, g, factor: g)
 
 
-@fault("sorted_rows", acts=3, heals=True)
+@fault("sorted_rows", acts=1)
 def colour_powers_of_the_next_row_taken_out(patch):
     around(patch, Use, "scaled", lambda old, use, g, factor: old(use, g, factor.roll(1, 0)))
 
 
-@fault("sorted_positions", acts=3, heals=True)
+@fault("sorted_positions", acts=1)
 def colour_powers_taken_out_by_position(patch):
     around(patch, Use, "scaled", lambda old, use, g, factor: old(use, g, factor.mT))

@@ -184,7 +184,6 @@ CALIBRATION = {
     "norm_by_the_statistics_of_the_batch": "auto",
     "tap_doubles_what_it_passes_on": "auto",
     "mapped_rows_doubled": "auto",
-    "colour_powers_left_in": "auto",
     "batch_that_needs_no_colours_doubled": "every",
 }
 SKETCHES = [dropinf.PCA(3), dropinf.Dropout(3, sampling="energy")]

@@ -59,6 +59,7 @@ class Attempts:
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
         self.start = Start(self.model, hooked.attributes)
         self.begun = False
+        self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
         self.attempts, self.proving = 0, 3

@@ -24,6 +24,7 @@ SUMS = {
 }  # fmt: skip
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+MOST_PRODUCTS = 1 << 21  # that are held at once
 LOOKUPS = {F.embedding, Tensor.__getitem__}
 
 
@@ -92,8 +93,19 @@ def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tens
 def _linear(
     args: Sequence[Any], _kw: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
 ) -> Tensor | None:
-    (a, cu), (g, _) = samples.tie(args[0].detach()), samples.tie(g)
-    return ops.compress_flat(a, g, index[0], index[1], cu)
+    return _entries(args[0].detach(), g, samples, index[0], index[1])
+
+
+def _entries(a: Tensor, g: Tensor, samples: Samples, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return entries [N, k] of the sum over each sample's rows of g_t a_t^T."""
+    if isinstance(samples.layout, Rows) and a.ndim == 2 and len(a) * len(rows) <= MOST_PRODUCTS:
+        # A few rows of each sample, in any order: one sum for all samples.
+        wide = torch.promote_types(g.dtype, torch.float32)
+        values = g.index_select(1, rows).to(wide) * a.index_select(1, columns).to(wide)
+        owner = samples.layout.sample.flatten().clamp(min=0)
+        return values.new_zeros(samples.n, len(rows)).index_add_(0, owner, values)
+    (a, cu), (g, _) = samples.tie(a), samples.tie(g)
+    return ops.compress_flat(a, g, rows, columns, cu)
 
 
 def _bias(
@@ -108,8 +120,7 @@ def _matmul(
 ) -> Tensor | None:
     if args[0].ndim < 2:
         return None
-    (a, cu), (g, _) = samples.tie(args[0].detach()), samples.tie(g)
-    return ops.compress_flat(a, g, index[1], index[0], cu)
+    return _entries(args[0].detach(), g, samples, index[1], index[0])
 
 
 def _lookup(
@@ -162,8 +173,7 @@ def _grouped(
         kept = (index[0] == e).nonzero().flatten()
         if last > first and len(kept):
             layout = Rows(samples.layout.sample[first:last]) if isinstance(samples.layout, Rows) else None
-            group = Samples(samples.n, None, layout)
-            (a, cu), (part, _) = group.tie(args[0][first:last].detach()), group.tie(g[first:last])
-            out[:, kept] = ops.compress_flat(a, part, index[2][kept], index[1][kept], cu)
+            group, a = Samples(samples.n, None, layout), args[0][first:last].detach()
+            out[:, kept] = _entries(a, g[first:last], group, index[2][kept], index[1][kept])
         first = last
     return out

@@ -122,9 +122,15 @@ class Run(Sharing):
             )
         moved = movement is None or (plan is not None and movement not in plan.movements)
         if self.n > 1 and (self.colour or plan is None or plan.follow or moved):
-            current.coloured_backward(losses, follow=plan is not None and plan.follow and not self.colour)
+            usual = plan is not None and plan.follow and not self.colour
+            together = (usual or self.together) and self.hooked.probe is None
+            current.coloured_backward(losses, follow=together)
             self._lower_failed(current)
             self._resolve_several(current)
+            loose = any(current.is_loose(key, {}, set()) for key in current.emitted_keys)
+            if loose and not together and not self.together and self.hooked.probe is None:
+                self.together = True  # in the way that later batches run, so that it is audited
+                raise Again
         else:
             if plan is not None:
                 current.layouts, current.proven, current.blank = plan.layouts, plan.proven, plan.blank
