@@ -75,7 +75,7 @@ def direct_linear_with_the_input_of_the_next_sample(patch):
 
 @fault("raw")
 def direct_linear_of_the_first_position_alone(patch):
-    source(patch, "_linear", "samples.tie(g)", "samples.tie(g * (torch.arange(g.shape[1]) == 0)[:, None])")
+    source(patch, "_linear", "g, samples", "g * (torch.arange(g.shape[1]) == 0)[:, None], samples")
 
 
 @fault("tables")
@@ -100,7 +100,7 @@ def direct_matrix_transposed(patch):
 
 @fault("raw")
 def direct_matrix_with_the_gradient_of_the_next_sample(patch):
-    source(patch, "_matmul", "samples.tie(g)", "samples.tie(g.roll(1, 0))")
+    source(patch, "_matmul", "(), g, samples", "(), g.roll(1, 0), samples")
 
 
 @fault("raw")

@@ -368,7 +368,9 @@ def test_a_thread_that_trains_beside():
     assert not changes(before, snapshot(model))
     assert all(seen), "the other thread's gradients were wrong"
     for error in errors[:1]:
-        assert "Compressor" in str(error) or "thread" in str(error), f"unclear in the other thread: {error}"
+        # Where it went forward before the weights were frozen, autograd itself says what is the matter.
+        known = any(word in str(error) for word in ("Compressor", "does not require grad"))
+        assert known, f"unclear in the other thread: {error}"
     assert_each_right_or_refused(out, {0: compressor})
 
 

@@ -24,7 +24,7 @@ def adapter_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
 def _of_module(module: nn.Module) -> Iterator[nn.Parameter]:
     held = [*getattr(module, "adapter_layer_names", ()), "modules_to_save", "prompt_encoder"]
     wanted = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None)
-    if wanted is None:
+    if wanted is None or callable(wanted):  # transformers' models ask their layers, which are seen too
         return
     for adapter in [wanted] if isinstance(wanted, str) else wanted:
         for attribute in held:

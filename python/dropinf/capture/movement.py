@@ -157,7 +157,7 @@ class Movement:
                 self._data(t)
 
     def _joined(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note in which order pieces of one tensor are joined."""
+        """Take in which order pieces of one tensor are joined."""
         pieces = args[0] if args else kwargs.get("tensors", ())
         pieces = [p for p in pieces if isinstance(p, Tensor)] if isinstance(pieces, list | tuple) else []
         offsets = [p.storage_offset() for p in pieces if p._base is not None]

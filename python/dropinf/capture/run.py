@@ -183,6 +183,7 @@ class Run(Sharing):
                 names = known.ladder.on("op") + names
             if not names:
                 continue
+            sharded.check_whole((name, parameters[name]) for name in names)
             try:
                 for chunk in exact(rung, names, self.batch, losses, self.start):
                     for name in names:

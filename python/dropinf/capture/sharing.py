@@ -53,7 +53,7 @@ class Sharing(Attempts):
         raise Again
 
     def _refuse_mixed(self, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
-        """Refuse rows of several samples that depend on samples, or find their layers' gradients as they stand."""
+        """Raise AttributionError where rows of several samples depend on samples, unless the loss may mix them."""
         mixed = names - constant(outputs, self.batch, self.n, self.cu, self.known.others)
         if mixed and not self.known.mixing:
             name = min(mixed)
@@ -86,7 +86,7 @@ class Sharing(Attempts):
             return meeting(current, self._losses(guard), name)
 
     def _check_leaves(self) -> None:
-        """Refuse a loss that mixes samples, by the gradients of the batch's own tensors: no hook or op may tell."""
+        """Raise AttributionError where a loss mixes samples, by the gradients of the batch's own tensors."""
         self.start.restore()
         try:
             mixes = mixing_leaves(lambda batch: self.known.loss_fn(self.model, batch), self.batch, self.n)
