@@ -48,7 +48,8 @@ class Compressor:
     ``audit``: when a batch's rows are compared with one ordinary backward of the model, which costs a training step:
     "auto" (the first batch, batches that look new, and the 4th, 16th, 64th, ... of every call), "every" or "never".
     What differs is found in a slower way, and `AttributionError` says where none is right; ``audits`` holds what was
-    compared. ``route``: name pattern of layers -> the way to start with, one of "hook", "vmap", "alone", "backward".
+    compared. ``route``: name pattern of layers -> the way to start with, one of "hook", "op", "vmap", "alone",
+    "backward".
     ``mixing``: let losses depend on other samples of their batch; a row is then the derivative of its loss as it
     stands in its batch. Without it, such a loss is an `AttributionError`.
 

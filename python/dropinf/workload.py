@@ -76,11 +76,6 @@ def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
     return map_tensors(lambda _: next(values), batch)
 
 
-def batch_size_hint(batch: Any) -> int | None:
-    """Return the leading size of the batch's first tensor that has one, or None."""
-    return next((len(t) for t in tensors(batch) if t.ndim), None)
-
-
 def check_batches(batches: object) -> None:
     """Raise TypeError where what should be batches is a single batch, or none at all."""
     what = None

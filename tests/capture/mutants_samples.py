@@ -48,7 +48,7 @@ def usual_layout_assumed(patch):
 
 @fault("scattered")
 def scattered_rows_by_the_inverse_order(patch):
-    patch.setattr(Rows, "order", property(lambda rows: torch.argsort(torch.argsort(rows._owner, stable=True))))
+    patch.setattr(Rows, "order", property(lambda rows: torch.argsort(torch.argsort(rows.owner, stable=True))))
 
 
 @fault("scattered")

@@ -85,8 +85,8 @@ class Attempts:
     def _flags(self, outside: Outside | None = None) -> Iterator[None]:
         """Have the flags inside that the model runs with, and no gradient reach a weight; mark the batch's tensors."""
         targets = self.known.targets.values()
-        tapped = self.known.ladder.on("hook") or self.known.ladder.on("op")
-        own: list[Tensor] = [t.tensor for t in targets] if self.known.own_flags or not tapped else []
+        as_user = self.known.own_flags or not self.known.ladder.tapped
+        own: list[Tensor] = [t.tensor for t in targets] if as_user else []
         raw = [] if outside is None else [t for t in targets if id(t.tensor) in outside.raw]
         if not own and not raw:
             yield
@@ -132,7 +132,7 @@ class Attempts:
 
     def _lower(self, names: list[str], reason: str, *, sharded_too: bool = False) -> None:
         """Take layers off their hooks and run again, if there are any."""
-        names = [n for n in names if self.known.ladder.rungs[n] in ("hook", "op")]
+        names = [n for n in names if n not in self.known.ladder.exact]
         if not names:
             return
         if sharded_too:

@@ -102,8 +102,7 @@ def _entries(a: Tensor, g: Tensor, samples: Samples, rows: Tensor, columns: Tens
         # A few rows of each sample, in any order: one sum for all samples.
         wide = torch.promote_types(g.dtype, torch.float32)
         values = g.index_select(1, rows).to(wide) * a.index_select(1, columns).to(wide)
-        owner = samples.layout.sample.flatten().clamp(min=0)
-        return values.new_zeros(samples.n, len(rows)).index_add_(0, owner, values)
+        return values.new_zeros(samples.n, len(rows)).index_add_(0, samples.layout.owner, values)
     (a, cu), (g, _) = samples.tie(a), samples.tie(g)
     return ops.compress_flat(a, g, rows, columns, cu)
 

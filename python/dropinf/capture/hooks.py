@@ -74,7 +74,6 @@ class Pass:
     failed: dict[str, str] = field(default_factory=dict)  # modules that are not what their class says, and why
     uses: dict[str, Use] = field(default_factory=dict)  # by name, those that were called
     emitted: Counter[str] = field(default_factory=Counter)
-    shared: bool = False  # some output was expanded to one copy per sample
     dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
@@ -331,7 +330,6 @@ class Capture:
         version = None if saved is None or saved.is_inference() else saved._version
         shared = signature in self.shared and n > 1
         if shared:
-            current.shared = True
             saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
             out = _per_sample(out, n, one=out.shape[0] == 1)
         mark = getattr(out, MARK, None)

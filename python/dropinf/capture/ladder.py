@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Rung = Literal["hook", "op", "vmap", "alone", "backward"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
+TAPPED = RUNGS[:2]  # whose gradients come with the batch's own backward
 Route = Mapping[str, Rung]  # name patterns -> where to start
 
 
@@ -37,7 +38,12 @@ class Ladder:
     @property
     def exact(self) -> set[str]:
         """The layers whose whole gradients are computed beside the batch's backward."""
-        return {name for name, rung in self.rungs.items() if rung not in ("hook", "op")}
+        return {name for name, rung in self.rungs.items() if rung not in TAPPED}
+
+    @property
+    def tapped(self) -> list[str]:
+        """The layers whose gradients come with the batch's own backward."""
+        return [name for rung in TAPPED for name in self.on(rung)]
 
     def on(self, rung: Rung) -> list[str]:
         """Return the layers on a rung."""

@@ -70,20 +70,16 @@ class Product:
     place: int | None
 
 
+def _named(*names: str) -> list[Any]:
+    """Return torch's functions and tensors' methods of these names."""
+    return [getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)]
+
+
 def _functions() -> dict[Any, Mover | Product | str]:
-    found: dict[Any, Mover | Product | str] = {}
-    for name, mover in _BY_NAME.items():
-        for owner in (torch, Tensor):
-            if hasattr(owner, name):
-                found[getattr(owner, name)] = mover
-    for name, place in _PRODUCTS.items():
-        for owner in (torch, Tensor):
-            if hasattr(owner, name):
-                found[getattr(owner, name)] = Product(place)
-    found |= {getattr(owner, name): "turn" for owner in (torch, Tensor) for name in _TURNS}
-    found |= {getattr(torch, name): "join" for name in _JOINS}
-    found |= {getattr(owner, name): "spread" for owner in (torch, Tensor) for name in ("mul", "multiply")}
-    found |= {Tensor.__mul__: "spread", Tensor.__rmul__: "spread"}
+    found: dict[Any, Mover | Product | str] = {f: mover for name, mover in _BY_NAME.items() for f in _named(name)}
+    found |= {f: Product(place) for name, place in _PRODUCTS.items() for f in _named(name)}
+    found |= dict.fromkeys(_named(*_TURNS), "turn") | dict.fromkeys(_named(*_JOINS), "join")
+    found |= dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), "spread")
     found |= {torch.sparse.mm: Product(0), F.linear: Product(1), F.embedding: "lookup", F.embedding_bag: "lookup"}
     found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}

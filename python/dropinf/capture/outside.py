@@ -93,11 +93,12 @@ class Outside:
         ids = {id(t) for t in derived}
         plain = _replaced((tuple(args), dict(kwargs)), lambda t: t.detach() if id(t) in ids else t)
         name = getattr(function, "__name__", "")
-        in_place = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+        in_place = name.startswith(("__setitem__", "__i")) or (name.endswith("_") and not name.endswith("__"))
         result = function(*plain[0], **plain[1])
-        if in_place or name.startswith("__i") or not isinstance(result, Tensor) or not result.is_floating_point():
-            if not isinstance(result, Tensor) or in_place or name.startswith("__i"):
-                self.unfit |= {layer.name for t in derived for layer in self.layers_of(t)}
+        if in_place or "out" in kwargs or not isinstance(result, Tensor):
+            self.unfit |= {layer.name for t in derived for layer in self.layers_of(t)}
+            return _marked(result, _DATA)
+        if not result.is_floating_point():
             return _marked(result, _DATA)
         return self._tapped(result, function, args, kwargs, derived)
 

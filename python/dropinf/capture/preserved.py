@@ -23,9 +23,8 @@ _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
 class RandomState:
     """Where the random generators of torch, Python and NumPy stand."""
 
-    def __init__(self, model: nn.Module) -> None:
-        devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-        self._torch, self._cuda = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
+    def __init__(self, devices: Iterable[int]) -> None:
+        self._torch, self._cuda = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def restore(self) -> None:
@@ -38,9 +37,13 @@ class RandomState:
 
 
 class Attributes:
-    """What the modules of a model hold beside parameters: a cache of something computed from a weight, say."""
+    """What the modules of a model hold beside parameters: a cache of something computed from a weight, say.
+
+    ``devices``: the GPUs that the parameters are on.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if sharded.is_any(model) else {"_parameters"})
         self._containers = [
@@ -77,7 +80,7 @@ class Start:
         self._attributes = attributes
         training = any(m.training for m in model.modules())  # only then are buffers updated (spectral norm's, say)
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
-        self._random = RandomState(model)
+        self._random = RandomState(attributes.devices)
 
     def restore(self) -> None:
         """Put all of it back."""
@@ -109,12 +112,8 @@ class Flags:
     def own(self, tracked: Iterable[Tensor]) -> Iterator[None]:
         """Have the user's flags inside, and a gradient for what is tracked; frozen afterwards."""
         self.restore()
-        for parameter in tracked:
-            parameter.requires_grad_(True)
-        try:
+        with self.only(tracked):
             yield
-        finally:
-            self.freeze()
 
     @contextlib.contextmanager
     def only(self, tracked: Iterable[Tensor]) -> Iterator[None]:

@@ -22,6 +22,7 @@ class Proof:
         self.known, self.flags, self.start, self.place = known, flags, start, place
         self.layers = {n: layer for n, layer in layers.items() if _has_gradient(known.targets[n].tensor)}
         self._expected: Expected | None = None
+        self._weighted = False
 
     def why(self, plan: Plan, reached: frozenset[str]) -> str | None:
         """Return why the batch is to be audited, or None. ``reached``: the modules that got a gradient."""
@@ -41,7 +42,8 @@ class Proof:
 
         ``store``: rows to compare with. Samples are weighted so that a small one's counts as much as a large one's.
         """
-        if self._expected is None:
+        if self._expected is None or (store is not None and not self._weighted):
+            self._weighted = store is not None
             self.start.restore()
             parameters = {name: self.known.targets[name].tensor for name in self.layers}
             sizes = None if store is None else _norms([store[name] for name in self.layers])

@@ -20,7 +20,7 @@ from .exact import ExactGradients
 from .guard import UseGuard, watch
 from .hooks import Pass
 from .knowledge import Plan
-from .ladder import RUNGS, AttributionError
+from .ladder import RUNGS, TAPPED, AttributionError
 from .moments import NotFinite
 from .outside import Outside
 from .preserved import RandomState
@@ -64,10 +64,9 @@ class Run(Sharing):
             self._check_forward(current, guard, losses)
             plan, look = self._backward(current, losses, guard.movement.functions, guard.movement.fingerprint())
             self._lower_unfit(outside)
-        after = RandomState(self.model)
+        after = RandomState(self.hooked.attributes.devices)
         hooks_took = time.perf_counter() - began
-        with capture.removed():
-            self._exact(current.recorder, losses.detach())
+        self._exact(current.recorder, losses.detach())
         if known.exact_names:
             known.warn_slow(hooks_took, time.perf_counter() - began - hooks_took)
         store = self._proven(current, losses.detach(), plan, look)
@@ -177,7 +176,7 @@ class Run(Sharing):
         parameters = {name: known.targets[name].tensor for name in wanted}
         exact = ExactGradients(self.model, known.loss_fn, parameters, self.hooked.flags)
         known._exact_gradients = exact
-        for rung in RUNGS[2:]:
+        for rung in RUNGS[len(TAPPED) :]:
             names = known.ladder.on(rung)
             if rung == "vmap" and self.hooked.probe is not None:
                 names = known.ladder.on("op") + names
@@ -185,9 +184,10 @@ class Run(Sharing):
                 continue
             sharded.check_whole((name, parameters[name]) for name in names)
             try:
-                for chunk in exact(rung, names, self.batch, losses, self.start):
-                    for name in names:
-                        recorder.emit_whole(self.hooked.layers[name], chunk[name])
+                with self.hooked.capture.removed():
+                    for chunk in exact(rung, names, self.batch, losses, self.start):
+                        for name in names:
+                            recorder.emit_whole(self.hooked.layers[name], chunk[name])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -233,11 +233,11 @@ class Run(Sharing):
         """Take the next way for layers that an audit found wrong."""
         known = self.known
         known.plans.pop(look, None)
-        hooked = [n for n in wrong if known.ladder.rungs[n] in ("hook", "op")]
-        if hooked and self.n > 1 and not self.colour:
+        tapped = [n for n in wrong if n not in known.ladder.exact]
+        if tapped and self.n > 1 and not self.colour:
             self.colour = True
             return
-        if hooked and not known.own_flags and not self.tried_flags:
+        if tapped and not known.own_flags and not self.tried_flags:
             known.own_flags = self.tried_flags = True
             self.tried = len(wrong)
             return
@@ -265,16 +265,13 @@ class Run(Sharing):
         if self.suspects:
             names, self.suspects = self.suspects, set()
             self.hooked.capture.shared -= {s for s in self.hooked.capture.shared if s[0] in names}
-            for name in names:
-                for plan in self.hooked.capture.uses[name].plans:
-                    known.ladder.lower(plan.name, "all samples share its output, in a way that cannot be expanded")
+            self._lower_shared(names)
             return
         if not known.own_flags and not self.tried_flags:
             known.own_flags = self.tried_flags = True
             return
-        hooked = known.ladder.on("hook") + known.ladder.on("op")
-        if not hooked:
+        if not known.ladder.tapped:
             raise failure
         known.own_flags = False
-        for name in hooked:
+        for name in known.ladder.tapped:
             known.ladder.lower(name, f"the model does not run with hooks ({type(failure).__name__})")

@@ -38,16 +38,17 @@ class Rows:
     @cached_property
     def order(self) -> Tensor:
         """The rows, sorted by sample."""
-        return torch.argsort(self._owner, stable=True)
+        return torch.argsort(self.owner, stable=True)
 
     def cu_seqlens(self, n: int) -> Tensor:
         """Return where each sample's rows start in `order`, int32 [n + 1]."""
-        counts = torch.bincount(self._owner, minlength=n)
+        counts = torch.bincount(self.owner, minlength=n)
         return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
     @property
-    def _owner(self) -> Tensor:
-        return self.sample.flatten().clamp(min=0)  # no gradient: any sample will do
+    def owner(self) -> Tensor:
+        """The sample of each row, int64 [rows]; any where it has no gradient."""
+        return self.sample.flatten().clamp(min=0)
 
 
 Layout = Grid | Rows

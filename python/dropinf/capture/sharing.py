@@ -41,16 +41,17 @@ class Sharing(Attempts):
         self._refuse_mixed(names, outputs, {plan.name for n in names for plan in self.hooked.capture.uses[n].plans})
         new = signatures - self.hooked.capture.shared
         if not new:
-            self._lower_uses(names, "all samples share its output, in a way that cannot be expanded")
+            self._lower_shared(names)
+            raise Again
         self.hooked.capture.shared |= new
         self.suspects |= {signature[0] for signature in new}
         raise Again
 
-    def _lower_uses(self, names: set[str], reason: str) -> None:
+    def _lower_shared(self, names: set[str]) -> None:
+        """Take modules off their hooks whose output cannot be expanded to one copy per sample."""
         for name in sorted(names):
             for plan in self.hooked.capture.uses[name].plans:
-                self.known.ladder.lower(plan.name, reason)
-        raise Again
+                self.known.ladder.lower(plan.name, "all samples share its output, in a way that cannot be expanded")
 
     def _refuse_mixed(self, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
         """Raise AttributionError where rows of several samples depend on samples, unless the loss may mix them."""
