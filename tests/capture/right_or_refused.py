@@ -1,12 +1,14 @@
 """The harness: a model's compressed rows against one plain backward of each loss of its batches, in float64.
 
 A case is a function that builds a model, a loss and batches from a fixed seed. It is called once for dropinf and once
-more, on a twin that dropinf never sees, for every row of the oracle; so no state of one run reaches another. What a case
-asserts is *right or refused*: every row of every layer is right, or a ValueError or RuntimeError names what is in the way.
+more, on a twin that dropinf never sees, for every row of the oracle; so no state of one run reaches another. The oracle's
+rows are kept for the next test of the case. What a case asserts is *right or refused*: every row of every layer is right,
+or a ValueError or RuntimeError names what is in the way.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -68,26 +70,37 @@ def built(build: Build):
     return model, loss_fn, batches
 
 
-def plain(build: Build, seen: list[int], prepare=lambda model: None) -> dict[str, Tensor]:
-    """Parameter -> gradients [N, *shape] of the batches ``seen``: one backward of one loss of a fresh twin each."""
+def nothing(model: nn.Module) -> None:
+    """Leave a model as it is."""
+
+
+@functools.cache
+def gradients(build: Build, b: int, prepare, after) -> dict[str, Tensor]:
+    """Parameter -> gradients [N, *shape] of batch ``b``: one backward of one loss of a fresh twin each."""
     rows: dict[str, list[Tensor]] = {}
-    for b in seen:
-        i, n = 0, 1
-        while i < n:
-            model, loss_fn, batches = built(build)
-            prepare(model)
-            for p in model.parameters():
-                p.grad = None
-            losses = loss_fn(model, batches[b])
-            assert losses.ndim == 1
-            n = len(losses)
-            losses[i].backward()
-            for name, p in model.named_parameters():
-                if p.requires_grad:
-                    g = torch.zeros_like(p) if p.grad is None else p.grad.to_dense().detach().clone()
-                    rows.setdefault(name, []).append(g)
-            i += 1
+    i, n = 0, 1
+    while i < n:
+        model, loss_fn, batches = built(build)
+        prepare(model)
+        after(model)
+        for p in model.parameters():
+            p.grad = None
+        losses = loss_fn(model, batches[b])
+        assert losses.ndim == 1
+        n = len(losses)
+        losses[i].backward()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                g = torch.zeros_like(p) if p.grad is None else p.grad.to_dense().detach().clone()
+                rows.setdefault(name, []).append(g)
+        i += 1
     return {name: torch.stack(r) for name, r in rows.items()}
+
+
+def plain(build: Build, seen: list[int], prepare=nothing, after=nothing) -> dict[str, Tensor]:
+    """Parameter -> gradients [N, *shape] of the batches ``seen``, one after the other."""
+    parts = [gradients(build, b, prepare, after) for b in seen]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def worst(compressor, got, want: dict[str, Tensor]) -> dict[str, float]:
@@ -191,8 +204,8 @@ def check(
     mixing: bool = False,
     says: str | None = None,
     but: frozenset[str] = frozenset(),
-    after=lambda model: None,
-    prepare=lambda model: None,
+    after=nothing,
+    prepare=nothing,
     skips: frozenset[str] = frozenset(),
     twin: bool = True,
     unhook: Build | None = None,
@@ -229,13 +242,7 @@ def check(
     assert not changed, f"the model is not what it was: {changed}"
     assert torch.equal(random, torch.get_rng_state()), "the random state is not what it was"
     for seen, got in results:
-
-        def ready(model):
-            prepare(model)
-            if twin:
-                after(model)
-
-        want = plain(unhook or build, seen, ready)
+        want = plain(unhook or build, seen, prepare, after if twin else nothing)
         covered = {layer.parameter for layer in compressor.layers.values()}
         assert covered | skips >= set(want), f"left out: {set(want) - covered}, {compressor.skipped}"
         wrong = worst(compressor, got, want)
@@ -276,3 +283,14 @@ def points(*sizes: int, width: int = 3) -> list[Tensor]:
 def squares(model: nn.Module, x: Any) -> Tensor:
     """The sum of squares of a model's outputs, for each sample."""
     return (model(*x) if isinstance(x, tuple) else model(x)).flatten(1).square().sum(1)
+
+
+class Raw(nn.Module):
+    """Raw parameters alone."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(width, width)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.w + self.b)
