@@ -6,6 +6,7 @@ expert of a fused tensor, a transpose, a chunk): the kept entries are looked up 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,14 @@ SUMS = {
 }  # fmt: skip
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+# Normalisations -> their arguments in order.
+NORMS = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
 MOST_PRODUCTS = 1 << 21  # that are held at once
+BATCHED = MATMULS | {torch.bmm, Tensor.bmm}
+ADDED = {torch.baddbmm, Tensor.baddbmm}
 LOOKUPS = {F.embedding, Tensor.__getitem__}
 
 
@@ -83,10 +91,18 @@ def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tens
         return _linear if args[1] is d else _bias
     if function in MATMULS and not kwargs and args[1] is d and d.ndim == 2:
         return _matmul
+    if d.ndim == 3 and not kwargs and function in BATCHED | ADDED and args[0] is not d:
+        return _batched(args, d)
+    if d.ndim == 3 and not kwargs and function in ADDED:
+        return _batched_bias
     if function in LOOKUPS and d.ndim == 2:
         return _lookup
     if function in SUMS or function in PRODUCTS:
         return None if kwargs else _elementwise(function)
+    if function is torch.einsum and not kwargs:
+        return _einsum(args, d)
+    if function in NORMS and d.ndim == 1:
+        return _normalised(function)
     return _grouped if "grouped_mm" in getattr(function, "__name__", "") and d.ndim == 3 else None
 
 
@@ -122,6 +138,64 @@ def _matmul(
     return _entries(args[0].detach(), g, samples, index[1], index[0])
 
 
+def _contraction(letters_a: str, letters_d: str, letters_g: str, place: int) -> Handler | None:
+    """Return the handler of the product g = a d, in einsum's letters; ``place``: of a among the arguments."""
+    rows = [c for c in letters_g if c not in letters_d]
+    inputs, outputs = [c for c in letters_d if c in letters_a], [c for c in letters_d if c in letters_g]
+    unique = all(len(set(term)) == len(term) for term in (letters_a, letters_d, letters_g))
+    if not unique or set(letters_a) != {*rows, *inputs} or set(letters_d) != {*inputs, *outputs} or not rows:
+        return None
+
+    def handler(
+        args: Sequence[Any], _kw: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+    ) -> Tensor | None:
+        size = {**dict(zip(letters_d, d.shape, strict=True)), **dict(zip(letters_g, g.shape, strict=True))}
+        of = dict(zip(letters_d, index, strict=True))
+
+        def flat(x: Tensor, letters: str, features: list[str]) -> tuple[Tensor, Tensor]:
+            x = x.permute([letters.index(c) for c in (*rows, *features)])
+            column = torch.zeros_like(index[0])
+            for c in features:
+                column = column * size[c] + of[c]
+            return x.reshape(*[size[c] for c in rows], -1), column
+
+        a = args[place].detach()
+        if a.shape != tuple(size[c] for c in letters_a):
+            return None  # broadcast along some letter
+        (a, columns), (g, lines) = flat(a, letters_a, inputs), flat(g, letters_g, outputs)
+        return _entries(a, g, samples.along([letters_g.index(c) for c in rows]), lines, columns)
+
+    return handler
+
+
+def _einsum(args: Sequence[Any], d: Tensor) -> Handler | None:
+    equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
+    terms = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation)
+    if terms is None or len(args) != 3:
+        return None
+    first, second, out = terms.groups()
+    return _contraction(first, second, out, 1) if args[2] is d else _contraction(second, first, out, 2)
+
+
+def _batched(args: Sequence[Any], d: Tensor) -> Handler | None:
+    """Return the handler of x [*lead, B, S, d_in] d [B, d_in, d_out]: matrices of their own for B groups."""
+    lead = args[-2].ndim - 3
+    if args[-1] is not d or lead < 0:
+        return None
+    more = "defghjklmnpqrtuvwxyz"[:lead]
+    return _contraction(f"{more}bsi", "bio", f"{more}bso", len(args) - 2)
+
+
+def _batched_bias(
+    _args: Sequence[Any], _kw: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+) -> Tensor | None:
+    """Return the kept entries of d [B, 1, d_out], which is added to [B, S, d_out]."""
+    if d.shape != (g.shape[0], 1, g.shape[2]):
+        return None
+    g, cu = samples.along([1]).tie(g.movedim(0, 1).flatten(1))
+    return ops.compress_norm(None, g, (index[0] * d.shape[2] + index[2])[None], cu_seqlens=cu)
+
+
 def _lookup(
     args: Sequence[Any], kwargs: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
 ) -> Tensor | None:
@@ -155,6 +229,22 @@ def _elementwise(function: Any) -> Handler:
         g, cu = samples.tie(g.flatten(g.ndim - features))
         values = ops.compress_norm(a, g, column[None].to(torch.int32), cu_seqlens=cu)
         return -values if SUMS.get(function) == -1 and args[1] is d else values
+
+    return handler
+
+
+def _normalised(function: Any) -> Handler:
+    def handler(
+        args: Sequence[Any], kwargs: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+    ) -> Tensor | None:
+        given = dict(zip(NORMS[function], args, strict=False)) | kwargs
+        weight, bias = given.pop("weight", None), given.pop("bias", None)
+        if weight is bias or (weight is not d and bias is not d):
+            return None
+        (g, cu), a = samples.tie(g), None
+        if weight is d:
+            a = samples.tie(function(**(given | {"input": given["input"].detach()})))[0]
+        return ops.compress_norm(a, g, index[0][None], cu_seqlens=cu)
 
     return handler
 

@@ -24,7 +24,7 @@ from dropinf_kernels.op import no_autograd
 
 from .colours import SEVERAL, Colours, Key
 from .modules import NormUse, Use
-from .recorders import Recorder
+from .recorders import Recorder, Unweighted
 from .samples import Layout, Rows, Samples, learn
 
 # What a use of a layer may raise where the module is not what its class says.
@@ -77,7 +77,6 @@ class Pass:
     dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
-    _together: bool = False
     _take: Callable[[Call, Key, Tensor], None] | None = None
     _surprises: list[Tensor] = field(default_factory=list)
 
@@ -131,17 +130,19 @@ class Pass:
 
         ``follow``: layouts follow the data, so rows are taken from the last pass, and scaled back.
         """
-        self._together = follow and not self.narrow  # float16's powers would cost digits
+        together = follow and not self.narrow  # float16's powers would cost digits
         colours = Colours(self.samples.n, narrow=self.narrow)
+        before = self.layouts, self.proven
         self.layouts, self.proven, self.blank = {}, set(), set()
         self._run(
             losses, torch.ones_like(losses), lambda call, key, g: colours.sign(key, call.use.rows(g)), retain=True
         )
         for digit in range(colours.passes):
             last = digit == colours.passes - 1
-            take = partial(self._read, colours, digit, last)
-            self._run(losses, colours.weights(losses, digit), take, retain=not last or not self._together)
-        if not self._together and not self.several and not self.failed:
+            weights = colours.weights(losses, digit)
+            into = Unweighted(self.recorder, 1 / weights) if last and together else None
+            self._run(losses, weights, partial(self._read, colours, digit, before, into), retain=into is None)
+        if not together and not self.several and not self.failed:
             self._run(losses, torch.ones_like(losses), None)
 
     def rows_of(self, losses: Tensor, weights: Tensor, name: str) -> list[Tensor]:
@@ -184,23 +185,43 @@ class Pass:
             self.unproven.add(key)
         call.record(self.recorder, g, self._tied(key))
 
-    def _read(self, colours: Colours, digit: int, last: bool, call: Call, key: Key, g: Tensor) -> None:
+    def _read(
+        self,
+        colours: Colours,
+        digit: int,
+        before: tuple[Mapping[Key, Layout], set[Key]],
+        into: Recorder | None,
+        call: Call,
+        key: Key,
+        g: Tensor,
+    ) -> None:
+        """Take one digit of the rows' samples. ``before``: the layouts that were proven; ``into`` takes the rows."""
         colours.read(key, call.use.rows(g), digit)
-        if not last:
+        if digit < colours.passes - 1:
             return
         sample = colours.samples(key)
         if bool((sample == SEVERAL).any()):
             self.several[key] = call.signature
             return
-        layout, proven = learn(sample, self.samples)
+        layout, proven = self._layout(key, sample, *before)
         if layout is not None:
             self.layouts[key] = layout
         if proven:
             self.proven.add(key)
         else:
             (self.open if bool((sample >= 0).any()) else self.blank).add(key)
-        if self._together:
+        if into is not None and isinstance(layout, Rows):
             call.record(self.recorder, call.use.scaled(g, colours.rows[key].scale), self._tied(key))
+        elif into is not None:
+            call.record(into, g, self._tied(key))
+
+    def _layout(
+        self, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
+    ) -> tuple[Layout | None, bool]:
+        """Return the layout of rows [*lead] of known samples, and whether it is proven: mostly what it was before."""
+        layout = before.get(key)
+        usual = self.samples if layout is None else Samples(self.samples.n, None, layout)
+        return (layout, True) if key in proven and usual.agree(sample) else learn(sample, self.samples)
 
     def _tied(self, key: Key) -> Samples:
         layout = self.layouts.get(key)

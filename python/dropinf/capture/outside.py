@@ -24,6 +24,7 @@ from .samples import Grid, Samples, Untied
 
 # Whole gradients of one op that exist at once.
 CHUNK_BYTES = 1 << 26
+_SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union anew each time
 _DATA, _DERIVED = 1, 2  # what a tensor depends on: the batch, or tracked parameters alone
 _EXPANDS = {
     Tensor.expand,
@@ -57,17 +58,19 @@ class Outside:
 
     def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a torch function of the model."""
-        tensors = list(_tensors((args, tuple(kwargs.values()))))
-        kinds = [_DERIVED if id(t) in self.raw else getattr(t, MARK, 0) for t in tensors]
-        derived = [t for t, kind in zip(tensors, kinds, strict=True) if kind == _DERIVED]
+        tensors = list(_tensors(args)) + list(_tensors(kwargs.values())) if kwargs else list(_tensors(args))
+        derived: list[Tensor] = []
+        data: list[Tensor] = []
+        for t in tensors:
+            kind = _DERIVED if id(t) in self.raw else getattr(t, MARK, 0) or self._unseen(t)
+            if kind:
+                (derived if kind == _DERIVED else data).append(t)
         if not derived:
             result = function(*args, **kwargs)
-            return _marked(result, _DATA) if _DATA in kinds else result
+            return _marked(result, _DATA) if data else result
         # An expert picked by a number is of parameters alone, whatever the number depends on.
-        picked = function is Tensor.__getitem__ and not any(
-            t.ndim for t, kind in zip(tensors, kinds, strict=True) if kind == _DATA
-        )
-        if _DATA in kinds and not picked:
+        picked = function is Tensor.__getitem__ and not any(t.ndim for t in data)
+        if data and not picked:
             return self._meeting(function, args, kwargs, derived)
         result = function(*args, **kwargs)
         if isinstance(result, Tensor) and result.requires_grad and self._copies(function, tensors, derived[0], result):
@@ -76,6 +79,14 @@ class Outside:
                 return tapped
         return _marked(result, _DERIVED)
 
+    def _unseen(self, x: Tensor) -> int:
+        """Return what a tensor depends on that an autograd Function made, which no mode sees."""
+        if not x.requires_grad or x.is_leaf:
+            return 0
+        kind = _DERIVED if all(id(p) in self.raw for p in _leaves(x)) else _DATA
+        setattr(x, MARK, kind)
+        return kind
+
     def _copies(self, function: Any, tensors: Sequence[Tensor], x: Tensor, result: Tensor) -> bool:
         """Return whether an op of parameters alone seems to make a copy, or look up rows, for each sample."""
         n, rows = self.current.samples.n, result.shape[0] if result.ndim else 1
@@ -83,6 +94,8 @@ class Outside:
             return False
         if function in LOOKUPS:
             return any(t.ndim and len(t) == rows for t in tensors if t is not x)
+        if function in _EXPANDS and rows == n * (x.shape[0] if x.ndim else 1):
+            return True
         elementwise = function in _EXPANDS or function in SUMS or function in PRODUCTS
         return elementwise and (x.ndim < result.ndim or x.shape[0] == 1)
 
@@ -115,12 +128,15 @@ class Outside:
         layers = {layer.name: layer for t in derived for layer in self.layers_of(t)}
         if not layers:
             return result
+        n = self.current.samples.n
         name = f"{'+'.join(sorted(layers))}@{getattr(function, '__name__', 'op')}"
         if guessed and name in self.constant:
             return result
         result = result.detach() if guessed else result
         use = OpUse(name, layers, self, guessed=guessed)
-        signature = signature_of(name, result, result, self.current.samples.n)
+        *known, goes, single = signature_of(name, result, result, n)
+        of_rows = "".join("01"[_is_rows(t, len(result), n)] for t in _tensors(args)) if result.ndim else ""
+        signature = (*known, goes + of_rows, single)
         call = OpCall(self.current, use, None, None, signature, function, tuple(args), dict(kwargs), derived)
         if self.outputs is not None:
             self.outputs.setdefault(name, []).append(result.detach().clone())
@@ -269,7 +285,8 @@ class OpCall(Call):
         """Map the op's backward over samples, each with its own rows of every argument that has the batch's."""
         tensors = list(_tensors((self.args, tuple(self.kwargs.values()))))
         rows, derived = n * g.shape[1], {id(t) for t in self.derived}
-        own = {id(t) for t in tensors if t.ndim and id(t) not in derived and _is_rows(t, rows, n)}
+        own = {id(t) for t in tensors if id(t) not in derived and _is_rows(t, rows, n)}
+        moves = any(getattr(t, MARK, 0) == _DATA for t in tensors if id(t) not in derived)
         batched = [t.detach() for t in tensors if id(t) in own]
         places = [id(t) for t in tensors if id(t) in own]
         split = [t.reshape(n, t.shape[0] // n, *t.shape[1:])[first : first + len(g)] for t in batched]
@@ -283,19 +300,30 @@ class OpCall(Call):
 
                 args, kwargs = _replaced((self.args, self.kwargs), swap)
                 out: Tensor = self.function(*args, **kwargs)
-                return out if places else out[: g_n.shape[0]]
+                return out if places or moves else out[: g_n.shape[0]]
 
             back = torch.func.vjp(op, d.detach())[1]
             gradient: Tensor = back(g_n)[0]
             return gradient
 
         if not split:
-            return torch.func.vmap(lambda g_n: one([], g_n))(g)
+            return torch.func.vmap(lambda g_n: one([], g_n))(_placed(g, first, n) if moves else g)
         return torch.func.vmap(one)(split, g)
+
+
+def _placed(g: Tensor, first: int, n: int) -> Tensor:
+    """Return gradients [len(g), n * parts, ...] of an op's whole output, where only a sample's own rows have any."""
+    if g.numel() * n * g.element_size() > CHUNK_BYTES:
+        raise Untied("its op does not have the samples in its leading dimension")
+    placed = g.new_zeros(len(g), n, *g.shape[1:])
+    placed[torch.arange(len(g)), torch.arange(first, first + len(g))] = g
+    return placed.flatten(1, 2)
 
 
 def _is_rows(t: Tensor, rows: int, n: int) -> bool:
     """Return whether an argument has a row for each of the output's, or data a row for each sample."""
+    if not t.ndim:
+        return False
     return t.shape[0] == rows or (t.shape[0] == n and getattr(t, MARK, 0) == _DATA)
 
 
@@ -314,7 +342,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     for v in values:
         if isinstance(v, Tensor):
             yield v
-        elif isinstance(v, list | tuple):
+        elif isinstance(v, _SEQUENCES):
             yield from _tensors(v)
 
 
@@ -331,7 +359,11 @@ def _replaced(value: Any, swap: Callable[[Tensor], Tensor]) -> Any:
 
 def _marked(result: Any, kind: int) -> Any:
     """Return a result, its tensors marked; of parameters alone only where they have a gradient."""
-    for t in _tensors(result if isinstance(result, list | tuple) else (result,)):
-        if not isinstance(t, nn.Parameter) and (kind == _DATA or t.requires_grad):
-            setattr(t, MARK, kind)
+    if isinstance(result, _SEQUENCES):
+        for item in result:
+            _marked(item, kind)
+    elif (
+        isinstance(result, Tensor) and not isinstance(result, nn.Parameter) and (kind == _DATA or result.requires_grad)
+    ):
+        setattr(result, MARK, kind)
     return result

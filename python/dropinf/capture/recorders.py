@@ -74,6 +74,27 @@ class Compression(Recorder):
         }
 
 
+class Unweighted(Recorder):
+    """Hands on what a backward of weighted losses gives, each sample's times ``factor`` [N]."""
+
+    def __init__(self, recorder: Recorder, factor: Tensor) -> None:
+        self._recorder, self._factor = recorder, factor
+
+    def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
+        for layer, c in use.emit(saved, g, samples):
+            self.emit_part(layer, c)
+
+    def emit_part(self, layer: Layer, c: Tensor) -> None:
+        factor = self._factor.to(c.device, c.dtype)
+        self._recorder.emit_part(layer, c * factor.view(-1, *[1] * (c.ndim - 1)))
+
+    def emit_whole(self, layer: Layer, gradients: Tensor) -> None:
+        raise TypeError(f"{layer.name}: whole gradients {tuple(gradients.shape)} come of no weighted loss")
+
+    def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:
+        return self._recorder.finish(layers, losses)
+
+
 class Calibration(Recorder):
     """Second moments of one batch, added to those of the batches before when it ends."""
 

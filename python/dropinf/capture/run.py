@@ -123,6 +123,8 @@ class Run(Sharing):
         if self.n > 1 and (self.colour or plan is None or plan.follow or moved):
             usual = plan is not None and plan.follow and not self.colour
             together = (usual or self.together) and self.hooked.probe is None
+            if plan is not None:
+                current.layouts, current.proven = plan.layouts, plan.proven
             current.coloured_backward(losses, follow=together)
             self._lower_failed(current)
             self._resolve_several(current)

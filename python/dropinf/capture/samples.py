@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -90,6 +91,27 @@ class Samples:
                 return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
         elif self.n and (lead[0] if lead else 1) % self.n == 0:
             return x.reshape(self.n, rows // self.n, *kept), None
+        raise Untied
+
+    def along(self, dims: Sequence[int]) -> Samples:
+        """Return the samples of a tensor whose leading dimensions are some of this one's, in a new order.
+
+        Raises Untied where a row's sample does not follow from these dimensions.
+        """
+        if self.n == 1:
+            return Samples(1)
+        if isinstance(self.layout, Rows):
+            sample = self.layout.sample
+            if max(dims) < sample.ndim:
+                sample = sample.movedim(list(dims), list(range(len(dims))))
+                one = sample.reshape(*sample.shape[: len(dims)], -1)
+                first = one.amax(-1)
+                if bool(((one == first[..., None]) | (one < 0)).all()):
+                    return replace(self, layout=Rows(first))
+        elif self.cu_seqlens is None or self.layout is not None:
+            grid = self.layout or Grid()
+            if grid.dim in dims:
+                return replace(self, layout=replace(grid, dim=list(dims).index(grid.dim)))
         raise Untied
 
     def agree(self, sample: Tensor) -> bool:

@@ -1,0 +1,157 @@
+"""Ops that use a parameter outside its module, with the samples anywhere: right, and captured at the op."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dropinf
+from tests.capture.right_or_refused import Cases, built, check, doubles, runs, squares  # noqa: F401
+
+CASES = Cases()
+SIZES = (4, 4, 5, 3, 1)
+
+
+class Op(nn.Module):
+    """A layer, one op with raw parameters of these shapes, and a layer: x [N, T, 3] -> [N, T', 2]."""
+
+    def __init__(self, op, *shapes):
+        super().__init__()
+        self.a, self.b, self.op = nn.Linear(3, 4), nn.Linear(4, 2), op
+        self.p = nn.ParameterList(torch.randn(s) for s in shapes)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.op(torch.tanh(self.a(x)), *self.p)))
+
+
+def case(op, *shapes):
+    return Op(op, *shapes), squares, [torch.randn(n, 6, 3) for n in SIZES]
+
+
+def heads(x):
+    """[N, T, 4] as [2, N * T, 2]: heads first, all rows of all samples."""
+    return x.reshape(-1, 2, 2).transpose(0, 1)
+
+
+def joined(y, x):
+    return y.transpose(0, 1).reshape(x.shape)
+
+
+def joined_heads(y, x):
+    """[N * 2, T, 2] as [N, T, 4]."""
+    return y.unflatten(0, (len(x), 2)).transpose(1, 2).flatten(2)
+
+
+OPS = {
+    "einsum": (lambda x, w: torch.einsum("nti,io->nto", x, w), (4, 4)),
+    "einsum_of_the_weight_first": (lambda x, w: torch.einsum("oi,nti->nto", w, x), (4, 4)),
+    "einsum_time_first": (lambda x, w: torch.einsum("tni,io->tno", x.transpose(0, 1), w).transpose(0, 1), (4, 4)),
+    "einsum_with_heads": (lambda x, w: torch.einsum("nti,ihd->nthd", x, w).flatten(2), (4, 2, 2)),
+    "einsum_that_joins_heads": (lambda x, w: torch.einsum("nthd,hdo->nto", x.unflatten(2, (2, 2)), w), (2, 2, 4)),
+    "einsum_of_groups": (
+        lambda x, w: torch.einsum("nthd,hde->nthe", x.unflatten(2, (2, 2)), w).flatten(2),
+        (2, 2, 2),
+    ),
+    "einsum_of_a_diagonal": (lambda x, w: torch.einsum("nti,i->nti", x, w), (4,)),
+    "einsum_with_rows_last": (lambda x, w: torch.einsum("nti,io->not", x, w).transpose(1, 2), (4, 4)),
+    "einsum_over_time": (lambda x, w: torch.einsum("nti,ts->nsi", x, w), (6, 6)),
+    "bmm_of_heads": (lambda x, w: joined(torch.bmm(heads(x), w), x), (2, 2, 2)),
+    "baddbmm_of_heads": (lambda x, b, w: joined(torch.baddbmm(b[:, None], heads(x), w), x), (2, 2), (2, 2, 2)),
+    "matmul_of_heads": (
+        lambda x, w: (x.unflatten(2, (2, 2)).transpose(1, 2) @ w).transpose(1, 2).flatten(2),
+        (2, 2, 2),
+    ),
+    "matmul_of_one_head_for_all": (lambda x, w: x[:, None].matmul(w).sum(1), (2, 4, 4)),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (4,), w, b, 1e-3), (4,), (4,)),
+    "layer_norm_by_name": (lambda x, w, b: F.layer_norm(x, [4], bias=b, weight=w), (4,), (4,)),
+    "layer_norm_without_bias": (lambda x, w: F.layer_norm(x, (4,), w), (4,)),
+    "layer_norm_channels_first": (
+        lambda x, w, b: F.layer_norm(x.transpose(0, 1), (4,), w, b).transpose(0, 1),
+        (4,),
+        (4,),
+    ),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (4,), w, 1e-3), (4,)),
+    "repeated_for_each_head_and_sample": (
+        lambda x, w: joined_heads(x.unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1).bmm(w.repeat(len(x), 1, 1)), x),
+        (2, 2, 2),
+    ),
+    "positions_of_all_samples": (
+        lambda x, r: x + torch.einsum("tnd,jnd->ntj", x.transpose(0, 1), (torch.ones(6, len(x), 4) * r)) @ x,
+        (4,),
+    ),
+}
+
+
+class Product(torch.autograd.Function):
+    """A weight made of two, by a Function that no mode sees."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return g @ b.t(), a.t() @ g
+
+
+class Scaled(torch.autograd.Function):
+    """Data times a parameter, by a Function that no mode sees."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).flatten(0, -2).sum(0)
+
+
+OPS["function_of_weights"] = (lambda x, a, b: F.linear(x, Product.apply(a, b)), (4, 2), (2, 4))
+for name, (op, *shapes) in OPS.items():
+
+    def of(op=op, shapes=shapes):
+        return case(op, *shapes)
+
+    of.__name__ = name
+    CASES.add()(of)
+
+
+@CASES.add()
+def function_of_data_and_a_weight():
+    return case(lambda x, w: Scaled.apply(x, w), (4,))
+
+
+@CASES.add()
+def function_of_raw_data_and_a_weight():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.s, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3)), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.b(torch.tanh(Scaled.apply(x, self.w) * self.s))
+
+    return Raw(), squares, [torch.randn(n, 6, 3) for n in SIZES]
+
+
+@runs
+@CASES.parametrize()
+def test_right_or_refused(build, options, sketch, backwards):
+    check(build, sketch, backwards, **options)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_captured_at_the_op(name):
+    model, loss_fn, batches = built(lambda: case(*OPS[name]))
+    with warnings.catch_warnings(record=True) as slower:
+        warnings.simplefilter("always")
+        dropinf.Compressor(model, dropinf.Dropout(2), loss_fn).compress(batches)
+    assert not [str(w.message) for w in slower]
