@@ -111,14 +111,35 @@ def clip_pairs() -> Case:
     return t.CLIPModel(config), batch, loss
 
 
-def weight_norm() -> Case:
-    wn = nn.utils.parametrizations.weight_norm
-    model = nn.Sequential(
-        wn(nn.Conv1d(16, 64, 5)), nn.ReLU(), wn(nn.Conv1d(64, 64, 5)), nn.ReLU(), nn.Flatten(),
-        wn(nn.Linear(64 * 56, 64)), nn.ReLU(), nn.Linear(64, 4),
-    )  # fmt: skip
-    batch = (torch.randn(N, 16, 64), torch.randint(0, 4, (N,)))
+def stack(layer: Callable[[int], nn.Module], pool: nn.Module, x: Tensor) -> Case:
+    """Four layers of convolutions, the ``i``-th ``layer(i)``, and a classifier."""
+    convolutions = [m for i in range(4) for m in (layer(i), nn.ReLU())]
+    model = nn.Sequential(*convolutions, pool, nn.Flatten(), nn.Linear(64, 4))
+    batch = (x, torch.randint(0, 4, (N,)))
     return model, batch, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
+
+
+def weight_norm() -> Case:
+    def layer(i: int) -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(nn.Conv1d(64 if i else 32, 64, 5, padding=2))
+
+    return stack(layer, nn.AdaptiveAvgPool1d(1), torch.randn(N, 32, 256))
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """Its weight has mean 0 and variance 1 for each output, as in normalizer-free networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = w * torch.rsqrt(self.weight.var((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+def standardized() -> Case:
+    def layer(i: int) -> nn.Module:
+        return StandardizedConv2d(64 if i else 3, 64, 3, padding=1)
+
+    return stack(layer, nn.AdaptiveAvgPool2d(1), torch.randn(N, 3, 32, 32))
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -204,5 +225,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "Llama with LoRA": lambda: adapter(peft.LoraConfig, r=8),
     "Llama with DoRA": lambda: adapter(peft.LoraConfig, r=8, use_dora=True),
     "Llama with LoHa": lambda: adapter(peft.LoHaConfig, r=8),
-    "weight_norm": weight_norm,
+    "weight_norm, convolutions": weight_norm,
+    "Standardized convolutions": standardized,
 }  # fmt: skip
