@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -75,8 +75,6 @@ class Compressor:
         if not isinstance(sketch, Sketch):
             raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(64), got {sketch!r}")
         check_loss(loss_fn)
-        if audit not in get_args(When):
-            raise ValueError(f"audit must be one of {', '.join(get_args(When))}, got {audit!r}")
         self.sketch: Sketch | None = sketch
         self._track(model, loss_fn, layers, cu_seqlens, audit=audit, route=route, mixing=mixing)
         self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
@@ -91,10 +89,14 @@ class Compressor:
         loss_fn: LossFn,
         *,
         cu_seqlens: CuSeqlens | None = None,
+        audit: When = "auto",
+        route: Route | None = None,
+        mixing: bool = False,
     ) -> Compressor:
         """Return a compressor for the queries of an index, with the masks that the index keeps; see `from_masks`.
 
-        ``index``: an open index, or its folder. ``model``: the model the index was made with.
+        ``index``: an open index, or its folder. ``model``: the model the index was made with. The rest as in the
+        class: an index of a loss that mixes samples has queries with ``mixing=True`` too.
         Raises FileNotFoundError where there is no index, ValueError where its masks are damaged, belong to another
         model, or to other weights of this one.
         """
@@ -105,7 +107,9 @@ class Compressor:
         if file_checksum(folder / SKETCH) != manifest.files.get(SKETCH):
             what = "damaged, its bytes do not match their checksum"
             raise ValueError(f"{folder / SKETCH}: {what}; restore it from a copy")
-        compressor = cls.from_masks(folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens)
+        compressor = cls.from_masks(
+            folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens, audit=audit, route=route, mixing=mixing
+        )
         check_weights(compressor.model, manifest.model, folder)
         return compressor
 
@@ -117,6 +121,9 @@ class Compressor:
         loss_fn: LossFn,
         *,
         cu_seqlens: CuSeqlens | None = None,
+        audit: When = "auto",
+        route: Route | None = None,
+        mixing: bool = False,
     ) -> Compressor:
         """Return a compressor of the layers that a file of masks is of, with these masks.
 
@@ -127,7 +134,8 @@ class Compressor:
         check_loss(loss_fn)
         compressor = cls.__new__(cls)
         compressor.sketch, compressor._moments = None, Moments({})
-        compressor._track(model, loss_fn, "*", cu_seqlens, only=masked_layers(path))
+        only = masked_layers(path)
+        compressor._track(model, loss_fn, "*", cu_seqlens, only, audit=audit, route=route, mixing=mixing)
         compressor.load(path)
         return compressor
 

@@ -126,3 +126,19 @@ def test_arguments_of_another_kind_are_refused(tmp_path):
         dropinf.Compressor.from_index(tmp_path, None, loss_fn)
     with pytest.raises(TypeError, match="loss_fn must be a function"):
         dropinf.Compressor.from_index(tmp_path, make_model(), None)
+
+
+def test_queries_of_a_loss_that_mixes_samples(tmp_path, batches):
+    def centred(model, batch):
+        out = model(batch[0])
+        return (out - out.mean(0)).square().sum(1)
+
+    made = dropinf.Compressor(make_model(), dropinf.Dropout(3), centred, mixing=True)
+    index = made.compress(batches, out=tmp_path / "idx")
+    with pytest.raises(dropinf.AttributionError, match="mixing=True"):
+        dropinf.Compressor.from_index(index, make_model(), centred).compress(batches)
+    found = dropinf.Compressor.from_index(index, make_model(), centred, mixing=True, audit="every")
+    torch.testing.assert_close(found.compress(batches).flat, index[:].flat)
+    assert len(found.audits) == len(batches)
+    with pytest.raises(ValueError, match="audit must be one of"):
+        dropinf.Compressor.from_index(index, make_model(), centred, audit="often")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..workload import samples_of, tensors
-from .ladder import AttributionError
+from .ladder import SamplesMix
 from .layer import clean_name
 from .moments import NotFinite
 from .targets import Target
@@ -97,15 +97,10 @@ def is_alone(batch: Any) -> bool:
 
 def explain_batch(model: nn.Module, batch: Any, error: Exception) -> Exception | None:
     """Return what a batch's failure is likely due to, by its structure or the model's, or None."""
-    if isinstance(error, AttributionError):
-        name = time_first(model) if "mixing=True" in str(error) else None
-        return (
-            None
-            if name is None
-            else AttributionError(
-                f"{error}. Note that {name} has batch_first=False: it takes [T, N, d], and what it mixes stands along "
-                "the first dimension; make it with batch_first=True, or transpose its inputs"
-            )
+    if isinstance(error, SamplesMix) and (name := time_first(model)) is not None:
+        return SamplesMix(
+            f"{error}. Note that {name} has batch_first=False: it takes [T, N, d], and what it mixes stands along "
+            "the first dimension; make it with batch_first=True, or transpose its inputs"
         )
     if type(error) not in (TypeError, AttributeError, KeyError, IndexError, ValueError):
         return None

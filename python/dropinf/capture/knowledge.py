@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -58,6 +58,8 @@ class Knowledge:
         mixing: bool = False,
     ) -> None:
         self.model, self.loss_fn, self.cu_seqlens, self.targets = model, loss_fn, cu_seqlens, targets
+        if audit not in get_args(When):
+            raise ValueError(f"audit must be one of {', '.join(get_args(When))}, got {audit!r}")
         self.audit, self.mixing = audit, mixing
         exact = {n: "no hook covers their kind of module" for n, t in targets.items() if t.route == "exact"}
         self.ladder = Ladder(exact, [n for n in targets if n not in exact], route)

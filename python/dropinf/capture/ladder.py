@@ -16,6 +16,10 @@ class AttributionError(ValueError):
     """No way of finding per-sample gradients agrees with plain autograd, or samples mix."""
 
 
+class SamplesMix(AttributionError):  # noqa: N818
+    """The loss of one sample depends on another."""
+
+
 class Ladder:
     """The rung of each layer, and why it left the first one."""
 

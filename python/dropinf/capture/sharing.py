@@ -14,7 +14,7 @@ from .attempt import Again, Attempts
 from .checks import mixing_message
 from .guard import watch
 from .hooks import Pass
-from .ladder import AttributionError
+from .ladder import SamplesMix
 from .outside import OpUse, mark_data
 from .shared import constant, meeting, mixing_leaves, outputs_of
 
@@ -54,11 +54,11 @@ class Sharing(Attempts):
                 self.known.ladder.lower(plan.name, "all samples share its output, in a way that cannot be expanded")
 
     def _refuse_mixed(self, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
-        """Raise AttributionError where rows of several samples depend on samples, unless the loss may mix them."""
+        """Raise SamplesMix where rows of several samples depend on samples, unless the loss may mix them."""
         mixed = names - constant(outputs, self.batch, self.n, self.cu, self.known.others)
         if mixed and not self.known.mixing:
             name = min(mixed)
-            raise AttributionError(mixing_message(name.split("@")[0], self._who_met(name), self.n))
+            raise SamplesMix(mixing_message(name.split("@")[0], self._who_met(name), self.n))
         if mixed:
             for layer in layers:
                 self.known.ladder.lower(layer, "the loss mixes samples, and mixing=True allows it", "backward")
@@ -87,11 +87,11 @@ class Sharing(Attempts):
             return meeting(current, self._losses(guard), name)
 
     def _check_leaves(self) -> None:
-        """Raise AttributionError where a loss mixes samples, by the gradients of the batch's own tensors."""
+        """Raise SamplesMix where a loss mixes samples, by the gradients of the batch's own tensors."""
         self.start.restore()
         try:
             mixes = mixing_leaves(lambda batch: self.known.loss_fn(self.model, batch), self.batch, self.n)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return  # a batch that takes no copies of its tensors
         if mixes:
-            raise AttributionError(mixing_message(min(self.known.exact_names), None, self.n))
+            raise SamplesMix(mixing_message(min(self.known.exact_names), None, self.n))
