@@ -25,7 +25,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # What is freed stays with the process: pages given back and taken again are up to a fifth of the time, more in one run
 # than in the next.
 SETTINGS = {**ONE_THREAD, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-SLOW = 10.0  # seconds of a job that is timed once, without a run before it
+SLOW = 40.0  # seconds of a job that is timed once, without a run before it
 
 
 def main(case: str, name: str) -> None:
