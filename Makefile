@@ -18,15 +18,16 @@ demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
-	$(PYTEST) --dist worksteal $(PLAIN)
+	$(PYTEST) --dist worksteal -m "not long and not more" $(PLAIN)
 	$(INTERPRETED) -m "not kernels"
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(PYTEST) tests/sanitizer
 	$(COMPILED) -m "not kernels"
-	@echo "Left to make test-kernels, five minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone),"
-	@echo "and on the interpreter random shapes and offsets past two billion elements."
+	@echo "Left to make test-kernels, eight minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone),"
+	@echo "on the interpreter random shapes and offsets past two billion elements, and capture in other orders of batches."
 
-# What `test` leaves out: run it where you changed dropinf_kernels.
+# What `test` leaves out: run it where you changed dropinf_kernels, or how gradients are captured.
 test-kernels: $(READY)
+	$(PYTEST) --dist worksteal -m more tests/capture
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
 

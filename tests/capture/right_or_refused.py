@@ -28,8 +28,8 @@ HOOKS = [
 ]  # fmt: skip
 RUNS = [
     pytest.param(lambda: dropinf.Identity(), False, id="whole"),
-    pytest.param(lambda: dropinf.Identity(), True, id="whole-backwards"),
-    pytest.param(lambda: dropinf.Dropout(2), False, id="mask"),
+    pytest.param(lambda: dropinf.Identity(), True, id="whole-backwards", marks=pytest.mark.more),
+    pytest.param(lambda: dropinf.Dropout(2), False, id="mask", marks=pytest.mark.more),
     pytest.param(lambda: dropinf.Dropout(2), True, id="mask-backwards"),
 ]
 runs = pytest.mark.parametrize(("sketch", "backwards"), RUNS)
