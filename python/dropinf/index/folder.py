@@ -48,8 +48,15 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ValueError where a folder without a manifest holds files that are not an index's."""
-    own = {SHARDS, PARTS, SKETCH, FISHER, PASSAGES, ".lock"}
+    """Raise ValueError where a folder without a manifest holds rows of an index, or files that are not one's."""
+    made = [path for part in (folder / SHARDS, folder / PARTS, folder) for path in sorted(part.glob(f"*{SUFFIX}"))]
+    made = [path for path in made if path.name != SKETCH]
+    if made:
+        raise ValueError(
+            f"out: {folder} has files of an index ({made[0]}) but no manifest, which says of what model and data they "
+            "are; restore the manifest, or delete the folder"
+        )
+    own = {SHARDS, PARTS, SKETCH, PASSAGES, ".lock"}
     found = (path.name for path in folder.iterdir())
     others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))
     if others:

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from ..files import SUFFIX, file_checksum, new_array, replacing
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
-from .folder import FISHER, shard_path
+from ..ranks import Ranks
+from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
 from .shards import ShardFile
 
@@ -167,25 +169,50 @@ class Index:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: its file is damaged.
+            ValueError: its file is damaged, replaced since the index was opened, or stale: samples were appended.
         """
         if FISHER not in self.manifest.files:
             raise FileNotFoundError(f"{self.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
         path = self.path / FISHER
         if file_checksum(path) != self.manifest.files[FISHER]:
+            if Manifest.load(self.path) != self.manifest:
+                raise ValueError(f"{path}: replaced since this index was opened; open it again")
             raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
         fisher = Fisher.load(path)
         try:
             fisher.check(self, "fisher and index")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if fisher.count != len(self):
+            raise ValueError(
+                f"{path}: stale, of {fisher.count} samples where the index has {len(self)}; build it again: "
+                "index.save_fisher(dropinf.build_fisher(index)), or append with fisher="
+            )
         return fisher
 
     def save_fisher(self, fisher: Fisher) -> None:
-        """Keep a Fisher matrix with the index, in place of the one before."""
+        """Keep a Fisher matrix with the index, in place of the one before.
+
+        Raises:
+            ValueError: compressed differently, not of as many samples as the index, or the index is not what it was
+                when it was opened: others were appended, or are being appended now. Nothing is changed then.
+        """
         fisher.check(self, "fisher and index")
-        self.manifest = self.manifest.with_file(FISHER, fisher.save(self.path / FISHER))
-        self.manifest.save(self.path)
+        if fisher.count != len(self):
+            raise ValueError(
+                f"fisher: it is of {fisher.count} samples, and the index has {len(self)}; use build_fisher(index), or "
+                "fisher.save(path) for one of a part"
+            )
+        with locked(self.path, Ranks(None)):
+            now = Manifest.load(self.path)
+            if replace(now, files={}) != replace(self.manifest, files={}):
+                raise ValueError(
+                    f"{self.path}: it has changed since it was opened (from {len(self)} samples to "
+                    f"{sum(shard.rows for shard in now.shards)}, or a run was begun); open it again and build the "
+                    "Fisher matrix of what is there now"
+                )
+            self.manifest = now.with_file(FISHER, fisher.save(self.path / FISHER))
+            self.manifest.save(self.path)
 
     def whitened(self, out: str | os.PathLike[str], fisher: Fisher | None = None) -> None:
         """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
