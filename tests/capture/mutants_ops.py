@@ -309,12 +309,12 @@ def from_batch(patch, first, change, last=1000):
     record(patch, lambda call, g: change(call, g) if first <= batches.begun - 1 <= last else g)
 
 
-@fault("many_batches", acts=3)
+@fault("many_batches", acts=3, refused=True)
 def fourth_batch_alone(patch):
     from_batch(patch, 3, lambda call, g: g.roll(1, 0), last=3)
 
 
-@fault("many_batches", acts=15)
+@fault("many_batches", acts=15, refused=True)
 def from_the_sixteenth_batch_on(patch):
     from_batch(patch, 15, lambda call, g: 2 * g)
 

@@ -190,6 +190,17 @@ def refused_message(name: str, error: float, n: int, dtype: torch.dtype) -> str:
     )
 
 
+def late_message(wrong: Mapping[str, float], before: int) -> str:
+    """Return what to say where an audit fails after batches of the same look whose rows were given out."""
+    name = max(wrong, key=lambda n: wrong[n])
+    return (
+        f"layer {name}: its per-sample gradients do not sum to what plain autograd gives (relative error "
+        f"{wrong[name]:.2g}), and those of the {before} batches before, which were found in the same way and not "
+        "audited, may be wrong too. Which rows are whose follows the data in a way that was not seen: delete what was "
+        f'written, and compress again with audit="every", or with route={{"{name}": "backward"}}'
+    )
+
+
 def cached_message(names: list[str]) -> str:
     """Return what to say of a model whose second backward fails; ``names``: layers that are used outside modules."""
     likely = f" (of {', '.join(names[:3])}, likely)" if names else ""

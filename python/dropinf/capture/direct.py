@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def _places(entries: Tensor, d: Tensor) -> tuple[Tensor, list[Tensor]] | None:
     base = d if d._base is None else d._base
     if not base.is_contiguous():
         return None
+    reach: list[tuple[int, int]] = []
     rest = entries - (d.storage_offset() - base.storage_offset())  # type: ignore[operator]
     inside, index = rest >= 0, [torch.zeros_like(rest)] * d.ndim
     for dim in sorted(range(d.ndim), key=d.stride, reverse=True):
@@ -78,6 +80,10 @@ def _places(entries: Tensor, d: Tensor) -> tuple[Tensor, list[Tensor]] | None:
         index[dim] = rest // stride
         inside &= index[dim] < size
         rest = rest % stride
+        reach.append((stride, stride * size))
+    # Views that overlap hold an entry more than once.
+    if any(stride < below for (stride, _), (_, below) in pairwise(reach)):
+        return None
     inside &= rest == 0
     stored = inside.nonzero().flatten()
     return stored, [i[stored].to(torch.int32) for i in index]
@@ -160,6 +166,8 @@ def _contraction(letters_a: str, letters_d: str, letters_g: str, place: int) -> 
             return x.reshape(*[size[c] for c in rows], -1), column
 
         a = args[place].detach()
+        if d.shape != tuple(size[c] for c in letters_d):
+            return None
         if a.shape != tuple(size[c] for c in letters_a):
             return None  # broadcast along some letter
         (a, columns), (g, lines) = flat(a, letters_a, inputs), flat(g, letters_g, outputs)

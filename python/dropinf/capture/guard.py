@@ -36,6 +36,7 @@ class UseGuard(TorchFunctionMode):
         self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
         self.outside, self.changed = outside, changed
         self.found: set[int] = set()
+        self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +44,7 @@ class UseGuard(TorchFunctionMode):
         if func in MOVERS:
             self.movement.note(func, args, kwargs or {})
         if func in _RENORMALISE:
-            self._keep_weight(args, kwargs or {})
+            self._look_up(args, kwargs or {})
         if self.outside is not None:
             result = self.outside(func, args, kwargs or {})
         else:
@@ -55,9 +56,11 @@ class UseGuard(TorchFunctionMode):
                     self._note(item, result)
         return result
 
-    def _keep_weight(self, args: Any, kwargs: Any) -> None:
+    def _look_up(self, args: Any, kwargs: Any) -> None:
         """Keep a copy of a parameter that a look-up is about to renormalise, to be put back in the end."""
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False):
+            self.counted.add(id(weight))
         limit = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
         if limit is not None and isinstance(weight, nn.Parameter) and id(weight) not in self.changed:
             with torch._C.DisableTorchFunction():

@@ -21,7 +21,7 @@ def module_kind(module: nn.Module) -> LayerKind | None:
     if isinstance(module, torch.jit.ScriptModule):
         return None
     forward = type(module).forward
-    if forward is nn.Linear.forward or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+    if forward is nn.Linear.forward or forward.__module__ == "transformers.pytorch_utils":
         return "linear"
     if any(forward is c.forward for c in _CONVS):
         return "conv"

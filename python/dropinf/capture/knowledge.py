@@ -38,6 +38,7 @@ class Plan:
     movements: set[Any] = field(default_factory=set)
     gradients: set[frozenset[str]] = field(default_factory=set)
     follow: bool = False
+    trusted: int = 0  # batches whose rows were given out since the last audit
 
 
 class Knowledge:

@@ -57,8 +57,8 @@ _JOINS = ("cat", "stack", "concat", "concatenate", "hstack", "vstack", "dstack",
 _TURNS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis")
 # Functions that mix rows by a matrix -> the place of that matrix among their tensors; None: any.
 _PRODUCTS = {
-    "matmul": 0, "mm": 0, "einsum": None, "addmm": 1, "__matmul__": 0, "__rmatmul__": 1, "tensordot": None, "bmm": None,
-    "baddbmm": None,
+    "matmul": None, "mm": None, "mv": None, "einsum": None, "addmm": None, "__matmul__": None, "__rmatmul__": None,
+    "tensordot": None, "bmm": None, "baddbmm": None, "inner": None, "addmv": None,
 }  # fmt: skip
 MOST_ENTRIES = 1 << 18  # of a matrix that may mix rows from the right: larger ones are weights
 
@@ -80,6 +80,7 @@ def _functions() -> dict[Any, Mover | Product | str]:
     found |= {f: Product(place) for name, place in _PRODUCTS.items() for f in _named(name)}
     found |= dict.fromkeys(_named(*_TURNS), "turn") | dict.fromkeys(_named(*_JOINS), "join")
     found |= dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), "spread")
+    found |= dict.fromkeys(_named("where"), "choice") | {torch.linalg.solve: Product(None)}
     found |= {torch.sparse.mm: Product(0), F.linear: Product(1), F.embedding: "lookup", F.embedding_bag: "lookup"}
     found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
@@ -115,8 +116,8 @@ class Movement:
         """Add a function that runs, with its small numbers (dimensions, say), to the path."""
         key = hash(function)
         self._functions.add(key)
-        small = tuple(v for v in args if _is_small(v))
-        named = tuple((k, v) for k, v in kwargs.items() if _is_small(v)) if kwargs else ()
+        small = tuple([tuple(v) if type(v) is list else v for v in args if _is_small(v)])
+        named = tuple([(k, str(v)) for k, v in kwargs.items() if _is_small(v)]) if kwargs else ()
         self._path = hash((self._path, key, small, named))
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -135,6 +136,9 @@ class Movement:
                     self._data(t)
         elif kind == "spread":
             self._spread(tensors)
+        elif kind == "choice":
+            if sum(t.requires_grad for t in tensors) > 1:  # of rows that may have moved apart
+                self._data(next(t for t in tensors if t.dtype == torch.bool))
         elif kind == "lookup":
             if len(tensors) > 1 and not isinstance(tensors[1], nn.Parameter):
                 self._data(tensors[0])
@@ -146,11 +150,14 @@ class Movement:
             self._along(function, kind, args, kwargs)
 
     def _spread(self, tensors: Sequence[Tensor]) -> None:
-        """Take a product that spreads all rows over a new dimension, as a sum over picked rows does."""
-        rows = [t for t in tensors if t.requires_grad]
-        for t in tensors:
-            if not t.requires_grad and any(x.ndim < t.ndim and x.ndim and x.shape[0] == self.n for x in rows):
-                self._data(t)
+        """Take a product that spreads rows over a dimension, or weighs rows one by one, as sums over picked rows do."""
+        for x in (t for t in tensors if t.requires_grad and t.ndim):
+            for t in tensors:
+                weighs = x.ndim == t.ndim == 1 and len(x) != self.n
+                sizes = zip(reversed(x.shape), reversed(t.shape), strict=False)
+                spreads = x.ndim < t.ndim or any(i == 1 < j for i, j in sizes)
+                if not t.requires_grad and t.ndim and (weighs or spreads):
+                    self._data(t)
 
     def _joined(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take in which order pieces of one tensor are joined."""
@@ -236,7 +243,7 @@ def _is_small(value: Any) -> bool:
     """Return whether an argument is a word, a flag or a dimension rather than a size."""
     if type(value) is int:
         return -5 < value < 5
-    if type(value) is tuple:
+    if type(value) in (tuple, list):
         return len(value) < 6 and all(type(v) is int and -5 < v < 5 for v in value)
     return type(value) is str or type(value) is bool
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import sharded
 from .attempt import Again
-from .checks import cached_message, check_finite, refused_message
+from .checks import cached_message, check_finite, late_message, refused_message
 from .exact import ExactGradients
 from .guard import UseGuard, watch
 from .hooks import Pass
@@ -85,6 +85,7 @@ class Run(Sharing):
         """Run again where the forward shows that the plan must change."""
         found = [n for n, t in self.known.targets.items() if id(t.tensor) in guard.found]
         self._lower(found, "the parameter is used outside its module's own forward", sharded_too=True)
+        self._lower_counted(guard.counted)
         self._lower_unfit(guard.outside)
         self._lower_failed(current)
         if len(losses) != self.n:
@@ -163,6 +164,15 @@ class Run(Sharing):
             use = self.hooked.capture.uses.get(name) or current.uses[name]
             self._lower([plan.name for plan in use.plans], why)
 
+    def _lower_counted(self, counted: set[int]) -> None:
+        """Take one backward a sample for weights whose gradient is scaled by how often ids stand in the whole batch."""
+        ladder = self.known.ladder
+        found = [n for n, t in self.known.targets.items() if id(t.tensor) in counted and ladder.rungs[n] != RUNGS[-1]]
+        for name in found:
+            ladder.lower(name, "scale_grad_by_freq counts the ids of the whole batch", RUNGS[-1])
+        if found:
+            raise Again
+
     def _lower_unfit(self, outside: Outside | None) -> None:
         if outside is not None:
             self._lower(
@@ -217,18 +227,24 @@ class Run(Sharing):
         store = current.recorder.finish(hooked.layers, losses)
         check_finite(store, hooked.where)
         if why and hooked.probe is None:
-            self._audit(store, losses, current, look, why)
+            self._audit(store, losses, current, (plan, look), why)
+        plan.trusted = 0 if why else plan.trusted + 1
         plan.gradients.add(reached)
         known.plans[look] = plan
         return store
 
-    def _audit(self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, look: Any, why: str) -> None:
+    def _audit(
+        self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str
+    ) -> None:
         """Compare the batch's rows with plain autograd. Where they differ, change what is known and run again."""
         with self.hooked.capture.removed():
             want = self.proof.expect(self._plain_losses, store)
         wrong = self.proof.wrong(store, losses, current.dtypes, why, want)
         if wrong:
+            plan, look = known
             self._fall(wrong, look)
+            if plan.trusted:
+                raise AttributionError(late_message(wrong, plan.trusted))
             raise Again
 
     def _fall(self, wrong: Mapping[str, float], look: Any) -> None:
