@@ -158,6 +158,42 @@ def conv1d_of_ones_own_that_clamps():
     return nn.Sequential(Conv1D(), nn.Tanh(), nn.Linear(4, 2)), squares, [first, 5 * torch.randn(4, 3), first[:3]]
 
 
+class Multiply(torch.autograd.Function):
+    """x w^T, which no mode sees."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.t() @ x
+
+
+class Routed(nn.Module):
+    """Experts whose weights a Function takes; not all are reached at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.e = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+
+    def forward(self, x, k):
+        h = torch.tanh(self.a(x))
+        out = torch.zeros_like(h)
+        for i, e in enumerate(self.e):
+            if (k == i).any():
+                out = out.index_put((k == i,), Multiply.apply(h[k == i], e.weight))
+        return out
+
+
+@CASES.add()
+def experts_in_a_function_that_are_reached_later():
+    routes = [torch.tensor([0, 1, 2, 0]), torch.tensor([3, 1, 3, 0]), torch.tensor([2, 3, 3, 3])]
+    return Routed(), squares, [(torch.randn(4, 3), k) for k in routes]
+
+
 @runs
 @CASES.parametrize()
 def test_right_or_refused(build, options, sketch, backwards):

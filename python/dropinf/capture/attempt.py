@@ -23,6 +23,7 @@ from .preserved import Attributes, Flags, Start, gradients_taken
 from .proof import Proof
 from .recorders import Recorder
 from .samples import Samples
+from .targets import Target
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Attempts:
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
         self.first_losses: Tensor | None = None
         self.proof = Proof(self.known, hooked.probe or hooked.layers, hooked.flags, self.start, hooked.batches)
+        self.leaked: set[str] = set()  # hooked parameters whose gradient was seen at the parameter itself
         self.tried_flags, self.tried = False, 0  # its user's flags, and how many layers were wrong before
 
     def _pass(self) -> Pass:
@@ -88,16 +90,20 @@ class Attempts:
         as_user = self.known.own_flags or not self.known.ladder.tapped
         own: list[Tensor] = [t.tensor for t in targets] if as_user else []
         raw = [] if outside is None else [t for t in targets if id(t.tensor) in outside.raw]
-        if not own and not raw:
+        unreached = self._unreached()
+        if not own and not raw and not unreached:
             yield
             return
 
         def leaked(name: str, _: Tensor) -> None:
-            assert outside is not None
-            outside.unfit.add(name)  # a use that no op here covers: its gradient reached the parameter itself
+            if outside is not None and name in outside.names:
+                outside.unfit.add(name)  # a use that no op here covers: its gradient reached the parameter itself
+            else:
+                self.leaked.add(name)
 
-        flags = self.hooked.flags.own(own) if own else self.hooked.flags.only([t.tensor for t in raw])
-        taken: dict[Tensor, Callable[[Tensor], None]] = {t.tensor: partial(leaked, t.name) for t in raw}
+        watched = [*raw, *unreached]
+        flags = self.hooked.flags.own(own) if own else self.hooked.flags.only([t.tensor for t in watched])
+        taken: dict[Tensor, Callable[[Tensor], None]] = {t.tensor: partial(leaked, t.name) for t in watched}
         leaves = tensors(self.batch)
         try:
             for leaf in leaves:
@@ -107,6 +113,15 @@ class Attempts:
         finally:
             for leaf in (*leaves, *self.model.buffers()):
                 unmark(leaf)
+
+    def _unreached(self) -> list[Target]:
+        """Return the hooked parameters whose module no batch has called: a use that nothing sees would leave zeros."""
+        known = self.known
+        if not known.reached or self.hooked.probe is not None or sharded.is_any(self.model):
+            return []  # a first batch has its audit
+        uses = [use for name, use in self.hooked.capture.uses.items() if name not in known.reached]
+        found = [known.targets[plan.name] for use in uses for plan in use.plans]
+        return [t for t in found if t.tensor.is_floating_point()]
 
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():

@@ -71,6 +71,7 @@ class Knowledge:
         self.scales: set[str] = set()  # norms that were seen to do what their class says
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
+        self.reached: set[str] = set()  # modules that were called
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
         self._exact_gradients: ExactGradients | None = None  # of the last batch that had some
         self.others: set[int] = set()  # places of tensors in a batch that have no sample dimension

@@ -64,6 +64,7 @@ class Run(Sharing):
             self._check_forward(current, guard, losses)
             plan, look = self._backward(current, losses, guard.movement.functions, guard.movement.fingerprint())
             self._lower_unfit(outside)
+            self._lower_leaked(current)
         after = RandomState(self.hooked.attributes.devices)
         hooks_took = time.perf_counter() - began
         self._exact(current.recorder, losses.detach())
@@ -172,6 +173,14 @@ class Run(Sharing):
             ladder.lower(name, "scale_grad_by_freq counts the ids of the whole batch", RUNGS[-1])
         if found:
             raise Again
+
+    def _lower_leaked(self, current: Pass) -> None:
+        """Take a surer way for parameters that got a gradient in another way than by their module."""
+        known = self.known
+        known.reached |= set(current.uses)
+        uses = [use for name, use in self.hooked.capture.uses.items() if name not in known.reached]
+        found = [plan.name for use in uses for plan in use.plans if plan.name in self.leaked]
+        self._lower(found, "the parameter is used where nothing sees it, as in an autograd Function")
 
     def _lower_unfit(self, outside: Outside | None) -> None:
         if outside is not None:
