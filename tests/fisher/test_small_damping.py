@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dropinf
 from dropinf.fisher import Fisher, FisherKind, build_fisher
+from dropinf.fisher.damping import ledoit_wolf
 from dropinf.gradients import Gradients, Shapes
 from dropinf.score import ScoreKind, score, self_influence
 from tests.fisher.test_fisher import DIGEST, KINDS, SHAPES, Stream, assert_near, make
@@ -127,6 +128,13 @@ def test_auto_of_equal_samples(kind: FisherKind, n: int, size: float, dtype: tor
     assert_near(white.square().sum(1), found.double(), 1e-4)
     if kind in ("block", "joint"):  # of which each layer, or all together, give 1
         assert_near(found, torch.full((n,), 1.0 if kind == "joint" else 3.0, dtype=torch.float64), 2e-3)
+
+
+@pytest.mark.parametrize("rounding", [-1e-8, 0.0, 1e-10, 1e-8])
+def test_rounding_does_not_choose(rounding: float) -> None:
+    """Without a variance the least share is taken; where F is its own mean, the largest."""
+    assert ledoit_wolf(8, 12, 1.0, 144.0, 8 * 144.0 * (1 + rounding)) == pytest.approx(1e-4, rel=1e-3)
+    assert ledoit_wolf(8, 12, 1.0, 12.0 * (1 + rounding), 8 * 12.0) == pytest.approx(999)
 
 
 @pytest.mark.parametrize("kind", KINDS)

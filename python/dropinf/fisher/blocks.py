@@ -285,11 +285,17 @@ class DiagonalBlock(Block):
 
     def update(self, c: Tensor, ledger: Ledger) -> None:
         self.count += len(c)
-        self._fit(largest(c), ledger)
-        for scaled in self._scaled(c):
-            for part in spans(len(scaled), self.width):
-                self.fourths += float(scaled[part].double().square().square().sum())
-                self._add(scaled[part].to(solver_dtype(c.dtype)).square().sum(0))
+        for part in spans(len(c), self.width):
+            rows = c[part].to(solver_dtype(c.dtype))
+            squares = rows.square().sum(0)
+            size = float(squares.max()) ** 0.5
+            usual = exponent_of(size) == 0 and not self._power()
+            self._fit(size if usual else largest(rows), ledger)
+            if not usual:
+                rows = rows * 2.0 ** -self._power()
+                squares = rows.square().sum(0)
+            self.fourths += float(rows.double().square().square().sum())
+            self._add(squares)
 
     def merge(self, other: Block, ledger: Ledger) -> None:
         assert isinstance(other, DiagonalBlock)
