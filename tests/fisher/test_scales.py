@@ -91,6 +91,7 @@ def test_rows_of_very_different_size_in_one_call(kind: FisherKind) -> None:
 
 
 PARTS = list(permutations([(4, 1e-30), (40, 1e-14), (30, 1e11), (20, 1e25)], 3))
+PARTS += [((40, 1e-14), (30, 1e-7), (20, 1e-12)), ((30, 1e11), (40, 1e9), (20, 1e10))]  # of usual size, but not first
 
 
 @pytest.mark.parametrize("parts", PARTS)

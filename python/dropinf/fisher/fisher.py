@@ -44,8 +44,8 @@ class Fisher:
         absolute: `lambda = damping` in every block instead.
 
     A dense block of N < K samples holds references to the rows that it was given, so do not change those
-    gradients in place. Sums, factorizations and results are in at least fp32. A layer whose training
-    gradients are all zero solves to 0: it adds nothing to any score.
+    gradients in place. Sums, factorizations and results are in at least fp32, each block's sums over a power of two
+    of its own size. A layer whose training gradients are all zero solves to 0: it adds nothing to any score.
 
     Raises:
         ValueError: unknown kind; a damping that is negative, infinite or NaN.
@@ -210,8 +210,8 @@ class Fisher:
         In fp64 where a block of N < K samples is damped so little that products with its rows would be lost in fp32.
 
         Raises:
-            ValueError: no samples were added; compressed differently; or a block that is singular with this
-                damping, by layer, with a damping that would do.
+            ValueError: no samples were added; compressed differently; or a block whose gradients are not finite, or
+                that is singular with this damping, by layer, with a damping that was seen to do.
         """
         self.check(gradients)
         flat = gradients.flat.to(self._device)
