@@ -102,17 +102,19 @@ def score(
     if fisher is not None and reads_fisher:
         fisher.check(train, "fisher and train")
     dtype = torch.promote_types(torch.promote_types(query.dtype, train.dtype), torch.float32)
-    q = _query_side(_in_memory(query), fisher, kind).to(dtype)
+    q = _query_side(_in_memory(query), fisher, kind)
+    q = q.to(torch.promote_types(q.dtype, dtype))
     ranks = Ranks(group)
     if top is not None:
         best = _stream_top(q if largest else -q, train, fisher, kind, top, ranks)
-        return best if largest else TopK(-best.values, best.indices)
+        values = best.values.to(dtype)
+        return TopK(values if largest else -values, best.indices)
     if out is not None:
         with new_array(out, (len(q), len(train)), dtype) as file:
             for offset, block in _columns(q, train, fisher, kind, ranks):
-                file.write(0, offset, block)
+                file.write(0, offset, block.to(dtype))
         return open_array(out)
-    matrix = q.new_zeros(len(q), len(train))
+    matrix = q.new_zeros(len(q), len(train), dtype=dtype)
     for offset, block in _columns(q, train, fisher, kind, ranks):
         matrix[:, offset : offset + block.shape[1]] = block
     return ranks.sum(matrix)
@@ -136,7 +138,7 @@ def _columns(
     q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (offset, scores [Q, n]) of this rank's samples, block by block."""
-    q, blocks = _blocks(q, train, kind, ranks)
+    q, blocks = _blocks(q, train, fisher, kind, ranks)
     for offset, part, values, scale in blocks:
         block = dot_rows(q, values.to(q.device))
         for factor in (scale, _train_scale(part, fisher, kind, q)):
@@ -148,13 +150,17 @@ def _columns(
 Part = tuple[int, "Gradients | None", Tensor, "Tensor | None"]
 
 
-def _blocks(q: Tensor, train: GradientSource, kind: ScoreKind, ranks: Ranks) -> tuple[Tensor, Iterator[Part]]:
+def _blocks(
+    q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
+) -> tuple[Tensor, Iterator[Part]]:
     """Return the queries to multiply with, and (offset, gradients, rows [n, K], what each is multiplied by) of blocks.
 
     Where nothing but the product reads them, an index's rows are taken as they are stored: without the gradients.
+    Where the Fisher asks for fp64, they are not: its products need the very rows it was built from, rounding and all.
     """
     mine = share_of(train, ranks.rank, ranks.world)
-    if isinstance(mine, Index) and kind in ("influence", "dot"):
+    exact = kind == "influence" and fisher is not None and fisher.result_dtype(torch.float32) == torch.float64
+    if isinstance(mine, Index) and kind in ("influence", "dot") and not exact:
         factors = mine.factors()
         stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks())
         return (q if factors is None else q * factors.to(q)), stored
@@ -219,7 +225,7 @@ def _stream_top(
 ) -> TopK:
     """Merge the best of each row block into a running best; ties keep the earlier block: the lowest index."""
     best = TopK(q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device))
-    q, blocks = _blocks(q, train, kind, ranks)
+    q, blocks = _blocks(q, train, fisher, kind, ranks)
     for offset, part, values, scale in blocks:
         flat, scale = values.to(q.device), scale if part is None else _train_scale(part, fisher, kind, q)
         if scale is not None and q.dtype == torch.float64:

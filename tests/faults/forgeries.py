@@ -124,6 +124,7 @@ FISHER: dict[str, Callable[[Any], None]] = {
     **{f"a block is {x!r}": put("blocks", 0, x) for x in (None, {}, [], 3)},
     **{f"a block's count is {x!r}": put("blocks", 0, "count", x) for x in (0, -1, None, "x", 1.5, 2**40)},
     **{f"a block's fourths are {x!r}": put("blocks", 0, "fourths", x) for x in (None, "x", float("nan"), float("inf"), [])},
+    **{f"a block's exponent is {x!r}": put("blocks", 0, "exponent", x) for x in (None, "x", 0.5, True, -127, 2**40, [])},
     **{f"a block's {name} is {x!r}": put("blocks", 1, name, x) for name in ("rows", "gram") for x in (None, 2, 2**40, -1, "x", 0.5, [])},
     **{f"a block has a {name}": put("blocks", 0, name, "x") for name in ("solve", "width", "__class__", "name", "_factor")},
     "layers in another order": lambda header: header["layers"].reverse(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,23 +27,26 @@ def solver_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Cholesky:
-    """`lower lower^T` is `F + lambda I` in the primal; `N lambda I + C C^T` in the dual, with C in `rows`.
+    """`lower lower^T` is `F + lambda I` in the primal; `N lambda I + C C^T` in the dual, where C is `unit rows`.
 
-    What is solved is multiplied by `scale`.
+    What is solved is multiplied by `scale`. `ratio` is N lambda over the largest entry of the diagonal in the dual, and
+    1 in the primal: how much of the space of the rows is damping.
     """
 
     lower: Tensor
     damping: float
     scale: float
     rows: Tensor | None
+    unit: float
+    ratio: float
 
     def solve(self, v: Tensor) -> Tensor:
         if self.rows is None:
             return self._divide(v.T).T.mul_(self.scale)
-        x = self._divide(project(self.rows, v))  # [N, n]
+        x = self._divide(project(self.rows, v, self.unit))  # [N, n]
         solved = v.clone()
         for cols in spans(v.shape[1], len(self.rows)):
-            solved[:, cols] -= x.T @ self.rows[:, cols].to(v.dtype)
+            solved[:, cols] -= x.T @ scaled_columns(self.rows, cols, v.dtype, self.unit)
         return solved.mul_(self.scale / self.damping)
 
     def _divide(self, x: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class Cholesky:
         return whole
 
     def quadratic(self, v: Tensor) -> Tensor:
-        inner = v.T if self.rows is None else project(self.rows, v)
+        inner = v.T if self.rows is None else project(self.rows, v, self.unit)
         half: Tensor = torch.linalg.solve_triangular(self.lower, inner, upper=False)
         square = half.square().sum(0)
         if self.rows is None:
@@ -60,39 +64,48 @@ class Cholesky:
         # Non-negative in exact arithmetic; the difference can round below zero.
         return (v.square().sum(1) - square).mul_(self.scale / self.damping).clamp_min_(0)
 
-    def root(self) -> Callable[[Tensor], Tensor]:
-        """Return a map of rows v [n, K] to w with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`.
+    def whiten(self, v: Tensor) -> Tensor:
+        """Return rows w [n, K] with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`.
 
         In the primal `L^{-1} v`. In the dual the symmetric root: with `C C^T = U diag(s) U^T`,
         `w(v) = (v + C^T U diag((sqrt(r) - 1) / s) U^T C v) / sqrt(lambda)`, `r = N lambda / (N lambda + s)`.
         """
         rows, scale = self.rows, self.scale**0.5
         if rows is None:
-            return lambda v: torch.linalg.solve_triangular(self.lower, v.T, upper=False).T * scale
-        ridge = len(rows) * self.damping
+            white: Tensor = torch.linalg.solve_triangular(self.lower, v.T, upper=False).T * scale
+            return white
+        shrink, basis = self._roots
+        x = ((project(rows, v, self.unit).T.double() @ basis) * shrink @ basis.T).to(v.dtype)
+        out = v.clone()
+        for cols in spans(v.shape[1], len(rows)):
+            out[:, cols] += x @ scaled_columns(rows, cols, v.dtype, self.unit)
+        return out.mul_(scale / self.damping**0.5)
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        """Return `(sqrt(r) - 1) / s` and U, in fp64."""
+        assert self.rows is not None
+        ridge = len(self.rows) * self.damping
         inner = self.lower.double() @ self.lower.double().T
         inner.diagonal().sub_(ridge)
         values, basis = torch.linalg.eigh(inner)
         values = values.clamp_min(torch.finfo(torch.float64).tiny)
-        # (sqrt(r) - 1) / s without the difference of nearly equal numbers, for small s.
+        # Without the difference of nearly equal numbers, for small s.
         ratio = ridge / (ridge + values)
-        shrink = -1 / ((ridge + values) * (1 + ratio.sqrt()))
-
-        def apply(v: Tensor) -> Tensor:
-            x = ((project(rows, v).T.double() @ basis) * shrink @ basis.T).to(v.dtype)
-            out = v.clone()
-            for cols in spans(v.shape[1], len(rows)):
-                out[:, cols] += x @ rows[:, cols].to(v.dtype)
-            return out.mul_(scale / self.damping**0.5)
-
-        return apply
+        return -1 / ((ridge + values) * (1 + ratio.sqrt())), basis
 
 
-def project(rows: Tensor, v: Tensor) -> Tensor:
-    """Return `rows v^T` `[N, n]` in v's dtype, without a full-width copy of rows in that dtype."""
+def scaled_columns(rows: Tensor, cols: slice, dtype: torch.dtype, unit: float) -> Tensor:
+    """Return some columns of the rows in a dtype, times `unit`."""
+    part = rows[:, cols].to(dtype)
+    return part if unit == 1 else part * unit
+
+
+def project(rows: Tensor, v: Tensor, unit: float) -> Tensor:
+    """Return `unit rows v^T` `[N, n]` in v's dtype, without a full-width copy of rows in that dtype."""
     out = v.new_zeros(len(rows), len(v))
     for cols in spans(rows.shape[1], len(rows)):
-        out.addmm_(rows[:, cols].to(v.dtype), v[:, cols].T)
+        out.addmm_(scaled_columns(rows, cols, v.dtype, unit), v[:, cols].T)
     return out
 
 

@@ -8,6 +8,10 @@ from typing import Literal
 
 # Of the shrinkage: plain dot products are as good as reached there, and the matrix is still one.
 _MOST = 0.999
+# Samples that hardly differ say nothing about the other directions; a Gram sum in fp32 is solved with this much.
+_LEAST = 1e-4
+# Where |F - mean I|^2 is this share of |F|^2, F is its mean to within rounding.
+_ROUND = 1e-7
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ def ledoit_wolf(count: int, width: int, mean: float, squares: float, fourths: fl
     `count` is N, `width` K, `mean` tr(F) / K, `squares` |F|^2 (Frobenius), `fourths` sum_n |c_n|^4. The expected
     squared distance is least for a share rho = b^2 / d^2 of `mean * I`, with d^2 = |F - mean I|^2 and b^2 the variance
     of F, (mean_n |c_n|^4 - |F|^2) / (N - 1); that is, but for its scale, F with `rho / (1 - rho)` of its mean diagonal
-    added.
+    added. Between 1e-4 and 0.999: equal samples have no variance, and what they leave open could not be solved.
     Source: Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), with a known
     mean of zero and an unbiased b^2.
     """
     variance = (fourths / count - squares) / max(1, count - 1)
     distance = squares - width * mean * mean
-    share = _MOST if count < 2 or distance <= 0 else min(_MOST, max(0.0, variance) / distance)
+    round_ = count < 2 or distance <= _ROUND * squares
+    share = _MOST if round_ else max(_LEAST, min(_MOST, variance / distance))
     return share / (1 - share)

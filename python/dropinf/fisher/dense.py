@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -11,12 +12,16 @@ from torch import Tensor
 from dropinf_kernels import gram_update
 
 from ..ranks import Ranks
-from .blocks import Block, total
-from .cholesky import Cholesky, cholesky, solver_dtype, spans
+from .blocks import Block, Product, Rows, total
+from .cholesky import Cholesky, cholesky, scaled_columns, solver_dtype, spans
 from .damping import Damping
 from .ledger import Ledger
+from .scale import largest
 
 Form = Literal["primal", "dual"]
+# The dual subtracts nearly equal vectors and divides by lambda. With N lambda at least so many eps of the largest
+# |c_n|^2, products of the result with the rows keep four digits of fp32.
+_KEPT = 4e4
 
 
 class DenseBlock(Block):
@@ -46,37 +51,32 @@ class DenseBlock(Block):
     def merge(self, other: Block, ledger: Ledger) -> None:
         assert isinstance(other, DenseBlock)
         self._factor, self._inner = None, {}
-        self._count_of(other)
+        self.count += other.count
         self.rows += other.rows
         if other.gram is not None or self.gram is not None or (self.form is None and self.count >= self.width):
             self._fold_rows(ledger)
+        factor = self._meet(other, ledger)
         if other.gram is not None:
-            self.gram = ledger.add(self.gram, other.gram)
+            self.gram = ledger.add(self.gram, other.gram if factor == 1 else other.gram * factor)
 
-    def solve(self, v: Tensor) -> Tensor:
-        factor = self._factorized()
-        out = torch.zeros_like(v, dtype=solver_dtype(v.dtype))
-        if factor is not None:
-            for part in spans(len(v), self.width):
-                out[part] = factor.solve(v[part].to(factor.lower.dtype))
-        return out
+    def result_dtype(self, dtype: torch.dtype, what: Product) -> torch.dtype:
+        """Return float64 where rounding to float32 would lose what products of the results with the rows are."""
+        factor = None if what == "quadratic" else self._factorized()
+        least = _KEPT * torch.finfo(torch.float32).eps
+        if factor is None or factor.ratio >= (least if what == "solve" else least * least):
+            return solver_dtype(dtype)
+        return torch.float64
 
-    def quadratic(self, v: Tensor) -> Tensor:
+    def _prepare(self, what: Product) -> Rows | None:
         factor = self._factorized()
-        out = torch.zeros(len(v), dtype=solver_dtype(v.dtype), device=v.device)
-        if factor is not None:
-            for part in spans(len(v), self.width):
-                out[part] = factor.quadratic(v[part].to(factor.lower.dtype))
-        return out
+        if factor is None:
+            return None
+        apply = {"solve": factor.solve, "quadratic": factor.quadratic, "whiten": factor.whiten}[what]
+        return lambda v: apply(v.to(factor.lower.dtype))
 
-    def whiten(self, v: Tensor) -> Tensor:
-        factor = self._factorized()
-        out = torch.zeros_like(v, dtype=solver_dtype(v.dtype))
-        if factor is not None:
-            root = factor.root()
-            for part in spans(len(v), self.width):
-                out[part] = root(v[part].to(factor.lower.dtype))
-        return out
+    def _rescale(self, factor: float, ledger: Ledger) -> None:
+        if self.gram is not None:
+            ledger.change(self.gram, partial(self.gram.mul_, factor))
 
     def with_damping(self, damping: Damping) -> Block:
         other = super().with_damping(damping)
@@ -92,6 +92,7 @@ class DenseBlock(Block):
             if self.gram is not None:
                 ledger.fresh(self.gram)
             self._fold_rows(ledger)
+            self._agree(ranks)
             self.gram = total(self.gram, (self.width, self.width), ranks, dtype)
         else:  # fewer rows than columns, of all ranks together
             rows = torch.cat([torch.empty(0, self.width, dtype=dtype), *self.rows])
@@ -112,8 +113,9 @@ class DenseBlock(Block):
                 self.gram = ledger.fresh(torch.zeros(self.width, self.width, dtype=dtype, device=piece.device))
             elif torch.promote_types(self.gram.dtype, dtype) != self.gram.dtype:
                 self.gram = ledger.fresh(self.gram.to(dtype))
-            ledger.change(self.gram, partial(gram_update, self.gram, piece.to(self.gram.device)))
-            self._add_fourths(piece)
+            self._measure(piece, ledger)
+            for scaled in self._scaled(piece):
+                ledger.change(self.gram, partial(gram_update, self.gram, scaled.to(self.gram.device)))
 
     def _factorized(self) -> Cholesky | None:
         """Return the cached factorization, or None if every gradient of this block is zero."""
@@ -121,17 +123,21 @@ class DenseBlock(Block):
             if self.gram is None and len(self.rows) != 1:
                 dtype = max((row.dtype for row in self.rows), key=lambda d: torch.finfo(d).bits)
                 self.rows = [torch.cat([row.to(self.rows[0].device, dtype) for row in self.rows])]
+            if self.gram is None:
+                self._fit(largest(self.rows[0]), Ledger())
             trace = self._trace()
             if trace == 0:
                 return None
-            self._factor = self._factorize(trace / (self.count * self.width))
+            mean = trace / (self.count * self.width)
+            factor, scale = self._damped(mean, lambda: self._chosen(mean, *self._spread()), self._factorize)
+            self._factor = replace(factor, scale=scale)
         return self._factor
 
     def _trace(self) -> float:
         """Return `sum_n |c_n|^2`."""
         if self.gram is not None:
             return float(self.gram.diagonal().sum(dtype=torch.float64))
-        return float(torch.linalg.vector_norm(self.rows[0], dtype=torch.float64).square())
+        return float(torch.linalg.vector_norm(self.rows[0], dtype=torch.float64).square()) * 4.0 ** -self._power()
 
     def _spread(self) -> tuple[float, float]:
         """Return |F|^2 and sum_n |c_n|^4; rows that are held give both from C C^T."""
@@ -140,10 +146,10 @@ class DenseBlock(Block):
         inner = self._matrix(solver_dtype(self.rows[0].dtype), 0.0).double()
         return float(inner.square().sum()) / self.count**2, float(inner.diagonal().square().sum())
 
-    def _factorize(self, mean_diagonal: float) -> Cholesky:
-        lam, scale = self.damping.of(mean_diagonal, lambda: self._chosen(mean_diagonal, *self._spread()))
+    def _factorize(self, lam: float) -> Cholesky | None:
+        """Return the factorization, in fp32 where that is enough, or None if lambda is too small."""
         if lam == 0 and self.count < self.width:
-            raise self.singular(mean_diagonal)
+            return None
         held = self.rows[0] if self.gram is None else self.gram
         dual, dtype = self.gram is None, solver_dtype(held.dtype)
         # Pivots that are zero but for rounding were seen at up to 14 eps for widths up to 1024.
@@ -151,16 +157,16 @@ class DenseBlock(Block):
         # A Gram sum in fp32 carries rounding of its own that fp64 cannot undo; rows are exact.
         attempts = [(torch.float64, noise * torch.finfo(torch.float64 if dual else dtype).eps)]
         if dtype != torch.float64:
-            # The dual subtracts nearly equal vectors and divides by lambda: leave it four digits.
-            attempts.insert(0, (dtype, max(len(held), 1e4 if dual else noise) * torch.finfo(dtype).eps))
+            attempts.insert(0, (dtype, max(len(held), _KEPT if dual else noise) * torch.finfo(dtype).eps))
         for dtype, least in attempts:
             matrix = self._matrix(dtype, lam)
-            if dual and self.count * lam < least * float(matrix.diagonal().max()):
+            ratio = self.count * lam / float(matrix.diagonal().max()) if dual else 1.0
+            if ratio < least:
                 continue
             lower = cholesky(matrix, least)
             if lower is not None:
-                return Cholesky(lower, lam, scale, held if dual else None)
-        raise self.singular(mean_diagonal)
+                return Cholesky(lower, lam, 1.0, held if dual else None, 2.0 ** -self._power(), ratio)
+        return None
 
     def _matrix(self, dtype: torch.dtype, lam: float) -> Tensor:
         if self.gram is not None:
@@ -171,7 +177,7 @@ class DenseBlock(Block):
             rows = self.rows[0]
             inner = torch.zeros(len(rows), len(rows), dtype=dtype, device=rows.device)
             for cols in spans(self.width, len(rows)):
-                part = rows[:, cols].to(dtype)
+                part = scaled_columns(rows, cols, dtype, 2.0 ** -self._power())
                 inner.addmm_(part, part.T)
             self._inner[dtype] = inner
         matrix = self._inner[dtype].clone()

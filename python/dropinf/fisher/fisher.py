@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..files import checksum, read_header, serialize, whole_number, write_whole
 from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, share_of
 from ..ranks import Ranks
-from .blocks import Block, DiagonalBlock
+from .blocks import Block, DiagonalBlock, Product
 from .cholesky import solver_dtype
 from .damping import Damping
 from .dense import DenseBlock, Form
@@ -43,8 +44,8 @@ class Fisher:
         absolute: `lambda = damping` in every block instead.
 
     A dense block of N < K samples holds references to the rows that it was given, so do not change those
-    gradients in place. Sums, factorizations and results are in at least fp32. A layer whose training
-    gradients are all zero solves to 0: it adds nothing to any score.
+    gradients in place. Sums, factorizations and results are in at least fp32, each block's sums over a power of two
+    of its own size. A layer whose training gradients are all zero solves to 0: it adds nothing to any score.
 
     Raises:
         ValueError: unknown kind; a damping that is negative, infinite or NaN.
@@ -154,11 +155,11 @@ class Fisher:
         if self.kind != "kronecker":
             raise ValueError(f"kind is {self.kind!r}; only a Fisher of kind 'kronecker' has eigenvalues to correct")
         self.check(gradients)
-        with self._changing():
+        with self._changing() as ledger:
             for part in _parts(gradients):
                 for columns, block in self._blocks:
                     if isinstance(block, KroneckerBlock):
-                        block.correct(part.flat[:, columns])
+                        block.correct(part.flat[:, columns], ledger)
         return self
 
     def all_reduce(self, like: GradientSource, ranks: Ranks) -> Fisher:
@@ -206,13 +207,15 @@ class Fisher:
     def solve(self, gradients: Gradients) -> Gradients:
         """Return `(F + lambda I)^{-1} c` for every sample, in at least fp32, with the same layers.
 
+        In fp64 where a block of N < K samples is damped so little that products with its rows would be lost in fp32.
+
         Raises:
-            ValueError: no samples were added; compressed differently; or a block that is singular with this
-                damping, by layer, with a damping that would do.
+            ValueError: no samples were added; compressed differently; or a block whose gradients are not finite, or
+                that is singular with this damping, by layer, with a damping that was seen to do.
         """
         self.check(gradients)
         flat = gradients.flat.to(self._device)
-        solved = torch.empty_like(flat, dtype=solver_dtype(flat.dtype))
+        solved = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "solve"))
         for columns, block in self._blocks:
             solved[:, columns] = block.solve(flat[:, columns])
         return Gradients(solved, gradients.shapes, gradients.digest)
@@ -230,16 +233,20 @@ class Fisher:
         return out
 
     def whiten(self, gradients: Gradients) -> Gradients:
-        """Return rows w(c), in at least fp32, with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`; raises as `solve` does.
+        """Return rows w(c), with `w(a) . w(b) = a^T (F + lambda I)^{-1} b`; raises, and chooses fp64, as `solve` does.
 
         Any inner-product search takes these rows; `|w(c)|^2` is a sample's self-influence.
         """
         self.check(gradients)
         flat = gradients.flat.to(self._device)
-        white = torch.empty_like(flat, dtype=solver_dtype(flat.dtype))
+        white = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "whiten"))
         for columns, block in self._blocks:
             white[:, columns] = block.whiten(flat[:, columns])
         return Gradients(white, gradients.shapes, gradients.digest)
+
+    def result_dtype(self, dtype: torch.dtype, what: Product = "solve") -> torch.dtype:
+        """Return the dtype that `solve` or `whiten` gives for gradients of a dtype."""
+        return reduce(torch.promote_types, (b.result_dtype(dtype, what) for _, b in self._blocks), solver_dtype(dtype))
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write the sums to a safetensors file, complete once it has its name, and return its checksum.

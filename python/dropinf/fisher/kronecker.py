@@ -10,10 +10,11 @@ from torch import Tensor
 from dropinf_kernels import gram_update
 
 from ..ranks import Ranks
-from .blocks import Block, total
+from .blocks import Block, Product, Rows, reciprocal, total
 from .cholesky import solver_dtype, spans
 from .damping import Damping
 from .ledger import Ledger
+from .scale import largest
 
 
 class KroneckerBlock(Block):
@@ -40,53 +41,59 @@ class KroneckerBlock(Block):
 
     def update(self, c: Tensor, ledger: Ledger) -> None:
         self._changed()
-        self._count(c)
+        self.count += len(c)
+        self._measure(c, ledger)
         dtype = solver_dtype(c.dtype)
         if self.left is None or self.right is None:
             left, right = (torch.zeros(size, size, dtype=dtype, device=c.device) for size in self.shape)
             self.left, self.right = ledger.fresh(left), ledger.fresh(right)
-        for part in spans(len(c), self.width):
-            block = c[part].to(self.left.device).reshape(-1, *self.shape)
-            ledger.change(self.left, partial(gram_update, self.left, block.transpose(1, 2).flatten(0, 1)))
-            ledger.change(self.right, partial(gram_update, self.right, block.flatten(0, 1)))
+        for scaled in self._scaled(c):
+            for part in spans(len(scaled), self.width):
+                block = scaled[part].to(self.left.device).reshape(-1, *self.shape)
+                ledger.change(self.left, partial(gram_update, self.left, block.transpose(1, 2).flatten(0, 1)))
+                ledger.change(self.right, partial(gram_update, self.right, block.flatten(0, 1)))
 
     def merge(self, other: Block, ledger: Ledger) -> None:
         assert isinstance(other, KroneckerBlock)
         self._changed()
-        self._count_of(other)
+        self.count += other.count
+        factor = self._meet(other, ledger)
         if other.left is None or other.right is None:
             return
-        self.left, self.right = ledger.add(self.left, other.left), ledger.add(self.right, other.right)
+        left, right = (x if factor == 1 else x * factor for x in (other.left, other.right))
+        self.left, self.right = ledger.add(self.left, left), ledger.add(self.right, right)
 
-    def correct(self, c: Tensor) -> None:
+    def correct(self, c: Tensor, ledger: Ledger) -> None:
         """Add the gradients `[n, K]` to the second moments in the eigenbasis."""
+        self._eigen()  # of the factors as they are: a larger scale may leave nothing of them
+        self._fit(largest(c), ledger)
         if self.moments is None:
             self.moments = torch.zeros_like(self._eigen()[2])
         self.corrected += len(c)
-        for part in spans(len(c), self.width):
-            self.moments = self.moments + self._rotate(c[part]).square().sum(0)
+        for scaled in self._scaled(c):
+            for part in spans(len(scaled), self.width):
+                self.moments = self.moments + self._rotate(scaled[part]).square().sum(0)
 
-    def solve(self, v: Tensor) -> Tensor:
-        left, right, _ = self._eigen()
+    def _prepare(self, what: Product) -> Rows | None:
         inverse = self._inverse()
-        out = torch.empty_like(v, dtype=solver_dtype(v.dtype))
-        for part in spans(len(v), self.width):
-            out[part] = (left @ (self._rotate(v[part]) * inverse) @ right.T).flatten(1)
-        return out
+        if inverse is None:
+            return None
+        if what == "quadratic":
+            return lambda v: (self._rotate(v).square() * inverse).sum((1, 2))
+        root = inverse.sqrt()
+        if what == "whiten":
+            return lambda v: (self._rotate(v) * root).flatten(1)
+        left, right = (basis.to(inverse.dtype) for basis in self._eigen()[:2])
+        return lambda v: (left @ (self._rotate(v) * inverse) @ right.T).flatten(1)
 
-    def quadratic(self, v: Tensor) -> Tensor:
-        inverse = self._inverse()
-        out = torch.empty(len(v), dtype=solver_dtype(v.dtype), device=v.device)
-        for part in spans(len(v), self.width):
-            out[part] = (self._rotate(v[part]).square() * inverse).sum((1, 2))
-        return out
-
-    def whiten(self, v: Tensor) -> Tensor:
-        root = self._inverse().sqrt()
-        out = torch.empty_like(v, dtype=solver_dtype(v.dtype))
-        for part in spans(len(v), self.width):
-            out[part] = (self._rotate(v[part]) * root).flatten(1)
-        return out
+    def _rescale(self, factor: float, ledger: Ledger) -> None:
+        for total_ in (self.left, self.right):
+            if total_ is not None:
+                ledger.change(total_, partial(total_.mul_, factor))
+        if self.moments is not None:
+            self.moments = self.moments * factor
+        if self._basis is not None:
+            self._basis = *self._basis[:2], self._basis[2] * factor
 
     def share_basis(self, ranks: Ranks) -> None:
         """Take the eigenbasis of rank 0: bases of equal matrices can differ where eigenvalues are close."""
@@ -95,12 +102,14 @@ class KroneckerBlock(Block):
 
     def all_reduce_correction(self, ranks: Ranks) -> None:
         """Add up what `correct` added on all ranks, each of its own samples."""
+        self._agree(ranks)
         moments = torch.zeros_like(self._eigen()[2]) if self.moments is None else self.moments
         self.moments = ranks.sum(moments)
         self.corrected = int(ranks.sum(torch.tensor(self.corrected)))
 
     def _reduce_sums(self, ranks: Ranks, dtype: torch.dtype) -> None:
         self._changed()
+        self._agree(ranks)
         self.left = total(self.left, (self.shape[0], self.shape[0]), ranks, dtype)
         self.right = total(self.right, (self.shape[1], self.shape[1]), ranks, dtype)
 
@@ -127,25 +136,35 @@ class KroneckerBlock(Block):
         if self._basis is None:
             assert self.left is not None
             assert self.right is not None
-            left, basis_left = torch.linalg.eigh(self.left / self.count)
-            right, basis_right = torch.linalg.eigh(self.right / self.count)
+            (left, basis_left), (right, basis_right) = (self._eigh(x / self.count) for x in (self.left, self.right))
             # Eigenvalues of a sum of squares; rounding can push a zero below zero.
             left, right = left.clamp_min(0), right.clamp_min(0)
             values = torch.outer(left, right / right.sum().clamp_min(torch.finfo(right.dtype).tiny))
             self._basis = basis_left, basis_right, values
         return self._basis
 
-    def _inverse(self) -> Tensor:
-        """Return `1 / (S + lambda)`, `[k_out, k_in]`, scaled as the damping says."""
+    def _eigh(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues and eigenvectors; a solver that fails in fp32 is asked again in fp64."""
+        if not bool(factor.diagonal().sum().isfinite()):
+            raise self._not_finite()
+        try:
+            values, basis = torch.linalg.eigh(factor)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            values, basis = (x.to(factor.dtype) for x in torch.linalg.eigh(factor.double()))
+        return values, basis
+
+    def _inverse(self) -> Tensor | None:
+        """Return `1 / (S + lambda)`, `[k_out, k_in]`, scaled as the damping says; None if it is zero everywhere."""
         values = self._eigen()[2] if self.moments is None else self.moments / self.corrected
-        largest, mean = float(values.max()), float(values.mean(dtype=torch.float64))
+        top, mean = float(values.max()), float(values.mean(dtype=torch.float64))
         if mean == 0:
-            return values
+            return None
         squares = float(values.double().square().sum())
-        lam, scale = self.damping.of(mean, lambda: self._chosen(mean, squares, self.fourths))
         # What eigh cannot tell from zero is zero, unless a damping stands in for it.
-        least = torch.finfo(values.dtype).eps * largest * (max(self.shape) if lam == 0 else 1)
-        damped = values + lam
-        if float(damped.min()) < least:
-            raise self.singular(mean)
-        return damped.reciprocal_().mul_(scale)
+        least = torch.finfo(values.dtype).eps * top
+
+        def attempt(lam: float) -> Tensor | None:
+            return reciprocal(values, lam, least * (max(self.shape) if lam == 0 else 1))
+
+        inverse, scale = self._damped(mean, lambda: self._chosen(mean, squares, self.fourths), attempt)
+        return inverse * scale

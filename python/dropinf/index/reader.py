@@ -231,7 +231,7 @@ class Index:
         if suffix == ".faiss":
             write_faiss(out, self._codec.width, (rows for _, rows in white))
             return
-        with new_array(out, (len(self), self._codec.width), torch.promote_types(self.dtype, torch.float32)) as rows:
+        with new_array(out, (len(self), self._codec.width), fisher.whiten(self[:0]).flat.dtype) as rows:
             for offset, part in white:
                 rows.write(offset, 0, part)
 
