@@ -33,7 +33,10 @@ _EXTRAS = {
     "pyarrow": "pyarrow",
     "datasets": "datasets",
 }
-_ARGUMENTS = "text_field|id_field|label_field|max_tokens|task|limit|layers|budget_bytes|damping|dtype|tokens_per_batch"
+_ARGUMENTS = (
+    "text_field|id_field|label_field|max_tokens|task|limit|layers|budget_bytes|damping|dtype|tokens_per_batch|"
+    "memory_bytes"
+)
 
 
 def build_app() -> "typer.Typer":

@@ -20,7 +20,7 @@ from ..gradients import Gradients
 from ..index import verify as problems_of
 from ..index.folder import FISHER, PASSAGES
 from ..index.manifest import NAME
-from ..index.reader import Index
+from ..index.reader import MEMORY_BYTES, Index
 from ..score import ScoreKind, TopK, score
 from ..score import self_influence as self_influence_of
 from ..text.passage_file import PassageFile
@@ -191,11 +191,16 @@ def info(index: IndexFolder, as_json: AsJson = False) -> None:
 def export(
     index: IndexFolder,
     out: Annotated[Path, typer.Argument(help="File that ends in .npy, .safetensors or .faiss.")],
+    factory: Annotated[
+        str | None, Option(metavar="TEXT", help="Of .faiss: which index, such as IVF4096,PQ64. (default: flat, exact)")
+    ] = None,
+    memory_bytes: Annotated[int, Option(min=1, help="Most memory that the rows may take.")] = MEMORY_BYTES,
 ) -> None:
-    """Write rows whose inner products are influence scores, for any inner-product search."""
-    train = open_index(index)
-    train.whitened(out, read_fisher(train, None))
-    note(f"wrote {out}: {len(train):,} rows; multiply with index.fisher().whiten(query)")
+    """Write rows whose inner products are influence scores, for any inner-product search, and their ids beside them."""
+    _check_there(index)
+    train = Index.open(index, memory_bytes=memory_bytes)
+    train.whitened(out, read_fisher(train, None), factory=factory)
+    note(f"wrote {out}: {len(train):,} rows, and their ids to {out}.ids; multiply with index.fisher().whiten(query)")
 
 
 # What they share.

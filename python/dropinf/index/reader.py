@@ -8,15 +8,17 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..files import SUFFIX, file_checksum, new_array, replacing
+from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
+from .export import Export, near
 from .folder import FISHER, shard_path
 from .manifest import Manifest, ShardEntry
 from .shards import ShardFile
@@ -162,6 +164,13 @@ class Index:
             found.append(texts[i][position - self._starts[i]])
         return found
 
+    def _every_id(self) -> Iterator[str]:
+        if not self.manifest.ids:
+            yield from map(str, range(len(self)))
+            return
+        for i, file in enumerate(self._files):
+            yield from file.texts(self._checked(i))
+
     def fisher(self) -> Fisher:
         """Return the Fisher matrix that was built with the index, or saved by `save_fisher`.
 
@@ -187,26 +196,31 @@ class Index:
         self.manifest = self.manifest.with_file(FISHER, fisher.save(self.path / FISHER))
         self.manifest.save(self.path)
 
-    def whitened(self, out: str | os.PathLike[str], fisher: Fisher | None = None) -> None:
+    def whitened(
+        self, out: str | os.PathLike[str], fisher: Fisher | None = None, *, factory: str | None = None
+    ) -> None:
         """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
 
+        The ids of the rows stand beside it, in `out` + ".ids": a JSON string a line.
+
         Args:
-            out: a .npy or .safetensors file (there named "rows"), or a .faiss one: a flat index by inner product
-                (needs `faiss`). Complete once it has its name.
+            out: a .npy or .safetensors file (there named "rows"), or a .faiss one: an index by inner product (needs
+                `faiss`). Complete once it has its name.
             fisher: by default the one that is kept with the index.
+            factory: of a .faiss file: which index, such as "IVF4096,PQ64" (`faiss.index_factory`); flat, so exact, by
+                default. It is trained on random rows, as many as `memory_bytes` has room for.
+
+        Raises:
+            ValueError: a factory that FAISS refuses, or whose codes take more memory than the index may.
         """
+        export = Export(
+            out, len(self), self._codec.width, torch.promote_types(self.dtype, torch.float32), 16 * self.block_bytes,
+            factory,
+        )  # fmt: skip
+        export.check()
         fisher = self.fisher() if fisher is None else fisher
         fisher.check(self, "fisher and index")
-        suffix = Path(out).suffix
-        if suffix not in (".npy", SUFFIX, ".faiss"):
-            raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or .faiss")
-        white = ((offset, fisher.whiten(part).flat) for offset, part in self.blocks(block_rows(self)))
-        if suffix == ".faiss":
-            write_faiss(out, self._codec.width, (rows for _, rows in white))
-            return
-        with new_array(out, (len(self), self._codec.width), torch.promote_types(self.dtype, torch.float32)) as rows:
-            for offset, part in white:
-                rows.write(offset, 0, part)
+        export.write(_White(self, fisher), self._every_id())
 
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: every `world`-th shard from `rank` on. Offsets stay."""
@@ -305,19 +319,21 @@ def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
             yield pending.result()
 
 
-def write_faiss(out: str | os.PathLike[str], width: int, blocks: Iterator[Tensor]) -> None:
-    """Write a flat FAISS index of the rows by inner product."""
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "out: a .faiss file needs faiss; install it with: pip install 'dropinf[faiss]'", name="faiss"
-        ) from None
-    flat = faiss.IndexFlatIP(width)
-    for rows in blocks:
-        flat.add(rows.float().numpy())
-    with replacing(out) as temporary:
-        faiss.write_index(flat, str(temporary))
+@dataclass(frozen=True)
+class _White:
+    """The rows of an index, whitened."""
+
+    index: Index
+    fisher: Fisher
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for offset, part in self.index.blocks(block_rows(self.index)):
+            yield offset, self.fisher.whiten(part).flat
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Return the rows at ordered positions."""
+        parts = near(positions, block_rows(self.index))
+        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:
