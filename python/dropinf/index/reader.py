@@ -21,10 +21,9 @@ from ..gradients import Gradients, Rows, Shapes, block_rows
 from .export import Export, near
 from .folder import FISHER, shard_path
 from .manifest import Manifest, ShardEntry
-from .shards import ShardFile
+from .shards import SMALL_BYTES, ShardFile, Stamp
 
 MEMORY_BYTES = 1 << 28
-_SMALL_BYTES = 1 << 21  # of a block that is copied together rather than used as it is mapped
 T = TypeVar("T")
 
 
@@ -80,7 +79,7 @@ class Index:
         ]
         self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
         self._mine: Sequence[int] = range(len(self._files))
-        self._layouts: dict[int, Mapping[str, tuple[int, int]]] = {}  # of the files that were checked
+        self._layouts: dict[int, tuple[Stamp, Mapping[str, tuple[int, int]]]] = {}  # of the files that were checked
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> Index:
@@ -144,7 +143,9 @@ class Index:
         """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
         rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
-        return one_ahead(self._stored(pieces) for pieces in self._pieces(rows))
+        for pieces, block in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
+            yield block
+            self._check_again(pieces)
 
     def factors(self) -> Tensor | None:
         """Return what each stored column is multiplied by, [K], or None for 1."""
@@ -160,7 +161,7 @@ class Index:
         for position in chosen:
             i = bisect.bisect_right(self._starts, position) - 1
             if i not in texts:
-                texts[i] = self._files[i].texts(self._checked(i))
+                texts[i] = self._files[i].texts(self._checked(i)[1])
             found.append(texts[i][position - self._starts[i]])
         return found
 
@@ -169,7 +170,7 @@ class Index:
             yield from map(str, range(len(self)))
             return
         for i, file in enumerate(self._files):
-            yield from file.texts(self._checked(i))
+            yield from file.texts(self._checked(i)[1])
 
     def fisher(self) -> Fisher:
         """Return the Fisher matrix that was built with the index, or saved by `save_fisher`.
@@ -250,22 +251,32 @@ class Index:
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
 
-    def _checked(self, i: int) -> Mapping[str, tuple[int, int]]:
-        if i not in self._layouts:
+    def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
+        """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
+        stamp = self._files[i].stamp()
+        if i not in self._layouts or self._layouts[i][0] != stamp:
             self._files[i].verify(self._entries[i].checksum)
-            self._layouts[i] = self._files[i].layout()
+            self._layouts[i] = stamp, self._files[i].layout()
         return self._layouts[i]
 
+    def _check_again(self, pieces: list[tuple[int, int, int]]) -> None:
+        """Raise ValueError where a shard was changed while its rows were used."""
+        for i, _, _ in pieces:
+            self._checked(i)
+
     def _window(self, i: int, first: int, count: int) -> Stored:
-        return Stored(*self._files[i].window(self._checked(i), first, count))
+        stamp, layout = self._checked(i)
+        return Stored(*self._files[i].window(layout, first, count, stamp))
 
     def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
-        def read(pieces: list[tuple[int, int, int]]) -> tuple[int, T]:
+        def read(pieces: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], tuple[int, T]]:
             offset, stored = self._stored(pieces)
             stored.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
-            return offset, decode(stored)
+            return pieces, (offset, decode(stored))
 
-        return read_ahead(read, self._pieces(rows))
+        for pieces, block in read_ahead(read, self._pieces(rows)):
+            yield block
+            self._check_again(pieces)
 
     def _stored(self, pieces: list[tuple[int, int, int]]) -> tuple[int, Stored]:
         """Return the offset of the first of these (shard, first row, rows), and all of them."""
@@ -281,7 +292,7 @@ class Index:
         """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
         if rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
-        small = min(rows, _SMALL_BYTES // self._codec.row_bytes)
+        small = min(rows, SMALL_BYTES // self._codec.row_bytes)
         block: list[tuple[int, int, int]] = []
         for i in self._mine:
             count = self._files[i].rows
