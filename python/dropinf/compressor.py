@@ -32,7 +32,7 @@ from .index.reader import Index
 from .index.writer import write_index
 from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
-from .workload import CuSeqlens, Ids, LossFn, check_batches, shuffles
+from .workload import CuSeqlens, Ids, LossFn, check_batches, check_ids, shuffles
 
 PROBE = 8  # entries of each side of a layer that calibration has audited
 
@@ -215,6 +215,7 @@ class Compressor:
         ``progress`` shows a bar on standard error.
         """
         if out is not None:
+            check_ids(ids)
             made = Fisher(fisher) if isinstance(fisher, str) else fisher
             return write_index(
                 self, batches, out, dtype=dtype, fisher=made, ids=ids, append=append, group=group, progress=progress

@@ -72,7 +72,7 @@ def test_tables(made, monkeypatch):
     shown = run(*arguments).stdout
     assert "\x1b" not in shown  # neither colours nor what a text brings
     lines = shown.splitlines()
-    assert lines[0] == f"Query 0: {QUERIES[0]} [31m red [bold]"
+    assert lines[0] == rf"Query 0: {QUERIES[0]}\x1b[31m red [bold]"
     rows = [
         f"{i} {s['score']:+.4g} {s['id']} {s['text']}"
         for side in ("proponents", "opponents")

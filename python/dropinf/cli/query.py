@@ -26,7 +26,7 @@ from ..score import self_influence as self_influence_of
 from ..text.passage_file import PassageFile
 from ..text.passages import Passage, read_passages
 from ..workload import Workload
-from .console import Found, note, print_json, print_table, size_text
+from .console import Found, note, plain, print_json, print_table, size_text
 from .page import save_query_page
 from .recipe import Recipe, load_workload, parse_damping, pick_device
 
@@ -163,7 +163,7 @@ def verify(index: IndexFolder) -> None:
     """Read every byte of an index; print "sound", or a line for each problem and exit with 1."""
     _check_there(index)
     problems = problems_of(index)
-    print("\n".join(problems) or "sound")
+    print("\n".join(map(plain, problems)) or "sound")
     if problems:
         raise typer.Exit(1)
 
@@ -185,7 +185,7 @@ def info(index: IndexFolder, as_json: AsJson = False) -> None:
         **{name.replace("_", " "): value for name, value in found["about"].items()},
     }
     for name, value in rows.items():
-        print(f"{name:<17}{value}")
+        print(plain(f"{name:<17}{value}"))
 
 
 def export(
