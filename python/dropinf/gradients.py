@@ -257,7 +257,7 @@ class Gradients:
             layers = json.loads(header["layers"])
             shapes = {name: tuple(shape) for name, shape, _ in layers}
             return cls(flat, shapes, {name: digest for name, _, digest in layers})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: the list of layers is damaged ({error}); write the file again") from error
 
     def __reduce__(self) -> tuple[type[Gradients], tuple[Tensor, dict[str, tuple[int, ...]], dict[str, str]]]:
