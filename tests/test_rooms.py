@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dropinf_kernels": ROOT / "dropinf_kernels", "dropinf": ROOT / "python" / "dropinf"}
 KERNELS = {"dropinf_kernels"}
-BASE = {"files", "ranks", "workload", "gradients", "metrics", "sketch"} | KERNELS
+BASE = {"files", "readonly", "ranks", "workload", "gradients", "metrics", "sketch"} | KERNELS
 VERBS = BASE | {"capture", "fisher", "index", "text", "compressor", "score", "budget"}
 # Room -> the rooms that it may import, itself aside.
 MAY_IMPORT = {
@@ -24,9 +24,10 @@ MAY_IMPORT = {
     },
     "dropinf": {
         "files": set(),
+        "readonly": set(),
         "ranks": set(),
         "workload": {"files"},
-        "gradients": {"files"},
+        "gradients": {"files", "readonly"},
         "metrics": {"files"},
         "sketch": KERNELS,
         "capture": KERNELS | {"sketch", "workload", "files"},

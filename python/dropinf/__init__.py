@@ -1,12 +1,21 @@
 """Influence functions on dropout-compressed per-sample gradients, for any PyTorch module."""
 
+from torch.serialization import add_safe_globals
+
 from .budget import Choice, choose
 from .capture.ladder import AttributionError
 from .capture.layer import Layer
 from .compressor import Compressor, compress
 from .fisher import Fisher, build_fisher
+from .fisher.blocks import DiagonalBlock
+from .fisher.cholesky import Cholesky
+from .fisher.damping import Damping
+from .fisher.dense import DenseBlock
+from .fisher.kronecker import KroneckerBlock
+from .fisher.ledger import Ledger
 from .gradients import Gradients
 from .index import Index
+from .readonly import ReadOnly
 from .score import TopK, score, self_influence
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
 
@@ -35,3 +44,7 @@ __all__ = [
     "score",
     "self_influence",
 ]
+
+# What torch.load reads without weights_only=False: none of them runs code of the file's.
+add_safe_globals([Axis, Fisher, Gradients, Layer, ReadOnly, TopK])
+add_safe_globals([Cholesky, Damping, DenseBlock, DiagonalBlock, KroneckerBlock, Ledger, slice])

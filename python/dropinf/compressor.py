@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, overload
 
 import torch
@@ -31,8 +30,9 @@ from .index.folder import SKETCH
 from .index.manifest import Manifest
 from .index.reader import Index
 from .index.writer import write_index
+from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
-from .workload import CuSeqlens, Ids, LossFn, check_batches, shuffles
+from .workload import CuSeqlens, Ids, LossFn, check_batches, check_ids, shuffles
 
 PROBE = 8  # entries of each side of a layer that calibration has audited
 
@@ -156,7 +156,7 @@ class Compressor:
             self._targets = {name: target for name, target in self._targets.items() if name in only}
         if not self._targets:
             raise ValueError(f"model: nothing to track; {skipped or no_parameters(self.model)}")
-        self.skipped: Mapping[str, str] = MappingProxyType(skipped)
+        self.skipped: Mapping[str, str] = ReadOnly(skipped)
         self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets, **options)
         self._layers = {}
 
@@ -173,7 +173,7 @@ class Compressor:
                 f"{self.sketch!r} needs statistics of the data: call compressor.calibrate(batches) first, or "
                 "compressor.load(path) with a saved calibration"
             )
-        return MappingProxyType(self._layers)
+        return ReadOnly(self._layers)
 
     @overload
     def compress(self, batches: Iterable[Any], *, progress: bool = ...) -> Gradients: ...
@@ -215,6 +215,7 @@ class Compressor:
         ``progress`` shows a bar on standard error.
         """
         if out is not None:
+            check_ids(ids)
             made = Fisher(fisher) if isinstance(fisher, str) else fisher
             return write_index(
                 self, batches, out, dtype=dtype, fisher=made, ids=ids, append=append, group=group, progress=progress

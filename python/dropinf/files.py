@@ -112,10 +112,13 @@ class ArrayFile:
 @contextmanager
 def new_array(path: str | os.PathLike[str], shape: tuple[int, int], dtype: torch.dtype) -> Iterator[ArrayFile]:
     """Open a new .npy or .safetensors file (its tensor is "rows") to write; it gets its name after the block."""
-    kind = torch.empty(0, dtype=dtype).numpy().dtype
-    size = math.prod(shape) * kind.itemsize
+    kind = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     if Path(path).suffix == SUFFIX:
-        entry = {"dtype": f"F{8 * kind.itemsize}", "shape": shape, "data_offsets": [0, size]}
+        entry = {
+            "dtype": f"F{8 * kind.itemsize}",
+            "shape": shape,
+            "data_offsets": [0, math.prod(shape) * kind.itemsize],
+        }
         text = json.dumps({"rows": entry}).encode()
         text += b" " * (-len(text) % 8)
         header = len(text).to_bytes(8, "little") + text
@@ -123,11 +126,20 @@ def new_array(path: str | os.PathLike[str], shape: tuple[int, int], dtype: torch
         buffer = io.BytesIO()
         np.lib.format.write_array_header_1_0(buffer, {"descr": kind.str, "fortran_order": False, "shape": shape})
         header = buffer.getvalue()
+    with array_file(path, header, shape, dtype) as file:
+        yield file
+
+
+@contextmanager
+def array_file(
+    path: str | os.PathLike[str], header: bytes, shape: tuple[int, int], dtype: torch.dtype
+) -> Iterator[ArrayFile]:
+    """Open a new file to write a matrix behind a header; it gets its name after the block."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
-        file.truncate(len(header) + size)
+        file.truncate(len(header) + math.prod(shape) * dtype.itemsize)
         file.flush()
-        yield ArrayFile(file.fileno(), len(header), shape, kind.itemsize)
+        yield ArrayFile(file.fileno(), len(header), shape, dtype.itemsize)
 
 
 def open_array(path: str | os.PathLike[str]) -> Tensor:

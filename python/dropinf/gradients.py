@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from types import MappingProxyType
 from typing import Protocol, overload, runtime_checkable
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import replacing
+from .readonly import ReadOnly
 
 FORMAT = "dropinf.gradients"
 FORMAT_VERSION = 1
@@ -144,7 +144,7 @@ class Gradients:
     @property
     def layers(self) -> Mapping[str, Tensor]:
         """Layer name -> view `[N, *shape]` of `flat`, in column order."""
-        return MappingProxyType({name: self[name] for name in self._shapes})
+        return ReadOnly({name: self[name] for name in self._shapes})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -257,8 +257,12 @@ class Gradients:
             layers = json.loads(header["layers"])
             shapes = {name: tuple(shape) for name, shape, _ in layers}
             return cls(flat, shapes, {name: digest for name, _, digest in layers})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: the list of layers is damaged ({error}); write the file again") from error
+
+    def __reduce__(self) -> tuple[type[Gradients], tuple[Tensor, dict[str, tuple[int, ...]], dict[str, str]]]:
+        whole = self._flat.untyped_storage().nbytes() == self._flat.nbytes
+        return type(self), (self._flat if whole else self._flat.clone(), dict(self._shapes), dict(self._digest))
 
     def __repr__(self) -> str:
         names = list(self._shapes)
@@ -352,8 +356,8 @@ def _check_layout(shapes: Shapes, digest: Mapping[str, str]) -> tuple[Shapes, Ma
             raise ValueError(f"shapes[{name!r}] is {shape}; it must be (k_out, k_in) or (k,) with sizes of at least 1")
         columns[name] = slice(start, start + math.prod(shape))
         start = columns[name].stop
-    frozen = MappingProxyType({name: tuple(map(int, shape)) for name, shape in shapes.items()})
-    return frozen, MappingProxyType({name: digest[name] for name in shapes}), columns
+    frozen = ReadOnly({name: tuple(map(int, shape)) for name, shape in shapes.items()})
+    return frozen, ReadOnly({name: digest[name] for name in shapes}), columns
 
 
 def _check_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> None:

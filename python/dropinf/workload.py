@@ -76,6 +76,15 @@ def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
     return map_tensors(lambda _: next(values), batch)
 
 
+def check_ids(ids: object) -> None:
+    """Raise TypeError where ids are not a function: a list of them belongs to no batch."""
+    if ids is not None and not callable(ids):
+        raise TypeError(
+            f"ids is a {type(ids).__name__}; it must be a function of a batch that returns a string for each of its "
+            "samples, such as lambda batch: batch['id']"
+        )
+
+
 def check_batches(batches: object) -> None:
     """Raise TypeError where what should be batches is a single batch, or none at all."""
     what = None

@@ -156,7 +156,7 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     save_file(tensors, path, metadata=header)
     with pytest.raises(ValueError, match="format version 2, newer than this dropinf reads"):
         Gradients.load(path)
-    for layers in ("[[", json.dumps([["fc", [3, 4], "aa"]]), json.dumps([["fc"]]), json.dumps(3)):
+    for layers in ("[[", json.dumps([["fc", [3, 4], "aa"]]), json.dumps([["fc"]]), json.dumps(3), "[" * 100_000):
         save_file(tensors, path, metadata={**header, "version": "1", "layers": layers})
         with pytest.raises(ValueError, match="the list of layers is damaged"):
             Gradients.load(path)

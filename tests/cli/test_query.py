@@ -72,7 +72,7 @@ def test_tables(made, monkeypatch):
     shown = run(*arguments).stdout
     assert "\x1b" not in shown  # neither colours nor what a text brings
     lines = shown.splitlines()
-    assert lines[0] == f"Query 0: {QUERIES[0]} [31m red [bold]"
+    assert lines[0] == rf"Query 0: {QUERIES[0]}\x1b[31m red [bold]"
     rows = [
         f"{i} {s['score']:+.4g} {s['id']} {s['text']}"
         for side in ("proponents", "opponents")
@@ -155,6 +155,14 @@ def test_fisher_and_export(common, made, tmp_path):
     faiss = pytest.importorskip("faiss")
     run("export", folder, tmp_path / "rows.faiss")
     assert faiss.read_index(str(tmp_path / "rows.faiss")).ntotal == 50
+    done = run("export", folder, tmp_path / "rows.faiss", "--factory", "IVF2,Flat", "--memory-bytes", 1 << 27)
+    assert f"50 rows, and their ids to {tmp_path / 'rows.faiss.ids'}" in done.stderr
+    assert faiss.read_index(str(tmp_path / "rows.faiss")).nlist == 2
+    assert [json.loads(x) for x in (tmp_path / "rows.faiss.ids").read_text().splitlines()] == index.ids()
+    wanted = error_of(
+        "export", folder, tmp_path / "rows.faiss", "--factory", "IVF2,Flat", "--memory-bytes", 400 * rows.flat.shape[1]
+    )
+    assert "open the index with --memory-bytes" in wanted
     assert "must end in .npy" in error_of("export", folder, tmp_path / "rows.txt")
     assert run("verify", folder).stdout == "sound\n"
 

@@ -58,6 +58,8 @@ def main(folder: Path, budget: int, rows: int, dtype: str) -> None:
             "self-influence": lambda: dropinf.self_influence(index, fisher),
             "fisher": lambda: dropinf.build_fisher(index),
             "whitened": lambda: index.whitened(out / "rows.npy", fisher),
+            "flat": lambda: index.whitened(out / "rows.faiss", fisher),
+            "coded": lambda: index.whitened(out / "rows.faiss", fisher, factory="IVF16,PQ64x4"),
         }
 
     query = compressor.compress([Batches(1)[0]])[:4]

@@ -158,6 +158,11 @@ def test_bad_arguments(index, train, tmp_path):
         compressor.compress([], out=tmp_path / "idx")
     with pytest.raises(ValueError, match="batches: it is empty"):
         compressor.compress(iter([]), out=tmp_path / "idx")
+    with pytest.raises(
+        TypeError, match="ids is a list; it must be a function of a batch that returns a string for each"
+    ):
+        compressor.compress(make_batches(), out=tmp_path / "list", ids=["a", "b"])
+    assert not (tmp_path / "list").exists()
     with pytest.raises(ValueError, match="out is None; dtype, fisher, ids, append and group are of an index"):
         compressor.compress(make_batches(), ids=names)
     with pytest.raises(ValueError, match="fisher has 54 samples; pass an empty one"):

@@ -1,12 +1,9 @@
-"""The Fisher matrix kept with an index, Fisher files, and rows whitened by one for other search tools."""
+"""The Fisher matrix kept with an index, Fisher files, and rows whitened by one."""
 
 from __future__ import annotations
 
-import faiss
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import dropinf
 from tests.index.small import KINDS, make_batches, make_compressor
@@ -58,20 +55,3 @@ def test_whitened_rows_have_scores_as_products(train, query, kind, rows, damping
     fisher = dropinf.build_fisher(train[:rows], kind, damping)
     white = fisher.whiten(query).flat @ fisher.whiten(train).flat.T
     torch.testing.assert_close(white, dropinf.score(query, train, fisher), rtol=1e-8, atol=1e-9)
-
-
-def test_an_export_is_exact(index, train, query, tmp_path):
-    fisher, expected = index.fisher(), dropinf.score(query, train, dropinf.build_fisher(train))
-    queries = fisher.whiten(query).flat
-    index.whitened(tmp_path / "rows.npy")
-    index.whitened(tmp_path / "rows.safetensors", fisher)
-    for rows in (torch.from_numpy(np.load(tmp_path / "rows.npy")), load_file(tmp_path / "rows.safetensors")["rows"]):
-        torch.testing.assert_close(queries @ rows.T, expected)
-    index.whitened(tmp_path / "rows.faiss")
-    values, found = faiss.read_index(str(tmp_path / "rows.faiss")).search(queries.float().numpy(), 6)
-    best = dropinf.score(query, index, fisher, top=6)
-    assert np.array_equal(found, best.indices.numpy())
-    np.testing.assert_allclose(values, best.values, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"out is .*rows.txt.*must end in .npy, .safetensors or .faiss"):
-        index.whitened(tmp_path / "rows.txt")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.faiss", "rows.npy", "rows.safetensors"]

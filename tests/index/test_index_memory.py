@@ -30,6 +30,6 @@ def test_memory_stays_under_the_budget(dtype, tmp_path):
     assert rows_in_memory > 10 * BUDGET
     assert found.pop("bytes") > ROWS * 1024 * (4 if dtype == "float32" else 1)
     assert found.pop("compress") < 3 * (64 << 20)  # a shard, as it is written
-    assert found.keys() == {"score", "cosine", "relative", "self-influence", "fisher", "whitened"}
+    assert found.keys() == {"score", "cosine", "relative", "self-influence", "fisher", "whitened", "flat", "coded"}
     for name, peak in found.items():
         assert BUDGET // 16 < peak < BUDGET, f"{name} took {peak >> 20} MiB"  # more than 2: it is measured at all

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 
-from .console import is_first
+from .console import is_first, plain
 
 if TYPE_CHECKING:
     import typer
@@ -33,7 +33,10 @@ _EXTRAS = {
     "pyarrow": "pyarrow",
     "datasets": "datasets",
 }
-_ARGUMENTS = "text_field|id_field|label_field|max_tokens|task|limit|layers|budget_bytes|damping|dtype|tokens_per_batch"
+_ARGUMENTS = (
+    "text_field|id_field|label_field|max_tokens|task|limit|layers|budget_bytes|damping|dtype|tokens_per_batch|"
+    "memory_bytes"
+)
 
 
 def build_app() -> "typer.Typer":
@@ -154,7 +157,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def _say(line: str) -> None:
     """Print a line on standard error, on any rank; where there are several, name the rank."""
     rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"dropinf: {rank}{line}", file=sys.stderr, flush=True)
+    print(f"dropinf: {rank}{plain(line)}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -22,10 +22,15 @@ def is_first() -> bool:
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"
 
 
+def plain(text: str) -> str:
+    """Return a line of text as a terminal may see it: control characters, which it would obey, are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def note(text: str) -> None:
     """Say something on standard error, once for all ranks."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(plain(text), file=sys.stderr, flush=True)
 
 
 def size_text(size: float) -> str:
@@ -74,9 +79,7 @@ def print_table(title: str, parts: Iterable[tuple[str, list[Found]]], caption: s
     console = Console(highlight=False, width=None if shown else _WIDTH)
 
     def cut(text: str | None, style: str = "") -> Text:
-        # A text may hold control characters, which a terminal would obey.
-        kept = "".join(c if c.isprintable() else " " for c in text or "")
-        return Text(" ".join(kept.split()), style, no_wrap=True, overflow="ellipsis", end="")
+        return Text(plain(" ".join((text or "").split())), style, no_wrap=True, overflow="ellipsis", end="")
 
     console.print(cut(title, "bold"), end="\n")
     if caption:

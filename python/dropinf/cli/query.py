@@ -20,13 +20,13 @@ from ..gradients import Gradients
 from ..index import verify as problems_of
 from ..index.folder import FISHER, PASSAGES
 from ..index.manifest import NAME
-from ..index.reader import Index
+from ..index.reader import MEMORY_BYTES, Index
 from ..score import ScoreKind, TopK, score
 from ..score import self_influence as self_influence_of
 from ..text.passage_file import PassageFile
 from ..text.passages import Passage, read_passages
 from ..workload import Workload
-from .console import Found, note, print_json, print_table, size_text
+from .console import Found, note, plain, print_json, print_table, size_text
 from .page import save_query_page
 from .recipe import Recipe, load_workload, parse_damping, pick_device
 
@@ -163,7 +163,7 @@ def verify(index: IndexFolder) -> None:
     """Read every byte of an index; print "sound", or a line for each problem and exit with 1."""
     _check_there(index)
     problems = problems_of(index)
-    print("\n".join(problems) or "sound")
+    print("\n".join(map(plain, problems)) or "sound")
     if problems:
         raise typer.Exit(1)
 
@@ -185,17 +185,22 @@ def info(index: IndexFolder, as_json: AsJson = False) -> None:
         **{name.replace("_", " "): value for name, value in found["about"].items()},
     }
     for name, value in rows.items():
-        print(f"{name:<17}{value}")
+        print(plain(f"{name:<17}{value}"))
 
 
 def export(
     index: IndexFolder,
     out: Annotated[Path, typer.Argument(help="File that ends in .npy, .safetensors or .faiss.")],
+    factory: Annotated[
+        str | None, Option(metavar="TEXT", help="Of .faiss: which index, such as IVF4096,PQ64. (default: flat, exact)")
+    ] = None,
+    memory_bytes: Annotated[int, Option(min=1, help="Most memory that the rows may take.")] = MEMORY_BYTES,
 ) -> None:
-    """Write rows whose inner products are influence scores, for any inner-product search."""
-    train = open_index(index)
-    train.whitened(out, read_fisher(train, None))
-    note(f"wrote {out}: {len(train):,} rows; multiply with index.fisher().whiten(query)")
+    """Write rows whose inner products are influence scores, for any inner-product search, and their ids beside them."""
+    _check_there(index)
+    train = Index.open(index, memory_bytes=memory_bytes)
+    train.whitened(out, read_fisher(train, None), factory=factory)
+    note(f"wrote {out}: {len(train):,} rows, and their ids to {out}.ids; multiply with index.fisher().whiten(query)")
 
 
 # What they share.

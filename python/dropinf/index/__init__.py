@@ -1,6 +1,7 @@
 """Compressed gradients on disk."""
 
-from .reader import Index, verify
+from .reader import Index
+from .sound import verify
 from .writer import write_index
 
 __all__ = ["Index", "verify", "write_index"]

@@ -8,23 +8,24 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..files import SUFFIX, file_checksum, new_array, replacing
+from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
 from ..ranks import Ranks
+from .export import Export, near
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
-from .shards import ShardFile
+from .shards import SMALL_BYTES, ShardFile, Stamp
+from .sound import verify
 
 MEMORY_BYTES = 1 << 28
-_SMALL_BYTES = 1 << 21  # of a block that is copied together rather than used as it is mapped
 T = TypeVar("T")
 
 
@@ -80,7 +81,7 @@ class Index:
         ]
         self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
         self._mine: Sequence[int] = range(len(self._files))
-        self._layouts: dict[int, Mapping[str, tuple[int, int]]] = {}  # of the files that were checked
+        self._layouts: dict[int, tuple[Stamp, Mapping[str, tuple[int, int]]]] = {}  # of the files that were checked
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> Index:
@@ -144,7 +145,9 @@ class Index:
         """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
         rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
-        return one_ahead(self._stored(pieces) for pieces in self._pieces(rows))
+        for pieces, block in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
+            yield block
+            self._check_again(pieces)
 
     def factors(self) -> Tensor | None:
         """Return what each stored column is multiplied by, [K], or None for 1."""
@@ -160,9 +163,16 @@ class Index:
         for position in chosen:
             i = bisect.bisect_right(self._starts, position) - 1
             if i not in texts:
-                texts[i] = self._files[i].texts(self._checked(i))
+                texts[i] = self._files[i].texts(self._checked(i)[1])
             found.append(texts[i][position - self._starts[i]])
         return found
+
+    def _every_id(self) -> Iterator[str]:
+        if not self.manifest.ids:
+            yield from map(str, range(len(self)))
+            return
+        for i, file in enumerate(self._files):
+            yield from file.texts(self._checked(i)[1])
 
     def fisher(self) -> Fisher:
         """Return the Fisher matrix that was built with the index, or saved by `save_fisher`.
@@ -214,26 +224,30 @@ class Index:
             self.manifest = now.with_file(FISHER, fisher.save(self.path / FISHER))
             self.manifest.save(self.path)
 
-    def whitened(self, out: str | os.PathLike[str], fisher: Fisher | None = None) -> None:
+    def whitened(
+        self, out: str | os.PathLike[str], fisher: Fisher | None = None, *, factory: str | None = None
+    ) -> None:
         """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
 
+        The ids of the rows stand beside it, in `out` + ".ids": a JSON string a line.
+
         Args:
-            out: a .npy or .safetensors file (there named "rows"), or a .faiss one: a flat index by inner product
-                (needs `faiss`). Complete once it has its name.
+            out: a .npy or .safetensors file (there named "rows"), or a .faiss one: an index by inner product (needs
+                `faiss`). Complete once it has its name.
             fisher: by default the one that is kept with the index.
+            factory: of a .faiss file: which index, such as "IVF4096,PQ64" (`faiss.index_factory`); flat, so exact, by
+                default. It is trained on random rows, as many as `memory_bytes` has room for.
+
+        Raises:
+            ValueError: a factory that FAISS refuses, or whose codes take more memory than the index may.
         """
+        usual = torch.promote_types(self.dtype, torch.float32)
+        export = Export(out, len(self), self._codec.width, usual, 16 * self.block_bytes, factory)
+        export.check()
         fisher = self.fisher() if fisher is None else fisher
         fisher.check(self, "fisher and index")
-        suffix = Path(out).suffix
-        if suffix not in (".npy", SUFFIX, ".faiss"):
-            raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or .faiss")
-        white = ((offset, fisher.whiten(part).flat) for offset, part in self.blocks(block_rows(self)))
-        if suffix == ".faiss":
-            write_faiss(out, self._codec.width, (rows for _, rows in white))
-            return
-        with new_array(out, (len(self), self._codec.width), fisher.whiten(self[:0]).flat.dtype) as rows:
-            for offset, part in white:
-                rows.write(offset, 0, part)
+        export = replace(export, dtype=fisher.whiten(self[:0]).flat.dtype)
+        export.write(_White(self, fisher), self._every_id())
 
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: every `world`-th shard from `rank` on. Offsets stay."""
@@ -263,22 +277,32 @@ class Index:
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
 
-    def _checked(self, i: int) -> Mapping[str, tuple[int, int]]:
-        if i not in self._layouts:
+    def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
+        """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
+        stamp = self._files[i].stamp()
+        if i not in self._layouts or self._layouts[i][0] != stamp:
             self._files[i].verify(self._entries[i].checksum)
-            self._layouts[i] = self._files[i].layout()
+            self._layouts[i] = stamp, self._files[i].layout()
         return self._layouts[i]
 
+    def _check_again(self, pieces: list[tuple[int, int, int]]) -> None:
+        """Raise ValueError where a shard was changed while its rows were used."""
+        for i, _, _ in pieces:
+            self._checked(i)
+
     def _window(self, i: int, first: int, count: int) -> Stored:
-        return Stored(*self._files[i].window(self._checked(i), first, count))
+        stamp, layout = self._checked(i)
+        return Stored(*self._files[i].window(layout, first, count, stamp))
 
     def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
-        def read(pieces: list[tuple[int, int, int]]) -> tuple[int, T]:
+        def read(pieces: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], tuple[int, T]]:
             offset, stored = self._stored(pieces)
             stored.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
-            return offset, decode(stored)
+            return pieces, (offset, decode(stored))
 
-        return read_ahead(read, self._pieces(rows))
+        for pieces, block in read_ahead(read, self._pieces(rows)):
+            yield block
+            self._check_again(pieces)
 
     def _stored(self, pieces: list[tuple[int, int, int]]) -> tuple[int, Stored]:
         """Return the offset of the first of these (shard, first row, rows), and all of them."""
@@ -294,7 +318,7 @@ class Index:
         """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
         if rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
-        small = min(rows, _SMALL_BYTES // self._codec.row_bytes)
+        small = min(rows, SMALL_BYTES // self._codec.row_bytes)
         block: list[tuple[int, int, int]] = []
         for i in self._mine:
             count = self._files[i].rows
@@ -332,50 +356,21 @@ def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
             yield pending.result()
 
 
-def write_faiss(out: str | os.PathLike[str], width: int, blocks: Iterator[Tensor]) -> None:
-    """Write a flat FAISS index of the rows by inner product."""
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "out: a .faiss file needs faiss; install it with: pip install 'dropinf[faiss]'", name="faiss"
-        ) from None
-    flat = faiss.IndexFlatIP(width)
-    for rows in blocks:
-        flat.add(rows.float().numpy())
-    with replacing(out) as temporary:
-        faiss.write_index(flat, str(temporary))
+@dataclass(frozen=True)
+class _White:
+    """The rows of an index, whitened."""
 
+    index: Index
+    fisher: Fisher
 
-def verify(path: str | os.PathLike[str]) -> list[str]:
-    """Return what is wrong with an index's folder, a line each; nothing where every byte is as it was written.
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for offset, part in self.index.blocks(block_rows(self.index)):
+            yield offset, self.fisher.whiten(part).flat
 
-    Raises:
-        FileNotFoundError: no index there.
-    """
-    folder = Path(path)
-    try:
-        manifest = Manifest.load(folder)
-    except ValueError as error:
-        return [str(error)]
-    problems = []
-    if manifest.unfinished:
-        problems.append(f"{folder}: not finished; run the same compress again, which goes on where it stopped")
-    for name, expected in manifest.files.items():
-        if not (folder / name).is_file():
-            problems.append(f"{folder / name}: missing")
-        elif file_checksum(folder / name) != expected:
-            problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
-    for i, shard in enumerate(manifest.shards):
-        file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
-        try:
-            file.verify(shard.checksum)
-            layout = file.layout()
-            if manifest.ids:
-                file.texts(layout)
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
+    def at(self, positions: Tensor) -> Tensor:
+        """Return the rows at ordered positions."""
+        parts = near(positions, block_rows(self.index))
+        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
 
 
 def _positions(rows: Rows, count: int) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +29,8 @@ DTYPES = {
 _TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 _SCALED = ("float16", "int8")
 _HEADER_BYTES = 1 << 26
+SMALL_BYTES = 1 << 21  # of rows that are read rather than mapped
+Stamp = tuple[int, int, int]
 
 
 def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -165,26 +169,48 @@ class ShardFile:
             at += count
         return found
 
-    def window(self, layout: Mapping[str, tuple[int, int]], first: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Return the stored rows `first` to `first + count` as views of the mapped file, with their scales."""
+    def stamp(self) -> Stamp:
+        """Return what changes with the file: its number, size and time.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        try:
+            return _stamp(self.path.stat())
+        except FileNotFoundError:
+            raise self._missing() from None
+
+    def window(
+        self, layout: Mapping[str, tuple[int, int]], first: int, count: int, stamp: Stamp
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the stored rows `first` to `first + count`, with their scales.
+
+        Few are read, which keeps no file open; many are views of the mapped file.
+
+        Raises:
+            ValueError: the file is no longer what it was at `stamp`.
+        """
         width, item = self.codec.width, DTYPES[self.codec.dtype].itemsize
-        with open(self.path, "rb") as file:
+        found = _read if count * self.codec.row_bytes <= SMALL_BYTES else _mapped
+        with open(self.path, "rb", buffering=0) as file:
+            if _stamp(os.fstat(file.fileno())) != stamp:
+                raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
             start = layout["gradients"][0] + first * width * item
-            values = _mapped(file.fileno(), start, count * width, DTYPES[self.codec.dtype]).view(count, width)
+            values = found(file, start, count * width, DTYPES[self.codec.dtype]).view(count, width)
             scale = None
             if self.codec.scaled:
-                scale = _mapped(file.fileno(), layout["scale"][0] + 4 * first, count, torch.float32)
+                scale = found(file, layout["scale"][0] + 4 * first, count, torch.float32)
         return values, scale
 
     def texts(self, layout: Mapping[str, tuple[int, int]]) -> list[str]:
         """Return the ids of the rows."""
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", buffering=0) as file:
             parts = []
             for name, dtype in (("ids", torch.uint8), ("id_offsets", torch.int64)):
                 if name not in layout:
                     raise ValueError(f"{self.path}: it has no {name}, as the manifest says")
                 start, size = layout[name]
-                parts.append(_mapped(file.fileno(), start, size // dtype.itemsize, dtype))
+                parts.append(_read(file, start, size // dtype.itemsize, dtype))
         data, offsets = parts
         edges = [0, *offsets.tolist(), len(data)]
         if len(offsets) != self.rows + 1 or edges[1] != 0 or edges != sorted(edges) or edges[-2] != len(data):
@@ -239,14 +265,28 @@ def _offsets(path: Path, name: str, entry: object, size: int) -> tuple[int, int]
     return offsets[0], offsets[1]
 
 
-def _mapped(handle: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(file: FileIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Return `count` values of an open file from byte `start` on."""
+    out = torch.empty(count, dtype=dtype, device="cpu")
+    left, at = out.view(torch.uint8).numpy().data, start
+    while left:
+        got = os.preadv(file.fileno(), [left], at)
+        if not got:
+            raise ValueError(f"{file.name}: it was cut while it was read; restore it from a copy")
+        left, at = left[got:], at + got
+    return out
+
+
+def _mapped(file: FileIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
     """Return `count` values of an open file from byte `start` on, mapped; writing to them changes a private copy."""
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
     skip = start % mmap.ALLOCATIONGRANULARITY
     length = skip + count * dtype.itemsize
     pages = mmap.mmap(
-        handle, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start - skip
+        file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start - skip
     )
     pages.madvise(mmap.MADV_WILLNEED)  # starts to read it
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=skip)

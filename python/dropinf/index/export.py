@@ -1,0 +1,160 @@
+"""Rows of an index in the files of other search tools, written block by block."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..files import SUFFIX, array_file, new_array, replacing
+
+FAISS = ".faiss"
+IDS = ".ids"
+_ROWS_PER_CENTROID = 256  # more are not read when centroids are searched for
+_CENTROIDS = 256  # of a product quantizer of 8 bits
+
+
+class Rows(Protocol):
+    """The rows to write: blocks in order, and any of them by position."""
+
+    def blocks(self) -> Iterable[tuple[int, Tensor]]: ...
+    def at(self, positions: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file of `count` rows of `width` numbers; `memory_bytes` is what may be held of them."""
+
+    out: str | os.PathLike[str]
+    count: int
+    width: int
+    dtype: torch.dtype
+    memory_bytes: int
+    factory: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for a name that says no known kind of file, or a factory that has no use for it."""
+        suffix = Path(self.out).suffix
+        if suffix not in (".npy", SUFFIX, FAISS):
+            raise ValueError(f"out is {os.fspath(self.out)!r}; it must end in .npy, {SUFFIX} or {FAISS}")
+        if self.factory is not None and suffix != FAISS:
+            raise ValueError(
+                f"factory is {self.factory!r}; it is of a {FAISS} file, and out is {os.fspath(self.out)!r}"
+            )
+        if suffix == FAISS:
+            _faiss()
+
+    def write(self, rows: Rows, ids: Iterable[str]) -> None:
+        """Write the file, and then the ids of its rows beside it: never those of another file."""
+        beside = Path(f"{os.fspath(self.out)}{IDS}")
+        beside.unlink(missing_ok=True)
+        if Path(self.out).suffix != FAISS:
+            with new_array(self.out, (self.count, self.width), self.dtype) as file:
+                for offset, part in rows.blocks():
+                    file.write(offset, 0, part)
+        elif self.factory in (None, "Flat") and (header := self._flat_header()) is not None:
+            with array_file(self.out, header, (self.count, self.width), torch.float32) as file:
+                for offset, part in rows.blocks():
+                    file.write(offset, 0, part.float())
+        else:
+            self._write_coded(rows)
+        with replacing(beside) as temporary, open(temporary, "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(name) + "\n" for name in ids)
+
+    def _flat_header(self) -> bytes | None:
+        """Return what stands before the rows of a flat FAISS file; None where FAISS writes it in another way."""
+        faiss = _faiss()
+
+        def header(count: int) -> bytes:
+            empty = bytearray(faiss.serialize_index(faiss.IndexFlatIP(self.width)).tobytes())
+            empty[8:16] = count.to_bytes(8, "little")
+            empty[-8:] = (count * self.width).to_bytes(8, "little")
+            return bytes(empty)
+
+        two = faiss.IndexFlatIP(self.width)
+        two.add(torch.ones(2, self.width).numpy())
+        expected = faiss.serialize_index(two).tobytes()
+        return header(self.count) if header(2) + torch.ones(2, self.width).numpy().tobytes() == expected else None
+
+    def _write_coded(self, rows: Rows) -> None:
+        """Train an index on a random part of the rows, add all of them, and write it."""
+        faiss = _faiss()
+        coded = self._made()
+        self._check_size(coded)
+        if not coded.is_trained:
+            part = rows.at(self._chosen(coded)).float()
+            try:
+                coded.train(part.numpy())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"factory: FAISS cannot train {self.factory!r} on {len(part)} of {self.count} rows "
+                    f"({_reason(error)}); name fewer lists or bits, or open the index with more memory_bytes"
+                ) from None
+            del part
+        for _, block in rows.blocks():
+            coded.add(block.float().numpy())
+        with replacing(self.out) as temporary:
+            faiss.write_index(coded, str(temporary))
+
+    def _made(self) -> Any:
+        faiss = _faiss()
+        try:
+            return faiss.index_factory(
+                self.width, "Flat" if self.factory is None else self.factory, faiss.METRIC_INNER_PRODUCT
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"factory: FAISS makes no {self.factory!r} of {self.width} columns ({_reason(error)})"
+            ) from None
+
+    def _check_size(self, coded: Any) -> None:
+        """Raise ValueError where the codes, which stay in memory until they are written, take too much."""
+        try:
+            size = coded.sa_code_size()
+        except RuntimeError:
+            size = 4 * self.width
+        need = 4 * self.count * (size + 8)  # with its number; lists grow by doubling
+        if need > self.memory_bytes:
+            raise ValueError(
+                f"factory: {self.factory!r} holds {size} bytes a row in memory until it is written; open the index "
+                f"with memory_bytes={need}, or name a smaller code (it has {self.memory_bytes})"
+            )
+
+    def _chosen(self, coded: Any) -> Tensor:
+        """Return random positions to train on, in order: as many as are of use, and as memory has room for."""
+        ivf = _faiss().try_extract_index_ivf(coded)
+        useful = _ROWS_PER_CENTROID * max(_CENTROIDS, 0 if ivf is None else ivf.nlist)
+        most = max(1, min(useful, self.memory_bytes // 8 // (4 * self.width)))
+        if most >= self.count:
+            return torch.arange(self.count)
+        chosen = torch.randint(self.count, (most,), generator=torch.Generator().manual_seed(0), device="cpu")
+        ordered: Tensor = torch.unique(chosen, sorted=True)
+        return ordered
+
+
+def near(positions: Tensor, rows: int) -> Iterator[Tensor]:
+    """Yield ordered positions in parts, each within `rows` neighbours."""
+    _, sizes = torch.unique_consecutive(positions // rows, return_counts=True)
+    yield from positions.split(sizes.tolist())
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what FAISS says, without the place in its source."""
+    text = " ".join(str(error).split())
+    return text.partition("failed: ")[2] or text.rpartition(".cpp:")[2].partition(": ")[2] or text
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "out: a .faiss file needs faiss; install it with: pip install 'dropinf[faiss]'", name="faiss"
+        ) from None
+    return faiss
