@@ -39,9 +39,12 @@ print(len(index.manifest.shards))
 
 
 def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 0x7F
-    path.write_bytes(bytes(data))
+    """In place: a mapping of a file that is cut meanwhile would end the process."""
+    with open(path, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 0x7F]))
 
 
 def cut(path):
