@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # All tests but those of kernels, which need processes of their own, of GPUs and of other toolkits.
 PLAIN := $(filter-out $(addprefix tests/,cases compile gpu interop interpreter sanitizer __%),$(patsubst %/,%,$(wildcard tests/*/ tests/test_*.py)))
-# On two cores. A kernel's machine code is kept from one run to the next.
+# On two cores; three processes where some tests wait for others. Machine code is kept from one run to the next.
 PYTEST := $(BIN)/python -m pytest -n 2
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --dist loadgroup tests/interpreter
 COMPILED := TRITON_CACHE_DIR=$(VENV)/triton-cache $(PYTEST) tests/compile
@@ -18,12 +18,12 @@ demo: $(READY)
 	$(BIN)/dropinf demo
 
 test: $(READY)
-	$(PYTEST) --dist worksteal -m "not long and not more" $(PLAIN)
+	$(PYTEST) -n 3 --dist worksteal -m "not long and not more" $(PLAIN)
 	$(INTERPRETED) -m "not kernels"
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(PYTEST) tests/sanitizer
 	$(COMPILED) -m "not kernels"
 	@echo "Left to make test-kernels, eight minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone),"
-	@echo "on the interpreter random shapes and offsets past two billion elements, and capture in other orders of batches."
+	@echo "on the interpreter half precision, random shapes and offsets past two billion elements, and capture in other orders of batches."
 
 # What `test` leaves out: run it where you changed dropinf_kernels, or how gradients are captured.
 test-kernels: $(READY)

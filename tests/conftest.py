@@ -21,11 +21,12 @@ with contextlib.suppress(ModuleNotFoundError):  # tests of GPUs need none
 
 def waits(item: pytest.Item) -> bool:
     """Whether a kernel's test is left to `make test-kernels`: all machine code but of one architecture and dtype, and
-    on the interpreter random shapes and far offsets."""
+    on the interpreter half precision, random shapes and far offsets."""
     folder, name = item.path.parent.name, item.name
     if folder == "compile":
         return "[bf16-sm_90]" not in name
-    return folder == "interpreter" and (name.startswith("test_random_") or item.path.name == "test_offsets.py")
+    more = name.startswith("test_random_") or "dtype1" in name or item.path.name == "test_offsets.py"
+    return folder == "interpreter" and more
 
 
 @pytest.hookimpl(tryfirst=True)
