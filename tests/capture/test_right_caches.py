@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.capture.right_or_refused import Cases, check, doubles, mlp, points, runs, squares  # noqa: F401
+from tests.capture.right_or_refused import Cases, check, doubles, points, runs, squares  # noqa: F401
 
 CASES = Cases()
 

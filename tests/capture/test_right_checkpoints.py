@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from tests.capture.right_or_refused import Cases, Raw, check, doubles, mlp, points, runs, squares  # noqa: F401
+from tests.capture.right_or_refused import Cases, Raw, check, doubles, points, runs, squares  # noqa: F401
 
 CASES = Cases()
 SIZES = (4, 4, 5, 3, 1)

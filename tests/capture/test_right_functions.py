@@ -9,7 +9,6 @@ from torch import nn
 from tests.capture.right_or_refused import Cases, Raw, check, doubles, mlp, points, runs, squares  # noqa: F401
 
 CASES = Cases()
-SIZES = (4, 4, 5, 3, 1)
 
 
 class Adjoint(torch.autograd.Function):

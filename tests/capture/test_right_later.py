@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,30 +75,26 @@ def dimensions_in_a_list():
     return mlp(), loss, [(torch.randn(4, 4, 3), dims) for dims in ([1, 2], [0, 2], [1, 2])]
 
 
+class Groups(nn.Module):
+    """A parameter of one matrix for as many groups as a batch has, and a layer."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.w, self.l, self.product = nn.Parameter(torch.randn(1, 3, 4)), nn.Linear(4, 2), product
+
+    def forward(self, x):
+        return self.l(torch.tanh(self.product(x, self.w)))
+
+
 @CASES.add()
 def one_matrix_for_several_groups():
-    class Groups(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w, self.l = nn.Parameter(torch.randn(1, 3, 4)), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.l(torch.tanh(x @ self.w))
-
-    return Groups(), squares, [torch.randn(n, g, 5, 3) for n, g in ((4, 1), (4, 3), (2, 2))]
+    return Groups(torch.matmul), squares, [torch.randn(n, g, 5, 3) for n, g in ((4, 1), (4, 3), (2, 2))]
 
 
 @CASES.add()
 def letter_of_size_one():
-    class Groups(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w, self.l = nn.Parameter(torch.randn(1, 3, 4)), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.l(torch.tanh(torch.einsum("nhd,hdk->nhk", x, self.w)))
-
-    return Groups(), squares, [torch.randn(n, g, 3) for n, g in ((4, 1), (4, 3), (2, 2))]
+    by_letters = functools.partial(torch.einsum, "nhd,hdk->nhk")
+    return Groups(by_letters), squares, [torch.randn(n, g, 3) for n, g in ((4, 1), (4, 3), (2, 2))]
 
 
 @CASES.add()

@@ -116,12 +116,17 @@ class Attempts:
 
     def _unreached(self) -> list[Target]:
         """Return the hooked parameters whose module no batch has called: a use that nothing sees would leave zeros."""
-        known = self.known
-        if not known.reached or self.hooked.probe is not None or sharded.is_any(self.model):
+        if not self.known.reached or self.hooked.probe is not None:
             return []  # a first batch has its audit
-        uses = [use for name, use in self.hooked.capture.uses.items() if name not in known.reached]
-        found = [known.targets[plan.name] for use in uses for plan in use.plans]
+        found = [self.known.targets[plan.name] for plan in self._uncalled()]
+        if not found or sharded.is_any(self.model):
+            return []
         return [t for t in found if t.tensor.is_floating_point()]
+
+    def _uncalled(self) -> list[Layer]:
+        """Return the hooked layers whose module no batch has called."""
+        uses = self.hooked.capture.uses.items()
+        return [plan for name, use in uses if name not in self.known.reached for plan in use.plans]
 
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():

@@ -32,8 +32,8 @@ NORMS = {
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
 MOST_PRODUCTS = 1 << 21  # that are held at once
-BATCHED = MATMULS | {torch.bmm, Tensor.bmm}
 ADDED = {torch.baddbmm, Tensor.baddbmm}
+BATCHED = MATMULS | ADDED | {torch.bmm, Tensor.bmm}
 LOOKUPS = {F.embedding, Tensor.__getitem__}
 
 
@@ -97,10 +97,10 @@ def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tens
         return _linear if args[1] is d else _bias
     if function in MATMULS and not kwargs and args[1] is d and d.ndim == 2:
         return _matmul
-    if d.ndim == 3 and not kwargs and function in BATCHED | ADDED and args[0] is not d:
-        return _batched(args, d)
-    if d.ndim == 3 and not kwargs and function in ADDED:
-        return _batched_bias
+    if function in BATCHED and not kwargs and d.ndim == 3:
+        if args[0] is not d:
+            return _batched(args, d)
+        return _batched_bias if function in ADDED else None
     if function in LOOKUPS and d.ndim == 2:
         return _lookup
     if function in SUMS or function in PRODUCTS:
@@ -166,9 +166,7 @@ def _contraction(letters_a: str, letters_d: str, letters_g: str, place: int) -> 
             return x.reshape(*[size[c] for c in rows], -1), column
 
         a = args[place].detach()
-        if d.shape != tuple(size[c] for c in letters_d):
-            return None
-        if a.shape != tuple(size[c] for c in letters_a):
+        if any(x.shape != tuple(size[c] for c in letters) for x, letters in ((a, letters_a), (d, letters_d))):
             return None  # broadcast along some letter
         (a, columns), (g, lines) = flat(a, letters_a, inputs), flat(g, letters_g, outputs)
         return _entries(a, g, samples.along([letters_g.index(c) for c in rows]), lines, columns)

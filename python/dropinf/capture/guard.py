@@ -17,7 +17,7 @@ from .movement import MOVERS, Movement
 from .outside import Outside
 
 _SEQUENCES = (list, tuple)
-_RENORMALISE = (F.embedding, F.embedding_bag)
+_LOOKUPS = (F.embedding, F.embedding_bag)
 
 
 class UseGuard(TorchFunctionMode):
@@ -43,7 +43,7 @@ class UseGuard(TorchFunctionMode):
         self.movement.pass_by(func, args, kwargs or {})
         if func in MOVERS:
             self.movement.note(func, args, kwargs or {})
-        if func in _RENORMALISE:
+        if func in _LOOKUPS:
             self._look_up(args, kwargs or {})
         if self.outside is not None:
             result = self.outside(func, args, kwargs or {})
@@ -57,7 +57,7 @@ class UseGuard(TorchFunctionMode):
         return result
 
     def _look_up(self, args: Any, kwargs: Any) -> None:
-        """Keep a copy of a parameter that a look-up is about to renormalise, to be put back in the end."""
+        """Keep a copy of a weight that is about to be renormalised; note one whose gradient is scaled by frequency."""
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False):
             self.counted.add(id(weight))

@@ -219,12 +219,12 @@ class Pass:
         self, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
     ) -> tuple[Layout | None, bool]:
         """Return the layout of rows [*lead] of known samples, and whether it is proven: mostly what it was before."""
-        layout = before.get(key)
-        usual = self.samples if layout is None else Samples(self.samples.n, None, layout)
-        return (layout, True) if key in proven and usual.agree(sample) else learn(sample, self.samples)
+        if key in proven and self._tied(key, before).agree(sample):
+            return before.get(key), True
+        return learn(sample, self.samples)
 
-    def _tied(self, key: Key) -> Samples:
-        layout = self.layouts.get(key)
+    def _tied(self, key: Key, layouts: Mapping[Key, Layout] | None = None) -> Samples:
+        layout = (self.layouts if layouts is None else layouts).get(key)
         return self.samples if layout is None else Samples(self.samples.n, None, layout)
 
 

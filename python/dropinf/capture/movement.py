@@ -55,11 +55,11 @@ _BY_NAME: dict[str, Mover] = {
 }  # fmt: skip
 _JOINS = ("cat", "stack", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 _TURNS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis")
-# Functions that mix rows by a matrix -> the place of that matrix among their tensors; None: any.
-_PRODUCTS = {
-    "matmul": None, "mm": None, "mv": None, "einsum": None, "addmm": None, "__matmul__": None, "__rmatmul__": None,
-    "tensordot": None, "bmm": None, "baddbmm": None, "inner": None, "addmv": None,
-}  # fmt: skip
+# Functions that mix rows by a matrix, which may be any of their tensors.
+_PRODUCTS = (
+    "matmul", "mm", "mv", "einsum", "addmm", "__matmul__", "__rmatmul__", "tensordot", "bmm", "baddbmm", "inner",
+    "addmv",
+)  # fmt: skip
 MOST_ENTRIES = 1 << 18  # of a matrix that may mix rows from the right: larger ones are weights
 
 
@@ -77,10 +77,10 @@ def _named(*names: str) -> list[Any]:
 
 def _functions() -> dict[Any, Mover | Product | str]:
     found: dict[Any, Mover | Product | str] = {f: mover for name, mover in _BY_NAME.items() for f in _named(name)}
-    found |= {f: Product(place) for name, place in _PRODUCTS.items() for f in _named(name)}
+    found |= dict.fromkeys((*_named(*_PRODUCTS), torch.linalg.solve), Product(None))
     found |= dict.fromkeys(_named(*_TURNS), "turn") | dict.fromkeys(_named(*_JOINS), "join")
     found |= dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), "spread")
-    found |= dict.fromkeys(_named("where"), "choice") | {torch.linalg.solve: Product(None)}
+    found |= dict.fromkeys(_named("where"), "choice")
     found |= {torch.sparse.mm: Product(0), F.linear: Product(1), F.embedding: "lookup", F.embedding_bag: "lookup"}
     found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
@@ -138,7 +138,7 @@ class Movement:
             self._spread(tensors)
         elif kind == "choice":
             if sum(t.requires_grad for t in tensors) > 1:  # of rows that may have moved apart
-                self._data(next(t for t in tensors if t.dtype == torch.bool))
+                self._data(next(t for t in tensors if not t.is_floating_point()))
         elif kind == "lookup":
             if len(tensors) > 1 and not isinstance(tensors[1], nn.Parameter):
                 self._data(tensors[0])

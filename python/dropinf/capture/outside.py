@@ -59,7 +59,7 @@ class Outside:
 
     def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a torch function of the model."""
-        tensors = list(_tensors(args)) + list(_tensors(kwargs.values())) if kwargs else list(_tensors(args))
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         derived: list[Tensor] = []
         data: list[Tensor] = []
         for t in tensors:

@@ -176,10 +176,8 @@ class Run(Sharing):
 
     def _lower_leaked(self, current: Pass) -> None:
         """Take a surer way for parameters that got a gradient in another way than by their module."""
-        known = self.known
-        known.reached |= set(current.uses)
-        uses = [use for name, use in self.hooked.capture.uses.items() if name not in known.reached]
-        found = [plan.name for use in uses for plan in use.plans if plan.name in self.leaked]
+        self.known.reached |= set(current.uses)
+        found = [plan.name for plan in self._uncalled() if plan.name in self.leaked]
         self._lower(found, "the parameter is used where nothing sees it, as in an autograd Function")
 
     def _lower_unfit(self, outside: Outside | None) -> None:

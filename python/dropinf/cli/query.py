@@ -197,8 +197,7 @@ def export(
     memory_bytes: Annotated[int, Option(min=1, help="Most memory that the rows may take.")] = MEMORY_BYTES,
 ) -> None:
     """Write rows whose inner products are influence scores, for any inner-product search, and their ids beside them."""
-    _check_there(index)
-    train = Index.open(index, memory_bytes=memory_bytes)
+    train = open_index(index, memory_bytes)
     train.whitened(out, read_fisher(train, None), factory=factory)
     note(f"wrote {out}: {len(train):,} rows, and their ids to {out}.ids; multiply with index.fisher().whiten(query)")
 
@@ -213,10 +212,10 @@ def _check_there(path: Path) -> None:
         )
 
 
-def open_index(path: Path) -> Index:
+def open_index(path: Path, memory_bytes: int = MEMORY_BYTES) -> Index:
     """Open an index; raise FileNotFoundError that names the command to make one where there is none."""
     _check_there(path)
-    return Index.open(path)
+    return Index.open(path, memory_bytes=memory_bytes)
 
 
 def _quoted(path: Path) -> str:

@@ -27,6 +27,17 @@ class Rows(Protocol):
     def at(self, positions: Tensor) -> Tensor: ...
 
 
+def check_out(out: str | os.PathLike[str], factory: str | None) -> None:
+    """Raise ValueError for a name that says no known kind of file, or a factory that has no use for it."""
+    suffix = Path(out).suffix
+    if suffix not in (".npy", SUFFIX, FAISS):
+        raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or {FAISS}")
+    if factory is not None and suffix != FAISS:
+        raise ValueError(f"factory is {factory!r}; it is of a {FAISS} file, and out is {os.fspath(out)!r}")
+    if suffix == FAISS:
+        _faiss()
+
+
 @dataclass(frozen=True)
 class Export:
     """A file of `count` rows of `width` numbers; `memory_bytes` is what may be held of them."""
@@ -37,18 +48,6 @@ class Export:
     dtype: torch.dtype
     memory_bytes: int
     factory: str | None = None
-
-    def check(self) -> None:
-        """Raise ValueError for a name that says no known kind of file, or a factory that has no use for it."""
-        suffix = Path(self.out).suffix
-        if suffix not in (".npy", SUFFIX, FAISS):
-            raise ValueError(f"out is {os.fspath(self.out)!r}; it must end in .npy, {SUFFIX} or {FAISS}")
-        if self.factory is not None and suffix != FAISS:
-            raise ValueError(
-                f"factory is {self.factory!r}; it is of a {FAISS} file, and out is {os.fspath(self.out)!r}"
-            )
-        if suffix == FAISS:
-            _faiss()
 
     def write(self, rows: Rows, ids: Iterable[str]) -> None:
         """Write the file, and then the ids of its rows beside it: never those of another file."""

@@ -19,7 +19,7 @@ from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
 from ..ranks import Ranks
-from .export import Export, near
+from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
 from .shards import SMALL_BYTES, ShardFile, Stamp
@@ -241,12 +241,11 @@ class Index:
         Raises:
             ValueError: a factory that FAISS refuses, or whose codes take more memory than the index may.
         """
-        usual = torch.promote_types(self.dtype, torch.float32)
-        export = Export(out, len(self), self._codec.width, usual, 16 * self.block_bytes, factory)
-        export.check()
+        check_out(out, factory)
         fisher = self.fisher() if fisher is None else fisher
         fisher.check(self, "fisher and index")
-        export = replace(export, dtype=fisher.whiten(self[:0]).flat.dtype)
+        dtype = fisher.result_dtype(self.dtype, "whiten")
+        export = Export(out, len(self), self._codec.width, dtype, 16 * self.block_bytes, factory)
         export.write(_White(self, fisher), self._every_id())
 
     def share(self, rank: int, world: int) -> Index:
