@@ -63,6 +63,7 @@ class Attempts:
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
+        self.movement: Any = None  # of its forward, by which it looks like earlier ones
         self.attempts, self.proving = 0, 3
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
         self.first_losses: Tensor | None = None

@@ -43,6 +43,8 @@ class UseGuard(TorchFunctionMode):
         self.movement.pass_by(func, args, kwargs or {})
         if func in MOVERS:
             self.movement.note(func, args, kwargs or {})
+        elif func is Tensor.register_hook:
+            self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
         if func in _LOOKUPS:
             self._look_up(args, kwargs or {})
         if self.outside is not None:

@@ -28,7 +28,8 @@ from .targets import Target
 class Plan:
     """What is known of batches that look alike: where gradients have their samples, and what was audited.
 
-    ``follow``: some layout follows the data, so each batch's is found anew.
+    ``follow``: each batch's layouts are found anew, as some follow the data or (``unclear``) samples may meet.
+    ``movements``: of forwards that keep samples apart whatever their data.
     """
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Plan:
     movements: set[Any] = field(default_factory=set)
     gradients: set[frozenset[str]] = field(default_factory=set)
     follow: bool = False
+    unclear: bool = False
     trusted: int = 0  # batches whose rows were given out since the last audit
 
 

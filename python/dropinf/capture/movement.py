@@ -1,9 +1,8 @@
-"""Which rows a forward moves between samples' places, as a fingerprint: a batch that moves them another way may have
-other layouts, though every shape is the same.
+"""How a forward moves rows by its own numbers (slices, dimensions, the order of what is joined), as a fingerprint: a
+batch that is moved by others may have other layouts, though the same functions run on the same shapes.
 
-Only what can move a sample's rows is looked at: indexing, gathering, sorting and the like along the leading dimension
-(or one as long as the batch), and products with a matrix of data from the left; on activations alone. What leaves rows
-in order, x[arange(n), last] say, counts as no movement.
+Only what can move a sample's rows is looked at, along the leading dimension or one as long as the batch, and on
+activations alone. What the data moves is not in it: `dependence` says whether it can move rows between samples.
 """
 
 from __future__ import annotations
@@ -13,10 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-_PRIMES = (-7046029254386353131, -4417276706812531889, 7046029254386353087)  # odd 64-bit constants that mix bits
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,6 @@ _BY_NAME: dict[str, Mover] = {
 }  # fmt: skip
 _JOINS = ("cat", "stack", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 _TURNS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis")
-# Functions that mix rows by a matrix, which may be any of their tensors.
-_PRODUCTS = (
-    "matmul", "mm", "mv", "einsum", "addmm", "__matmul__", "__rmatmul__", "tensordot", "bmm", "baddbmm", "inner",
-    "addmv",
-)  # fmt: skip
-MOST_ENTRIES = 1 << 18  # of a matrix that may mix rows from the right: larger ones are weights
-
-
-@dataclass(frozen=True)
-class Product:
-    """A function that mixes rows by a matrix, which is its tensor at ``place`` (None: any of them)."""
-
-    place: int | None
 
 
 def _named(*names: str) -> list[Any]:
@@ -75,14 +58,10 @@ def _named(*names: str) -> list[Any]:
     return [getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)]
 
 
-def _functions() -> dict[Any, Mover | Product | str]:
-    found: dict[Any, Mover | Product | str] = {f: mover for name, mover in _BY_NAME.items() for f in _named(name)}
-    found |= dict.fromkeys((*_named(*_PRODUCTS), torch.linalg.solve), Product(None))
+def _functions() -> dict[Any, Mover | str]:
+    found: dict[Any, Mover | str] = {f: mover for name, mover in _BY_NAME.items() for f in _named(name)}
     found |= dict.fromkeys(_named(*_TURNS), "turn") | dict.fromkeys(_named(*_JOINS), "join")
-    found |= dict.fromkeys(_named("mul", "multiply", "__mul__", "__rmul__"), "spread")
-    found |= dict.fromkeys(_named("where"), "choice")
-    found |= {torch.sparse.mm: Product(0), F.linear: Product(1), F.embedding: "lookup", F.embedding_bag: "lookup"}
-    found |= {torch._VF._pack_padded_sequence: _mover("input"), Tensor.__iter__: _mover("input", unknowable=True)}
+    found |= {Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
 
 
@@ -97,15 +76,12 @@ class Movement:
         self._static: list[str] = []
         self._path = 0  # of all functions, which differ where the data decides what runs
         self._functions: set[int] = set()
-        self._digests: list[Tensor] = []  # pairs: of the index, and of the one that moves nothing
 
     def fingerprint(self) -> tuple[Any, ...] | None:
         """Return what tells this forward's movements from others', or None where nothing can."""
         if self.unknowable:
             return None
-        found = torch.stack([d.cpu() for d in self._digests]).tolist() if self._digests else []
-        moved = [(i, a) for i, (a, b) in enumerate(zip(found[::2], found[1::2], strict=True)) if a != b]
-        return (self._path, *self._static, *moved)
+        return (self._path, *self._static)
 
     @property
     def functions(self) -> frozenset[int]:
@@ -128,36 +104,12 @@ class Movement:
             return
         if kind == "index":
             self._indexed(args[0], args[1])
-        elif isinstance(kind, Product):
-            for t in tensors if kind.place is None else tensors[kind.place : kind.place + 1]:
-                batched = t.ndim > 2 and t.shape[0] == self.n and self.n != 1  # a matrix for each sample
-                large = function is F.linear and t.numel() > MOST_ENTRIES
-                if not (t.requires_grad or t.ndim < 2 or batched or large or isinstance(t, nn.Parameter)):
-                    self._data(t)
-        elif kind == "spread":
-            self._spread(tensors)
-        elif kind == "choice":
-            if sum(t.requires_grad for t in tensors) > 1:  # of rows that may have moved apart
-                self._data(next(t for t in tensors if not t.is_floating_point()))
-        elif kind == "lookup":
-            if len(tensors) > 1 and not isinstance(tensors[1], nn.Parameter):
-                self._data(tensors[0])
         elif kind == "join":
             self._joined(function, args, kwargs)
         elif kind == "turn":
             self._static.append(f"{getattr(function, '__name__', '')}{args[1:]}{dict(kwargs)}")
         elif isinstance(kind, Mover):
             self._along(function, kind, args, kwargs)
-
-    def _spread(self, tensors: Sequence[Tensor]) -> None:
-        """Take a product that spreads rows over a dimension, or weighs rows one by one, as sums over picked rows do."""
-        for x in (t for t in tensors if t.requires_grad and t.ndim):
-            for t in tensors:
-                weighs = x.ndim == t.ndim == 1 and len(x) != self.n
-                sizes = zip(reversed(x.shape), reversed(t.shape), strict=False)
-                spreads = x.ndim < t.ndim or any(i == 1 < j for i, j in sizes)
-                if not t.requires_grad and t.ndim and (weighs or spreads):
-                    self._data(t)
 
     def _joined(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take in which order pieces of one tensor are joined."""
@@ -182,10 +134,6 @@ class Movement:
             return
         rest = [v for v in (*args[1:], *kwargs.values()) if not (isinstance(v, Tensor) and v.is_floating_point())]
         self._static.append(f"{getattr(function, '__name__', '')}{self._plain(rest)}")
-        for v in rest:
-            for t in v if isinstance(v, list | tuple) else (v,):
-                if isinstance(t, Tensor):
-                    self._data(t)
 
     def _indexed(self, x: Tensor, index: Any) -> None:
         items = index if isinstance(index, tuple) else (index,)
@@ -196,23 +144,10 @@ class Movement:
             if item is Ellipsis:
                 return
             if self._holds_samples(x, dim) and not (isinstance(item, slice) and item == slice(None)):
-                self._entry(x.shape[dim], item)
+                self._static.append(self._plain([item]))
             dim += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
             if dim >= x.ndim:
                 return
-
-    def _entry(self, size: int, item: Any) -> None:
-        if isinstance(item, Tensor) and item.ndim:
-            rows = item if item.dtype == torch.bool else item % size
-            still = (
-                torch.ones_like(rows) if item.dtype == torch.bool else torch.arange(rows.numel(), device=rows.device)
-            )
-            whole = item.dtype == torch.bool or rows.numel() == size
-            self._data(rows, still if whole else None)
-        elif isinstance(item, Tensor):
-            self._data(item[None])
-        else:
-            self._static.append(self._plain([item]))
 
     def _holds_samples(self, x: Tensor, dim: int) -> bool:
         if not x.ndim:
@@ -234,10 +169,6 @@ class Movement:
 
         return repr([one(v) for v in values])
 
-    def _data(self, x: Tensor, still: Tensor | None = None) -> None:
-        found = _digest(x)
-        self._digests += [found, _digest(still.reshape(x.shape)) if still is not None else ~found]
-
 
 def _is_small(value: Any) -> bool:
     """Return whether an argument is a word, a flag or a dimension rather than a size."""
@@ -246,20 +177,3 @@ def _is_small(value: Any) -> bool:
     if type(value) in (tuple, list):
         return len(value) < 6 and all(type(v) is int and -5 < v < 5 for v in value)
     return type(value) is str or type(value) is bool
-
-
-_INTEGERS: dict[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _digest(x: Tensor) -> Tensor:
-    """Return a 64-bit digest of a tensor's values, on its device."""
-    x = x.detach()
-    if x.layout != torch.strided:
-        x = x.to_dense() if x.numel() < 1 << 24 else x.coalesce().values()
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    v = x.contiguous().view(_INTEGERS[x.dtype.itemsize]).long() if x.is_floating_point() else x.long()
-    v = v.flatten()
-    v = (v + torch.arange(len(v), device=v.device) * _PRIMES[0]) * _PRIMES[1]
-    v = (v ^ (v >> 29)) * _PRIMES[2]
-    return (v ^ (v >> 32)).sum()

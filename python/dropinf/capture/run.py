@@ -16,6 +16,7 @@ from torch import Tensor
 from . import sharded
 from .attempt import Again
 from .checks import cached_message, check_finite, late_message, refused_message
+from .dependence import stay_apart
 from .exact import ExactGradients
 from .guard import UseGuard, watch
 from .hooks import Pass
@@ -62,7 +63,8 @@ class Run(Sharing):
         with capture.running(current), self._flags(outside):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
-            plan, look = self._backward(current, losses, guard.movement.functions, guard.movement.fingerprint())
+            self.movement = guard.movement.fingerprint()
+            plan, look = self._backward(current, losses, guard.movement.functions)
             self._lower_unfit(outside)
             self._lower_leaked(current)
         after = RandomState(self.hooked.attributes.devices)
@@ -100,7 +102,7 @@ class Run(Sharing):
         elif self.suspects and not torch.allclose(losses, self.first_losses, equal_nan=True):
             raise RuntimeError("the losses change where a shared output is expanded")
 
-    def _backward(self, current: Pass, losses: Tensor, functions: Any, movement: Any) -> tuple[Plan, Any]:
+    def _backward(self, current: Pass, losses: Tensor, functions: Any) -> tuple[Plan, Any]:
         known = self.known
         calls = frozenset(s for s in current.calls if s[0] not in known.follows)
         look = (
@@ -121,7 +123,7 @@ class Run(Sharing):
                 "loss_fn: its loss does not depend on any tracked layer; was it computed under torch.no_grad, "
                 "detached, or by a part of the model that layers= leaves out?"
             )
-        moved = movement is None or (plan is not None and movement not in plan.movements)
+        moved = plan is not None and self.movement not in plan.movements
         if self.n > 1 and (self.colour or plan is None or plan.follow or moved):
             usual = plan is not None and plan.follow and not self.colour
             together = (usual or self.together) and self.hooked.probe is None
@@ -142,9 +144,9 @@ class Run(Sharing):
             if current.unproven:
                 self.colour = True
                 raise Again
-        return self._learn(current, plan or Plan(), movement), look
+        return self._learn(current, plan or Plan()), look
 
-    def _learn(self, current: Pass, plan: Plan, movement: Any) -> Plan:
+    def _learn(self, current: Pass, plan: Plan) -> Plan:
         """Return the plan with what this batch shows of its look."""
         known = self.known
         if current.proven is not plan.proven:
@@ -154,9 +156,7 @@ class Run(Sharing):
             plan.proven = (plan.proven | current.proven) - plan.loose
             plan.layouts |= {k: v for k, v in current.layouts.items() if k in plan.proven}
             plan.blank = (plan.blank | current.blank) - plan.proven - current.open - plan.loose
-            plan.follow = bool(plan.loose or current.open)
-        if movement is not None and not plan.loose:
-            plan.movements.add(movement)
+            plan.follow = plan.unclear or bool(plan.loose or current.open)
         plan.follow |= not known.follows.isdisjoint(current.emitted)
         return plan
 
@@ -228,17 +228,44 @@ class Run(Sharing):
                 self.colour, self.proving = self.n > 1, self.proving - 1
                 raise Again
             plan = known.plans.get(look, plan)
-        if why and self.n > 1 and self.cu is None and not current.proven and known.exact_names and not known.mixing:
+        looked_at = why or plan.unclear
+        if (
+            looked_at
+            and self.n > 1
+            and self.cu is None
+            and not current.proven
+            and known.exact_names
+            and not known.mixing
+        ):
             with hooked.capture.removed():
                 self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
         check_finite(store, hooked.where)
         if why and hooked.probe is None:
             self._audit(store, losses, current, (plan, look), why)
+        if self.n > 1 and not plan.follow and self.movement not in plan.movements:
+            plan.follow = plan.unclear = self.movement is None or not self._stay_apart()
+            plan.movements |= {self.movement} - {None} if not plan.unclear else set()
         plan.trusted = 0 if why else plan.trusted + 1
         plan.gradients.add(reached)
         known.plans[look] = plan
         return store
+
+    def _stay_apart(self) -> bool:
+        """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
+        if sharded.is_any(self.model):
+            return False
+        tracked = [self.known.targets[name].tensor for name in self.proof.layers]
+        self.start.restore()
+        try:
+            with self.hooked.capture.removed(), self.hooked.flags.own(tracked), torch.enable_grad():
+                return stay_apart(self.model, self._plain_losses, self.batch, self.n, self.cu)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False  # a loss that differentiates, say, for which nothing was kept
+        finally:
+            self.start.restore()
 
     def _audit(
         self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str

@@ -1,0 +1,189 @@
+"""Whether the samples of a forward stay apart whatever their data are: read off the ops that run, not off their values.
+
+An audit proves one batch. What keeps samples apart in it may be its data: a hinge at rest, a mask that happens to be
+zero, a routing that sends nothing elsewhere. So every number of a forward gets the label of the sample that it can
+depend on, by rules for ops. Where each loss then has its own sample's label, any batch that runs the same ops is as
+proven as this one. Where it has not, nothing is wrong yet: each batch's rows are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..workload import samples_of, tensors
+from . import moves  # noqa: F401  its rules
+from .colours import NONE, SEVERAL
+from .labels import Labels
+from .rules import RULES, Run, flat, pointwise, together
+
+# They change a tensor's shape, and none of its numbers.
+_VIEWS_IN_PLACE = {
+    f"aten::{name}_" for name in ("as_strided", "t", "transpose", "squeeze", "unsqueeze", "detach", "resize")
+}
+
+
+class Dependence(TorchDispatchMode):
+    """Follows the labels of a forward's tensors. ``given``: tensors that have labels from the start."""
+
+    def __init__(self, parameters: Iterable[Tensor], given: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.known = Labels()
+        self.failure: str | None = None
+        self.foreign = False  # some backward is its user's
+        for parameter in parameters:
+            self.known.add(parameter, fixed=False)
+        for x, labels in given:
+            self.known.put(x, labels, fixed=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.failure is None:
+            try:
+                self._follow(func, args, kwargs or {}, out)
+            except Exception as error:
+                self.failure = f"{func}: {type(error).__name__}: {error}"
+        return out
+
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        arguments = _named(func, args, kwargs)
+        inputs = [x for value in arguments.values() for x in flat(value)]
+        for x in inputs:
+            if not self.known.knows(x):
+                self._meet(x)
+            self._look_at_source(x)
+        results = flat(out)
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        changed = func._schema.is_mutable
+        if func._schema.name in _VIEWS_IN_PLACE or (
+            not changed and all(x.untyped_storage()._cdata in storages for x in results)
+        ):
+            return  # views
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        fixed = not random and all(self.known.is_fixed(x) for x in inputs)
+        labels = self._labels(func, arguments, inputs, out)
+        for x, found in zip(results, labels, strict=True):
+            self._give(x, found, fixed)
+
+    def _look_at_source(self, x: Tensor) -> None:
+        """Note a tensor that a user's autograd Function made of samples: nothing here says what its backward does."""
+        node = x.grad_fn
+        if isinstance(node, BackwardCFunction) and self.known.of(x) is not None:
+            self.foreign |= not type(node)._forward_cls.__module__.startswith("torch.")
+
+    def _meet(self, x: Tensor) -> None:
+        """Take a tensor from elsewhere, which may hold any samples."""
+        self.known.add(x, fixed=False)
+        if x.numel() > 1:
+            self.known.put(x, torch.tensor(SEVERAL), fixed=False)
+
+    def _give(self, x: Tensor, labels: Tensor | None, fixed: bool) -> None:
+        if labels is None:
+            self.known.add(x, fixed=fixed)
+        else:
+            self.known.put(x, labels, fixed=fixed)
+
+    def _labels(
+        self, func: Any, arguments: Mapping[str, Any], inputs: Sequence[Tensor], out: Any
+    ) -> list[Tensor | None]:
+        """Return the labels of each result."""
+        results = flat(out)
+        if all(self.known.of(x) is None for x in inputs):
+            return [None] * len(results)
+        name = func._schema.name.rpartition("::")[2]
+        name = name if name in RULES else name.rstrip("_")
+        run = Run(name, func, arguments, out, self.known)
+        rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in func.tags else together)
+        try:
+            found = rule(run)
+        except (RuntimeError, IndexError, TypeError, ValueError):  # shapes that the rule does not foresee
+            found = together(run)
+        labels = [found] * len(results) if isinstance(found, Tensor) else list(found)
+        alone = None
+        for i, (x, one) in enumerate(zip(results, labels, strict=True)):
+            if not _fits(one, x):
+                alone = together(run) if alone is None else alone
+                labels[i] = alone
+        return list(labels)
+
+
+def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _fits(labels: Tensor, x: Tensor) -> bool:
+    try:
+        return bool(torch.broadcast_shapes(labels.shape, x.shape) == x.shape)
+    except RuntimeError:
+        return False
+
+
+def stay_apart(
+    model: nn.Module, losses_of: Callable[[], Tensor], batch: Any, n: int, cu_seqlens: Tensor | None
+) -> bool:
+    """Return whether samples stay apart in any batch that runs the same ops. The model runs once or twice for it."""
+    if _has_backward_hooks(model):
+        return False
+    variants = [_of_leaves(batch, n, cu_seqlens, cyclic=False)]
+    if cu_seqlens is None and any(x.ndim and len(x) > n and len(x) % n == 0 for x, _ in variants[0]):
+        variants.append(_of_leaves(batch, n, cu_seqlens, cyclic=True))
+    for given in variants:
+        dependence = Dependence(_held(model), given)
+        # Nothing is kept for a backward: there is none.
+        with dependence, torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
+            losses = losses_of()
+        labels = dependence.known.of(losses)
+        if labels is not None and not (dependence.failure or dependence.foreign):
+            own = torch.arange(n, dtype=torch.int32, device=labels.device)
+            if bool((labels.reshape(-1) == own).all()):
+                return True
+    return False
+
+
+def _dropped(_: Any) -> Any:
+    return None
+
+
+def _held(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that a model holds, as parameters, buffers and attributes."""
+    values = [value for module in model.modules() for value in module.__dict__.values()]
+    return [*model.parameters(), *model.buffers(), *[value for value in values if isinstance(value, Tensor)]]
+
+
+def _of_leaves(batch: Any, n: int, cu_seqlens: Tensor | None, *, cyclic: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of a batch with labels that broadcast to them.
+
+    ``cyclic``: where a multiple of n stands in the leading dimension, it is n by n, as in cat([a, b]).
+    """
+    if samples_of(batch) == n:
+        return [(x, torch.tensor(i)) for i, sample in enumerate(batch) for x in tensors(sample)]
+    own = torch.arange(n)
+    found = []
+    for x in tensors(batch):
+        places = [dim for dim, size in enumerate(x.shape) if size == n]
+        labels = torch.tensor(SEVERAL if x.numel() > 1 else NONE)
+        if cu_seqlens is not None and int(cu_seqlens[-1]) in x.shape:
+            rows = torch.repeat_interleave(own, cu_seqlens.diff().long().cpu())
+            labels = _along(rows, x.shape.index(len(rows)), x.ndim)
+        elif places:
+            labels = _along(own, places[0], x.ndim)
+        elif x.ndim and len(x) and len(x) % n == 0:
+            parts = len(x) // n
+            labels = _along(own.repeat(parts) if cyclic else own.repeat_interleave(parts), 0, x.ndim)
+        found.append((x, labels))
+    return found
+
+
+def _along(labels: Tensor, dim: int, ndim: int) -> Tensor:
+    return labels.reshape([-1 if i == dim else 1 for i in range(ndim)])
+
+
+def _has_backward_hooks(model: nn.Module) -> bool:
+    """Return whether a module has a hook of its user's on gradients, which may mix samples."""
+    return any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
