@@ -235,3 +235,28 @@ def test_an_iterator_that_ends_within_the_loss_is_an_error_of_its_own_class(verb
     with pytest.raises(StopIteration):
         getattr(dropinf.Compressor(model, sketch, lambda m, b: loss_fn(m, b) * next(left)), verb)(data)
     assert_same(before, snapshot(model))
+
+
+class Counts(nn.Module):
+    """Writes to its buffers in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(4, 3))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last.copy_(x)
+        return self.a(x) * self.calls
+
+
+def test_buffers_that_a_forward_writes_to_in_eval_mode_are_as_before():
+    model, x = Counts().eval(), torch.randn(3, 4, 3)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().sum(1))
+    rows = compressor.compress(list(x))["a"]
+    assert model.calls.tolist() == [0]
+    assert model.last.abs().sum() == 0
+    first = torch.cat([compressor.compress([batch])["a"] for batch in x])
+    torch.testing.assert_close(rows, first)  # every forward of every batch found the buffers as the first did

@@ -108,6 +108,48 @@ def centred_inside_the_model():
     return Whitened(), lambda m, x: m(x).square().sum(1), far_and_near()
 
 
+class Table(nn.Module):
+    """Weights on the left of the data, or of the batch's number of samples."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.w, self.scale = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.rand(2))
+        self.inner, self.step = nn.Linear(3, 3), forward
+
+    def forward(self, x):
+        return self.step(self, torch.tanh(self.inner(x)))
+
+
+SAMPLES_LAST = {
+    "matmul": lambda m, x: (m.w @ x.t()).t(),
+    "method": lambda m, x: m.w.matmul(x.T).T,
+    "mm": lambda m, x: torch.mm(m.w, x.t()).t(),
+    "linear_turned": lambda m, x: F.linear(m.w, x).t(),
+    "view_of_the_weight": lambda m, x: (m.w.t()[:, :3].t() @ x.t()).t(),
+}
+for name, step in SAMPLES_LAST.items():
+
+    def last(step=step):
+        return Table(step), lambda m, x: m(x).square().sum(1) * m.scale.prod(), points(4, 3, 5)
+
+    last.__name__ = f"samples_last_{name}"
+    CASES.add()(last)
+
+ROUTES = ("vmap", "alone")
+for route in ROUTES:
+
+    def averaged():
+        return mlp().train(), lambda m, x: own(m, x) / len(x), points(4, 3, 5)
+
+    def table_as_long_as_a_batch():
+        table = torch.randn(3, 3)
+        return mlp().train(), lambda m, b: own(m, b[0] + b[1].sum(0)), [(x, table) for x in points(4, 3, 5)]
+
+    for build in (averaged, table_as_long_as_a_batch):
+        build.__name__ += f"_by_{route}"
+        CASES.add(route={"*": route})(build)
+
+
 @CASES.parametrize()
 @runs
 def test_right_or_refused(build, options, sketch, backwards):

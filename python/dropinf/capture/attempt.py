@@ -58,11 +58,12 @@ class Attempts:
         self.model = self.known.model
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
-        self.start = Start(self.model, hooked.attributes)
+        self.start = Start(hooked.attributes)
         self.begun = False
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
+        self.random = False  # the model draws random numbers
         self.movement: Any = None  # of its forward, by which it looks like earlier ones
         self.attempts, self.proving = 0, 3
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch

@@ -104,6 +104,11 @@ class Outside:
         """Run an op of data and of what is derived from parameters, and tap its output."""
         if not torch.is_grad_enabled():
             return _marked(function(*args, **kwargs), _DATA)
+        if _is_samples_last(function, args, kwargs, derived):
+            turned = args[0].mT  # w x^T, whose columns are samples, as (x w^T)^T
+            x = args[1] if function is F.linear else args[1].mT
+            mark_data(x)
+            return _marked(self._meeting(torch.matmul, (x, turned), {}, [turned]).mT, _DATA)
         ids = {id(t) for t in derived}
         plain = _replaced((tuple(args), dict(kwargs)), lambda t: t.detach() if id(t) in ids else t)
         name = getattr(function, "__name__", "")
@@ -150,6 +155,14 @@ class Outside:
         if id(x) in self.raw:
             return [self.raw[id(x)]]
         return [self.raw[id(p)] for p in _leaves(x) if id(p) in self.raw]
+
+
+def _is_samples_last(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: Sequence[Tensor]) -> bool:
+    """Return whether an op multiplies a matrix of weights by one of data that may have its samples in columns."""
+    if kwargs or len(args) != 2 or not (function in MATMULS or function is F.linear):
+        return False
+    w, x = args
+    return w.ndim == x.ndim == 2 and any(t is w for t in derived) and not any(t is x for t in derived)
 
 
 def _leaves(x: Tensor) -> list[Tensor]:

@@ -20,6 +20,9 @@ from . import sharded
 _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
 
 
+LARGEST_BUFFER = 1 << 24  # bytes, of those that are put back in eval mode
+
+
 class RandomState:
     """Where the random generators of torch, Python and NumPy stand."""
 
@@ -35,6 +38,14 @@ class RandomState:
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
 
+    def moved(self) -> bool:
+        """Return whether a random number was drawn since."""
+        now: Any = np.random.get_state()  # noqa: NPY002
+        before: Any = self._numpy
+        same = torch.equal(self._torch, torch.get_rng_state()) and self._python == random.getstate()
+        same &= all(torch.equal(state, torch.cuda.get_rng_state(d)) for d, state in self._cuda.items())
+        return not same or before[2] != now[2] or not np.array_equal(before[1], now[1])
+
 
 class Attributes:
     """What the modules of a model hold beside parameters: a cache of something computed from a weight, say.
@@ -43,6 +54,10 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        training = any(m.training for m in model.modules())
+        # In eval mode few models write to their buffers: copies of large ones would not be worth their memory.
+        kept = [b for b in model.buffers() if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
+        self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if sharded.is_any(model) else {"_parameters"})
@@ -52,6 +67,14 @@ class Attributes:
             for name, value in attributes.items()
             if name not in own and type(value) in (dict, list, set)
         ]
+
+    def buffers(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Return each buffer, a copy of what it holds (the first one where nothing wrote to it), and its version."""
+        found = []
+        for buffer, copy, first in self._buffers:
+            now = -1 if first < 0 else _version(buffer)
+            found.append((buffer, copy if 0 <= first == now else buffer.detach().clone(), now))
+        return found
 
     def restore(self) -> None:
         """Put the attributes, and what their dicts, lists and sets hold, back."""
@@ -65,6 +88,11 @@ class Attributes:
                 (value.extend if isinstance(value, list) else value.update)(before)
 
 
+def _version(x: Tensor) -> int:
+    """Return how often something wrote to a tensor; -1 where nothing counts."""
+    return -1 if x.is_inference() else x._version
+
+
 def _same(now: Any, before: Any) -> bool:
     if len(now) != len(before):
         return False
@@ -76,19 +104,18 @@ def _same(now: Any, before: Any) -> bool:
 class Start:
     """The state that a forward of a batch starts from: random generators, attributes, and buffers that change."""
 
-    def __init__(self, model: nn.Module, attributes: Attributes) -> None:
+    def __init__(self, attributes: Attributes) -> None:
         self._attributes = attributes
-        training = any(m.training for m in model.modules())  # only then are buffers updated (spectral norm's, say)
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
-        self._random = RandomState(attributes.devices)
+        self._buffers = attributes.buffers()
+        self.random = RandomState(attributes.devices)
 
     def restore(self) -> None:
         """Put all of it back."""
-        self._random.restore()
+        self.random.restore()
         self._attributes.restore()
         with torch.no_grad():
-            for buffer, before in self._buffers:
-                if not torch.equal(buffer, before):
+            for buffer, before, version in self._buffers:
+                if (version < 0 or buffer._version != version) and not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 
@@ -182,7 +209,7 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
         sharded.initialise(model)
         sharded.reshard(model)
         flags, attributes = Flags(model), Attributes(model)
-        start = Start(model, attributes)
+        start = Start(attributes)
         renormalised = [(m.weight, m.weight.detach().clone()) for m in _renormalising(model)]
         fast_path = torch.backends.mha.get_fastpath_enabled()
         with _eager():

@@ -45,7 +45,6 @@ class Run(Sharing):
             except Exception as error:
                 failure = error
             else:
-                self.hooked.attributes.restore()
                 return found
             self._retreat(failure)
 
@@ -68,11 +67,13 @@ class Run(Sharing):
             self._lower_unfit(outside)
             self._lower_leaked(current)
         after = RandomState(self.hooked.attributes.devices)
+        self.random = bool(known.exact_names or self.hooked.probe) and self.start.random.moved()
         hooks_took = time.perf_counter() - began
         self._exact(current.recorder, losses.detach())
         if known.exact_names:
             known.warn_slow(hooks_took, time.perf_counter() - began - hooks_took)
         store = self._proven(current, losses.detach(), plan, look)
+        self.start.restore()  # each batch finds the model as the first did
         after.restore()
         return store, len(losses)
 
@@ -193,7 +194,7 @@ class Run(Sharing):
         if not wanted:
             return
         parameters = {name: known.targets[name].tensor for name in wanted}
-        exact = ExactGradients(self.model, known.loss_fn, parameters, self.hooked.flags)
+        exact = ExactGradients(self.model, known.loss_fn, parameters, self.hooked.flags, random=self.random)
         known._exact_gradients = exact
         for rung in RUNGS[len(TAPPED) :]:
             names = known.ladder.on(rung)
