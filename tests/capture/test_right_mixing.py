@@ -108,6 +108,30 @@ def centred_inside_the_model():
     return Whitened(), lambda m, x: m(x).square().sum(1), far_and_near()
 
 
+NUMBERS = {
+    "item": lambda m, b: own(m, b[0])[b[1].argmax().item() :].sum() + own(m, b[0]),
+    "list": lambda m, b: torch.stack([own(m, b[0])[i] for i in b[1].tolist()]),
+    "array": lambda m, b: own(m, b[0])[torch.from_numpy(b[1].numpy().copy())],
+    "row_by_row": lambda m, b: torch.stack([own(m, b[0])[int(i)] for i in b[1]]),
+}
+for name, loss in NUMBERS.items():
+
+    def by_numbers(loss=loss):
+        orders = [torch.arange(6), torch.tensor([1, 0, 3, 2, 5, 4]), torch.tensor([5, 2, 0, 1, 4, 3])]
+        return mlp(), loss, list(zip(points(6, 6, 6), orders, strict=True))
+
+    by_numbers.__name__ = f"numbers_that_leave_torch_by_{name}"
+    CASES.add(right=False)(by_numbers)
+
+
+@CASES.add(**MIXES)
+def groups_by_a_number_of_the_batch():
+    def loss(m, b):
+        return own(m, b[0]).view(b[1], -1).mean(1).repeat_interleave(12 // b[1])
+
+    return mlp(), loss, [(x, k) for x, k in zip(points(12, 12, 12), (12, 6, 12), strict=True)]
+
+
 class Table(nn.Module):
     """Weights on the left of the data, or of the batch's number of samples."""
 

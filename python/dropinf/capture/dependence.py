@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..workload import samples_of, tensors
@@ -28,6 +29,9 @@ _VIEWS_IN_PLACE = {
 }
 
 
+_LEAVE = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage}
+
+
 class Dependence(TorchDispatchMode):
     """Follows the labels of a forward's tensors. ``given``: tensors that have labels from the start."""
 
@@ -36,6 +40,7 @@ class Dependence(TorchDispatchMode):
         self.known = Labels()
         self.failure: str | None = None
         self.foreign = False  # some backward is its user's
+        self.left = False  # Python got numbers of a sample
         for parameter in parameters:
             self.known.add(parameter, fixed=False)
         for x, labels in given:
@@ -50,6 +55,10 @@ class Dependence(TorchDispatchMode):
                 self.failure = f"{func}: {type(error).__name__}: {error}"
         return out
 
+    def leave(self, x: Tensor) -> None:
+        """Note a sample's numbers that Python gets, of which it may make an index; a truth value decides what runs."""
+        self.left |= x.dtype != torch.bool and self.known.of(x) is not None
+
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         arguments = _named(func, args, kwargs)
         inputs = [x for value in arguments.values() for x in flat(value)]
@@ -57,6 +66,8 @@ class Dependence(TorchDispatchMode):
             if not self.known.knows(x):
                 self._meet(x)
             self._look_at_source(x)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.leave(inputs[0])
         results = flat(out)
         storages = {x.untyped_storage()._cdata for x in inputs}
         changed = func._schema.is_mutable
@@ -112,6 +123,19 @@ class Dependence(TorchDispatchMode):
         return list(labels)
 
 
+class _Leaving(TorchFunctionMode):
+    """Sees what leaves torch as lists and arrays, which no op does."""
+
+    def __init__(self, dependence: Dependence) -> None:
+        super().__init__()
+        self.dependence = dependence
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVE and self.dependence.failure is None:
+            self.dependence.leave(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     names = [argument.name for argument in func._schema.arguments]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
@@ -136,10 +160,10 @@ def stay_apart(
     for given in variants:
         dependence = Dependence(_held(model), given)
         # Nothing is kept for a backward: there is none.
-        with dependence, torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
+        with dependence, _Leaving(dependence), torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
             losses = losses_of()
         labels = dependence.known.of(losses)
-        if labels is not None and not (dependence.failure or dependence.foreign):
+        if labels is not None and not (dependence.failure or dependence.foreign or dependence.left):
             own = torch.arange(n, dtype=torch.int32, device=labels.device)
             if bool((labels.reshape(-1) == own).all()):
                 return True

@@ -61,6 +61,7 @@ def _named(*names: str) -> list[Any]:
 def _functions() -> dict[Any, Mover | str]:
     found: dict[Any, Mover | str] = {f: mover for name, mover in _BY_NAME.items() for f in _named(name)}
     found |= dict.fromkeys(_named(*_TURNS), "turn") | dict.fromkeys(_named(*_JOINS), "join")
+    found |= dict.fromkeys(_named("view", "reshape"), "shape")
     found |= {Tensor.__iter__: _mover("input", unknowable=True)}
     return found | {Tensor.__getitem__: "index", Tensor.__setitem__: "index"}
 
@@ -108,8 +109,17 @@ class Movement:
             self._joined(function, args, kwargs)
         elif kind == "turn":
             self._static.append(f"{getattr(function, '__name__', '')}{args[1:]}{dict(kwargs)}")
+        elif kind == "shape":
+            self._shaped(args[1:])
         elif isinstance(kind, Mover):
             self._along(function, kind, args, kwargs)
+
+    def _shaped(self, sizes: Sequence[Any]) -> None:
+        """Take in how a new leading dimension goes with the batch's size: rows of several samples may come into one."""
+        first = sizes[0] if sizes else None
+        first = first[0] if isinstance(first, tuple | list) and first else first
+        if isinstance(first, int) and self.n:
+            self._static.append(f"{first // self.n}n" if first % self.n == 0 else "-1" if first < 0 else "other")
 
     def _joined(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take in which order pieces of one tensor are joined."""
