@@ -109,19 +109,24 @@ def centred_inside_the_model():
 
 
 NUMBERS = {
-    "item": lambda m, b: own(m, b[0])[b[1].argmax().item() :].sum() + own(m, b[0]),
-    "list": lambda m, b: torch.stack([own(m, b[0])[i] for i in b[1].tolist()]),
-    "array": lambda m, b: own(m, b[0])[torch.from_numpy(b[1].numpy().copy())],
-    "row_by_row": lambda m, b: torch.stack([own(m, b[0])[int(i)] for i in b[1]]),
+    "rolled_index": lambda h, k: h[torch.arange(12).roll(k)],
+    "shifted_index": lambda h, k: h[(torch.arange(12) + k) % 12],
+    "slice_of_an_index": lambda h, k: h[torch.arange(24)[k : k + 12] % 12],
+    "gathered": lambda h, k: h.gather(0, torch.arange(12).roll(k)),
+    "every_kth": lambda h, k: h[torch.arange(12 * k)[:: k or 1][:12] % 12],
+    "item": lambda h, k: h[torch.arange(12).roll(k)],
+    "list": lambda h, k: h[torch.arange(12).roll(k)],
 }
-for name, loss in NUMBERS.items():
+for name, moved in NUMBERS.items():
 
-    def by_numbers(loss=loss):
-        orders = [torch.arange(6), torch.tensor([1, 0, 3, 2, 5, 4]), torch.tensor([5, 2, 0, 1, 4, 3])]
-        return mlp(), loss, list(zip(points(6, 6, 6), orders, strict=True))
+    def by_numbers(moved=moved, name=name):
+        take = {"item": lambda k: k.max().item(), "list": lambda k: k.tolist()[0]}.get(name, int)
+        shifts = (1, 5, 7) if name == "every_kth" else (0, 5, 7)
+        data = [torch.full((12,), k) if name in ("item", "list") else k for k in shifts]
+        return mlp(), lambda m, b: moved(own(m, b[0]), take(b[1])), list(zip(points(12, 12, 12), data, strict=True))
 
-    by_numbers.__name__ = f"numbers_that_leave_torch_by_{name}"
-    CASES.add(right=False)(by_numbers)
+    by_numbers.__name__ = f"rows_moved_by_a_number_{name}"
+    CASES.add()(by_numbers)
 
 
 @CASES.add(**MIXES)

@@ -91,8 +91,7 @@ def joined(pieces: Iterable[Piece]) -> Tensor:
 class _Entry:
     """A storage's labels from its number ``start`` on, each for ``block`` numbers of ``itemsize`` bytes.
 
-    ``labels`` is None where no number has one. ``fixed``: made of sizes and constants alone, so that it is the same for
-    every batch that runs the same ops.
+    ``labels`` is None where no number has one. ``fixed``: it counts 0, 1, 2, ..., and so for every batch.
     """
 
     storage: StorageWeakRef
@@ -124,7 +123,7 @@ class Labels:
         return self._entry(x) is not None
 
     def is_fixed(self, x: Tensor) -> bool:
-        """Return whether a tensor has the same values for every batch that runs the same ops."""
+        """Return whether a tensor's storage counts from zero, for every batch that runs the same ops."""
         entry = self._entry(x)
         return entry is not None and entry.fixed
 

@@ -47,6 +47,8 @@ _BY_NAME: dict[str, Mover] = {
     "chunk": _mover("input", "chunks", "dim", dim=2),
     "split": _mover("tensor", "split_size_or_sections", "dim", dim=2),
     "tensor_split": _mover("input", "indices_or_sections", "dim", dim=2),
+    "unfold": _mover("input", "dimension", "size", "step", dim=1),
+    "as_strided": _mover("input"),
     "unbind": _mover("input", "dim", dim=1, unknowable=True),
 }  # fmt: skip
 _JOINS = ("cat", "stack", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "row_stack")

@@ -49,7 +49,12 @@ class Run:
 
     def moves(self, index: Any) -> bool:
         """Return whether an index may have other values in a batch that runs the same ops."""
-        return isinstance(index, Tensor) and not self.known.is_fixed(index)
+        if not isinstance(index, Tensor):
+            return False
+        whole = index.storage_offset() == 0 and all(
+            i == 1 or j < 2 for i, j in zip(index.shape, index.stride(), strict=True)
+        )
+        return not (whole and self.known.is_fixed(index))
 
 
 def flat(value: Any) -> list[Tensor]:
