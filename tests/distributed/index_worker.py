@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -95,22 +96,34 @@ def main(kind: str, folder: Path) -> None:
 
 
 def stop(kind: str, folder: Path) -> None:
-    """Do half a minute's work on each rank. With "fail", rank 1 meets a batch that its loss refuses."""
-    if kind == "slow":
+    """Do half a minute's work on each rank, and say how it ends. Rank 1 does what ``kind`` says."""
+    if kind != "fail":
         ranks.PATIENCE = 3.0
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    calls = 0
 
-    def failing(model, batch):
-        time.sleep(2)
-        if kind == "fail" and rank == 1:
+    def losses(model, batch):
+        nonlocal calls
+        calls += 1
+        odd = rank == 1 and calls >= 12  # some of its batches are done
+        if kind == "fail" and odd:
             raise ValueError("this batch has a hole")
+        if kind == "hangs" and odd:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "waits" and odd:
+            dist.barrier()
+        if kind == "computes" and rank == 1 and calls == 12:
+            time.sleep(8)
+        time.sleep({"fail": 0.5, "slow": 2}.get(kind, 0.01))
         return loss_fn(model, batch)
 
+    fisher = None if kind == "differs" and rank == 1 else "block"
     try:
-        dropinf.Compressor(make_model(), dropinf.Dropout(6), failing).compress(
-            make_batches(), out=folder, group=dist.group.WORLD
+        index = dropinf.Compressor(make_model(), dropinf.Dropout(6), losses).compress(
+            make_batches(), out=folder, fisher=fisher, group=dist.group.WORLD
         )
+        print(f"rank {rank} ends with {len(index)} samples", flush=True)
     except (ValueError, RuntimeError) as error:
         print(f"rank {rank} ends: {type(error).__name__}: {error}", flush=True)
     os._exit(3)  # torchrun is not there to end the other
@@ -119,6 +132,6 @@ def stop(kind: str, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks.PATIENCE = HOUR
-    if sys.argv[1] in ("fail", "slow"):
+    if sys.argv[1] not in ("plain", "ddp", "fsdp2"):
         stop(sys.argv[1], Path(sys.argv[2]))
     main(sys.argv[1], Path(sys.argv[2]))

@@ -79,3 +79,21 @@ def test_a_killed_rank_ends_the_others(tmp_path):
     assert "rank 0 ends: RuntimeError: rank 1 was not heard of for 3 s" in text
     # Long before its work is done, which is twelve of the batches.
     assert len(list(tmp_path.glob("index/*/0*"))) < 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("hangs", "rank 0 ends: RuntimeError: rank 1 was not heard of for 3 s"),
+        ("waits", "rank 0 ends: RuntimeError: rank 1 waits in torch.distributed's barrier"),
+        ("differs", "rank 0 ends: RuntimeError: rank 1 is at"),
+    ],
+)
+def test_a_rank_that_others_would_wait_for_in_vain_ends_them(kind, says, tmp_path):
+    with started(2, kind, tmp_path / "index") as ranks:
+        assert says in said(ranks[0])
+
+
+def test_a_rank_that_computes_for_long_is_waited_for(tmp_path):
+    with started(2, "computes", tmp_path / "index") as ranks:
+        assert [f"rank {number} ends with 102 samples" in said(rank) for number, rank in enumerate(ranks)] == [True] * 2
