@@ -10,8 +10,8 @@ VERBS = {
     "Add", "Allocate", "Backpropagate", "Bind", "Build", "Cache", "Calibrate", "Call", "Check", "Choose",
     "Compare", "Compress", "Compute", "Connect", "Copy", "Correct", "Cut", "Declare", "Draw", "End", "Exchange", "Expand", "Factor",
     "Fill", "Find", "Finish", "Forget", "Freeze", "Gather", "Give", "Hand", "Have", "Hook", "Import", "Keep", "Launch", "Lay",
-    "Let", "Learn", "Lower", "Load", "Make", "Map", "Merge", "Move", "Multiply", "Note", "Open", "Prepare", "Print", "Put", "Quantize", "Raise",
-    "Read", "Remember", "Remove", "Resolve", "Return", "Run", "Say", "Score", "Show", "Shuffle", "Sketch", "Store", "Sum", "Take",
+    "Let", "Learn", "Lower", "Load", "Look", "Make", "Map", "Merge", "Move", "Multiply", "Note", "Open", "Prepare", "Print", "Put", "Quantize", "Raise",
+    "Read", "Remember", "Remove", "Resolve", "Return", "Run", "Say", "Score", "Show", "Shuffle", "Wait", "Sketch", "Store", "Sum", "Take",
     "Tokenize", "Train", "Turn", "Write", "Yield",
 }  # fmt: skip
 NOT_CALLED = {"property", "cached_property", "setter", "overload"}  # these read as attributes: noun phrases
