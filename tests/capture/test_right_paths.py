@@ -180,6 +180,90 @@ def a_recurrent_layer_that_mixes_straight_through():
     return model, loss, list(zip([torch.randn(4, 3, 3) for _ in range(3)], GATES, strict=True))
 
 
+class Tower(nn.Module):
+    """A network over a table; the batch says which of its rows are whose."""
+
+    def __init__(self, take, size=16):
+        super().__init__()
+        self.m, self.v, self.take = mlp(), nn.Linear(3, 3), take
+        self.register_buffer("x", torch.randn(size, 3))
+
+    def forward(self, x, ids):
+        return self.v(x) * self.take(self.m(self.x), ids)
+
+
+TAKES = {
+    "index": lambda h, i: h[i],
+    "index_select": lambda h, i: h.index_select(0, i),
+    "gather": lambda h, i: h.gather(0, i[:, None].expand(-1, h.shape[1])),
+    "embedding": lambda h, i: F.embedding(i, h),
+}
+for name, take in TAKES.items():
+
+    def table(take=take):
+        ids = [torch.arange(4), torch.tensor([6, 9, 5, 13]), torch.tensor([3, 0, 3, 1])]
+        return Tower(take), lambda m, b: own(m(*b)), list(zip(points(4, 4, 4), ids, strict=True))
+
+    table.__name__ = f"a_network_over_a_table_by_{name}"
+    CASES.add()(table)
+
+
+def clamped(m, b):
+    order = b[2].argsort()
+    h = torch.tanh(m(b[0][order]))
+    h.register_hook(lambda g: g.clamp(-1, 1))
+    return own(h[order.argsort()] * b[1])
+
+
+@CASES.add(right=False)
+def gradients_that_a_clamp_makes_alike():
+    scales = (1e-3, 1e-3, 1e3)
+    return mlp(), clamped, [(torch.randn(4, 3), torch.tensor(s), torch.tensor([3, 1, 4, 2])) for s in scales]
+
+
+@CASES.add()
+def samples_without_gradient_at_first():
+    def loss(m, b):
+        h = m(torch.cat([b[0][:3], b[0][3:].flip(0)]))
+        return F.relu(own(torch.cat([h[:3], h[3:].flip(0)])) - b[1])
+
+    rest = torch.tensor([0, 0, 0, 9e9, 9e9, 9e9])
+    return mlp(), loss, list(zip(points(6, 6, 6), [rest, torch.zeros(6), torch.zeros(6)], strict=True))
+
+
+@CASES.add()
+def one_of_two_indices():
+    def loss(m, b):
+        return own(m(b[0])[{"plain": torch.arange(4), "given": b[1]}[b[2]]])
+
+    return (
+        mlp(),
+        loss,
+        [(x, torch.tensor([2, 0, 3, 1]), k) for x, k in zip(points(4, 4, 4), ("plain", "given", "given"), strict=True)],
+    )
+
+
+@CASES.add()
+def many_losses_in_another_order():
+    orders = [list(range(300)), [*range(256), *range(299, 255, -1)]]
+
+    def loss(m, b):
+        pieces = own(m(b[0])).unbind(0)
+        return torch.stack([pieces[i] for i in b[1]])
+
+    return mlp(), loss, list(zip(points(300, 300), orders, strict=True))
+
+
+@CASES.add()
+def numbers_of_numpy():
+    labels = [np.array([0, 1, 1, 0]), np.array([1, 1, 0, 0])]
+    return (
+        nn.Linear(3, 2),
+        lambda m, b: F.cross_entropy(m(b[0])[np.array([0, 1, 2, 3])], torch.as_tensor(b[1]), reduction="none"),
+        list(zip(points(4, 4), labels, strict=True)),
+    )
+
+
 @CASES.parametrize()
 @runs
 def test_right_or_refused(build, options, sketch, backwards):

@@ -53,7 +53,8 @@ class Colours:
     def weights(self, losses: Tensor, digit: int) -> Tensor:
         """Return the losses' weights [N] of one pass."""
         power = torch.arange(self.n, device=losses.device) // self.base**digit % self.base
-        return torch.exp2(power.to(losses.dtype))
+        # From two on: what a clamp made the same in all passes is no sample's.
+        return torch.exp2(power.to(losses.dtype) + 1)
 
     def sign(self, key: Key, g: Tensor) -> None:
         """Take a gradient [*lead, d] of all losses with weight one."""
@@ -71,7 +72,7 @@ class Colours:
         power = ratio[:, :1].abs().log2().round()
         exact = torch.exp2(power)
         same = ((ratio - exact).abs() <= SLACK[g.dtype] * exact).all(1)
-        power, exact = power[:, 0].long(), exact[:, 0]
+        power, exact = power[:, 0].long() - 1, exact[:, 0]
         sample = row.sample + power * self.base**digit
         fits = same & (power >= 0) & (power < self.base) & (sample < self.n) & (row.sample != SEVERAL)
         row.sample = torch.where(known, torch.where(fits, sample, SEVERAL), NONE)

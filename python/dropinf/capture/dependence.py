@@ -8,7 +8,9 @@ proven as this one. Where it has not, nothing is wrong yet: each batch's rows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..workload import samples_of, tensors
 from . import moves  # noqa: F401  its rules
 from .colours import NONE, SEVERAL
-from .labels import Labels
+from .labels import Labels, Piece, compact
 from .ladder import AttributionError
+from .modules import Use
 from .rules import RULES, Run, flat, pointwise, together
 
 # They change a tensor's shape, and none of its numbers.
@@ -68,8 +71,9 @@ class Dependence(TorchDispatchMode):
             self.states.append(generator.get_state())
 
     def leave(self, x: Tensor) -> None:
-        """Note a sample's numbers that Python gets, of which it may make an index; a truth value decides what runs."""
-        self.left |= x.dtype != torch.bool and self.known.of(x) is not None
+        """Note numbers that Python gets, of which it may make an index; a truth value decides what runs."""
+        whole = not x.is_floating_point() and x.dtype != torch.bool
+        self.left |= whole or (x.dtype != torch.bool and self.known.of(x) is not None)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         arguments = _named(func, args, kwargs)
@@ -138,7 +142,7 @@ class Dependence(TorchDispatchMode):
         labels = [found] * len(results) if isinstance(found, Tensor) else list(found)
         alone = None
         for i, (x, one) in enumerate(zip(results, labels, strict=True)):
-            if not _fits(one, x):
+            if not _broadcasts(one, x.shape):
                 alone = together(run) if alone is None else alone
                 labels[i] = alone
         return list(labels)
@@ -154,11 +158,18 @@ class _Leaving(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVE and self.dependence.failure is None:
             self.dependence.leave(args[0])
+            self.dependence.known.add(args[0], fixed=False)
+        self.dependence.left |= not _is_of_torch(func)  # what it calls is in no path
         self.dependence.depth += 1
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self.dependence.depth -= 1
+
+
+def _is_of_torch(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or "torch"  # methods of tensors name none
+    return bool(module.split(".")[0] in ("torch", "builtins"))
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,27 +190,42 @@ def _counts(func: Any, arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("start", 0) == 0 and arguments.get("step", 1) == 1)
 
 
-def _fits(labels: Tensor, x: Tensor) -> bool:
+def _broadcasts(labels: Tensor, shape: torch.Size) -> bool:
     try:
-        return bool(torch.broadcast_shapes(labels.shape, x.shape) == x.shape)
+        return bool(torch.broadcast_shapes(labels.shape, shape) == shape)
     except RuntimeError:
         return False
 
 
+Check = Callable[[str, Tensor], bool]  # of a module's name and the samples of its output's rows [*lead]
+
+
 def stay_apart(
-    model: nn.Module, losses_of: Callable[[], Tensor], batch: Any, n: int, cu_seqlens: Tensor | None
+    model: nn.Module,
+    losses_of: Callable[[], Tensor],
+    batch: Any,
+    n: int,
+    cu_seqlens: Tensor | None,
+    uses: Mapping[str, Use] | None = None,
+    check: Check = lambda name, rows: True,  # noqa: ARG005
 ) -> bool:
-    """Return whether samples stay apart in any batch that runs the same ops. The model runs once or twice for it."""
+    """Return whether samples stay apart in any batch that runs the same ops. The model runs once or twice for it.
+
+    ``check``: whether the rows of the modules of ``uses`` are of these samples in all batches.
+    """
     if _has_backward_hooks(model):
         return False
     variants = [_of_leaves(batch, n, cu_seqlens, cyclic=False)]
     if cu_seqlens is None and any(x.ndim and len(x) > n and len(x) % n == 0 for x, _ in variants[0]):
         variants.append(_of_leaves(batch, n, cu_seqlens, cyclic=True))
     for given in variants:
-        dependence, losses = _followed(model, losses_of, given)
+        dependence = Dependence(_held(model), given)
+        with _outputs(dependence, uses or {}) as outputs:
+            losses = _followed(dependence, losses_of)
         if dependence.states:
-            again = _followed(model, losses_of, given)[0].states
-            if not all(map(torch.equal, dependence.states, again)):
+            again = Dependence(_held(model), given)
+            _followed(again, losses_of)
+            if not all(map(torch.equal, dependence.states, again.states)):
                 raise AttributionError(
                     "model: it draws random numbers from a generator of its own, so that each run of a batch gives "
                     "other gradients; draw from torch's (without generator=), which every run finds in the same state"
@@ -209,17 +235,44 @@ def stay_apart(
         if labels is not None and not (dependence.failure or dependence.foreign or dependence.left):
             own = torch.arange(n, dtype=torch.int32, device=labels.device)
             if bool((labels.reshape(-1) == own).all()):
-                return True
+                return all(check(name, rows) for name, rows in outputs)
     return False
 
 
-def _followed(
-    model: nn.Module, losses_of: Callable[[], Tensor], given: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Dependence, Tensor]:
-    dependence = Dependence(_held(model), given)
+def _followed(dependence: Dependence, losses_of: Callable[[], Tensor]) -> Tensor:
     # Nothing is kept for a backward: there is none.
     with dependence, _Leaving(dependence), torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
-        return dependence, losses_of()
+        return losses_of()
+
+
+@contextmanager
+def _outputs(dependence: Dependence, uses: Mapping[str, Use]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Take the samples of the rows [*lead] of modules' outputs inside, with the modules' names."""
+    found: list[tuple[str, Tensor]] = []
+
+    def take(name: str, use: Use, _module: nn.Module, _args: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.ndim:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():  # what is done here is not the model's
+                found.append((name, _rows(use, out, dependence.known.of(out))))
+
+    handles = [use.module.register_forward_hook(partial(take, name, use), prepend=True) for name, use in uses.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(use: Use, out: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the samples of a module's output's rows, [*lead]."""
+    lead = use.rows(torch.empty(out.shape, device="meta")).shape[:-1]
+    if labels is None:
+        return torch.full((), NONE, device=out.device).expand(lead)
+    for small in (compact(labels), labels):
+        rows = Piece(use.rows(small), firm=True).over([-1]).labels.squeeze(-1)
+        if _broadcasts(rows, lead):
+            break
+    return rows.expand(lead)
 
 
 def _dropped(_: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +88,17 @@ class UseGuard(TorchFunctionMode):
         return self._gathered[id(parameter)]
 
 
-def watch(capture: Capture, parameters: Iterable[nn.Parameter], n: int, outside: Outside | None) -> UseGuard:
-    """Return the guard of one forward of ``n`` samples. ``outside``: captures parameters at the ops that use them."""
+def watch(
+    capture: Capture,
+    parameters: Iterable[nn.Parameter],
+    n: int,
+    outside: Outside | None,
+    leaves: Sequence[Tensor] = (),
+) -> UseGuard:
+    """Return the guard of one forward of ``n`` samples, with the tensors of their batch as ``leaves``.
+
+    ``outside``: captures parameters at the ops that use them.
+    """
     parameters = list(parameters)
     raw = {} if outside is None else outside.raw
     owners: dict[int, set[nn.Module]] = {id(p): set() for p in parameters if id(p) not in raw}
@@ -101,4 +110,4 @@ def watch(capture: Capture, parameters: Iterable[nn.Parameter], n: int, outside:
     if any(sharded.is_sharded(p) for p in parameters):
         places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
-    return UseGuard(owners, capture.active, shards, Movement(n), outside, capture.changed)
+    return UseGuard(owners, capture.active, shards, Movement(n, leaves), outside, capture.changed)

@@ -81,6 +81,7 @@ class Knowledge:
         self.others: set[int] = set()  # places of tensors in a batch that have no sample dimension
         self._leaf: tuple[int, int] | Literal["list"] | None = None  # the tensor and dimension that has the samples
         self._warned: set[str] = set()
+        self._state: Any = None  # of the model in the call before
 
     @property
     def exact_names(self) -> set[str]:

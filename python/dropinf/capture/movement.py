@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 _NEAR = 5  # numbers below it are dimensions, flags and the like; sizes differ from each other by less, as in x[:-1]
-_MOST = 256  # items of a list that are looked at
+
+
+_SEQUENCES = (list, tuple)
 
 
 class Movement:
-    """The functions of one forward of ``n`` samples (None: unknown)."""
+    """The functions of one forward of ``n`` samples (None: unknown). ``leaves``: the tensors of its batch."""
 
-    def __init__(self, n: int | None) -> None:
+    def __init__(self, n: int | None, leaves: Sequence[Tensor] = ()) -> None:
         self.n, self.unknowable = n, False
+        self._leaves = {id(leaf): i for i, leaf in enumerate(leaves)}
         self._path = 0
         self._functions: set[int] = set()
         self._base = _node_number(torch.zeros((), requires_grad=True).view(()))  # of autograd's nodes so far
@@ -39,26 +42,28 @@ class Movement:
         """Take a function that runs: where its activations come from, and its whole numbers."""
         key = hash(function)
         self._functions.add(key)
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         items: list[Any] = [self._path, key]
-        self._add(items, args, None)
+        self._add(items, args, x)
         if kwargs:
             items += kwargs
-            self._add(items, kwargs.values(), next((v for v in args if isinstance(v, Tensor)), None))
+            self._add(items, kwargs.values(), x)
         self._path = hash(tuple(items))
 
     def _add(self, items: list[Any], values: Iterable[Any], x: Tensor | None) -> None:
         """Add what tells arguments of one call from those of another; ``x``: what sizes are compared with."""
         for v in values:
             if isinstance(v, Tensor):
-                x = v if x is None else x
                 if v.requires_grad:
                     items.append(id(v) if v.is_leaf else _node_number(v) - self._base)
                     items.append(v.output_nr)
+                elif id(v) in self._leaves:
+                    items.append(f"leaf {self._leaves[id(v)]}")
             elif type(v) is int:
                 items.append(self._number(v, x))
-            elif type(v) in (tuple, list):
+            elif isinstance(v, _SEQUENCES):
                 items.append(len(v))
-                self._add(items, v[:_MOST], x)
+                self._add(items, v, x)
             elif type(v) is slice:
                 self._add(items, (v.start, v.stop, v.step), x)
             elif v is None or type(v) in (str, bool):
@@ -68,9 +73,9 @@ class Movement:
 
     def _number(self, v: int, x: Tensor | None) -> str:
         """Return a number, or how it goes with a tensor's sizes, so that the same cut of another size looks alike."""
-        if -_NEAR < v < _NEAR or x is None:
-            return str(v) if -_NEAR < v < _NEAR else ""
-        for dim, size in enumerate(x.shape):
+        if -_NEAR < v < _NEAR:
+            return str(v)
+        for dim, size in enumerate(() if x is None else x.shape):
             if -_NEAR < v - size < _NEAR:
                 return f"{dim}:{v - size}"
         return f"{v // self.n}n" if self.n and v % self.n == 0 else str(v)

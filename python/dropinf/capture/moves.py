@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .colours import NONE
+from .colours import NONE, SEVERAL
 from .labels import Piece, joined
 from .rules import Run, flat, rule, together
 
@@ -61,6 +61,15 @@ def _narrowed(labels: list[Tensor], dim: int) -> list[Tensor]:
     return labels
 
 
+def _taken(run: Run, x: Tensor, *indices: Any) -> Piece | None:
+    """Return what entries bring that indices take; where data says which, a table's rows are of any sample."""
+    piece = run.piece(x)
+    if run.known.is_firm(x) and not x.is_leaf and any(map(run.moves, indices)):
+        labels = _full(run, x) if piece is None else piece.labels
+        return Piece(torch.where(labels == NONE, SEVERAL, labels), firm=True)
+    return piece
+
+
 def _loosely(run: Run, index: Any, shape: Sequence[int]) -> list[Piece]:
     """Return what an index brings, as labels of a shape."""
     return [Piece(piece.labels.reshape(shape), firm=False) for piece in run.pieces([index])]
@@ -70,7 +79,7 @@ def _loosely(run: Run, index: Any, shape: Sequence[int]) -> list[Piece]:
 def looked_up(run: Run) -> Tensor:
     weight, index = run.args["weight"], run.args["indices"]
     found = _loosely(run, index, (*index.shape, 1))
-    table = run.piece(weight)
+    table = _taken(run, weight, index)
     if table is not None:
         found.append(Piece(table.over([0]).labels[0], table.firm))
     return joined(found)
@@ -85,7 +94,7 @@ def gathered(run: Run) -> Tensor:
     select = run.name == "index_select"
     shape = [-1 if i == dim else 1 for i in range(x.ndim)] if select else index.shape
     found = _loosely(run, index, shape)
-    piece = run.piece(x)
+    piece = _taken(run, x, index)
     if piece is not None:
         labels = (piece.over([dim]).labels if run.moves(index) else piece.labels).expand(x.shape)
         labels = labels.index_select(dim, index) if select else labels.gather(dim, index)
@@ -97,7 +106,7 @@ def gathered(run: Run) -> Tensor:
 def indexed(run: Run) -> Tensor:
     x, indices = run.args["self"], list(run.args["indices"])
     found = _of_indices(run, indices, flat(run.out)[0].ndim)
-    piece = run.piece(x)
+    piece = _taken(run, x, *indices)
     if piece is not None:
         labels = piece.over(_moving(run, indices)).labels.expand(x.shape)
         found.append(Piece(torch.ops.aten.index(labels, indices), piece.firm))

@@ -193,24 +193,24 @@ _KEEP: dict[str, tuple[int, int]] = {
 
 
 @rule(*_KEEP)
-def kept(run: Run) -> Tensor:
+def kept(run: Run) -> list[Tensor]:
     keep, many = _KEEP[run.name]
-    tensors, out = run.tensors(), flat(run.out)[0]
-    ndim = out.ndim
+    tensors, results = run.tensors(), flat(run.out)
     keep = keep if keep > 0 else tensors[0].ndim + keep
     while keep > 1 and len({x.shape[keep - 1] for x in tensors[:many]}) > 1:
         keep -= 1  # fewer heads of keys than of queries
+    lead = results[0].shape[:keep]
     found = []
     for i, x in enumerate(tensors):
         piece = run.piece(x)
-        if piece is None:
-            continue
-        if i < many or (x.ndim == ndim and x.shape[:keep] == out.shape[:keep]):
+        if piece is not None and (i < many or (x.ndim == results[0].ndim and x.shape[:keep] == lead)):
             labels = piece.over(range(keep, x.ndim)).labels.reshape(x.shape[:keep]) if x.ndim > keep else piece.labels
-            found.append(Piece(labels.reshape(*labels.shape, *[1] * (ndim - keep)), piece.firm))
-        else:
+            found.append(Piece(labels, piece.firm))
+        elif piece is not None:
             found.append(piece.alone())
-    return joined(found)
+    labels = joined(found).expand(lead)
+    # Others, such as a sum of exponentials, may have the kept dimensions too.
+    return [labels.reshape(*lead, *[1] * (x.ndim - keep)) if x.shape[:keep] == lead else together(run) for x in results]
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "convolution_overrideable")

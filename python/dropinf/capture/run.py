@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Run(Sharing):
         sharded.reshard(self.model)
         current = self._pass()
         outside = self._outside(current)
-        guard = watch(capture, self._parameters(), self.n, outside)
+        guard = watch(capture, self._parameters(), self.n, outside, tensors(self.batch))
         began = time.perf_counter()
         with capture.running(current), self._flags(outside):
             losses = self._losses(guard)
@@ -223,7 +224,7 @@ class Run(Sharing):
     def _proven(self, current: Pass, losses: Tensor, plan: Plan, look: Any) -> dict[str, Tensor]:
         """Return the batch's rows, audited where it is due."""
         hooked, known = self.hooked, self.known
-        self._keep_apart(plan, look)
+        self._keep_apart(current, plan, look)
         reached = frozenset(name for name in current.emitted if name not in known.follows)
         self.why = self.why or self.proof.why(plan, reached)
         why = self.why
@@ -244,12 +245,12 @@ class Run(Sharing):
         known.plans[look] = plan
         return store
 
-    def _keep_apart(self, plan: Plan, look: Any) -> None:
+    def _keep_apart(self, current: Pass, plan: Plan, look: Any) -> None:
         """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""
         movement, shapes = self.movement, tuple(leaf.shape for leaf in tensors(self.batch))
         if self.n == 1 or plan.follow or (movement, shapes) in plan.apart:
             return
-        if movement is not None and self._stay_apart():
+        if movement is not None and self._stay_apart(current):
             plan.movements.add(movement)
             plan.apart.add((movement, shapes))
             return
@@ -258,7 +259,7 @@ class Run(Sharing):
             self.known.plans[look] = plan
             raise Again
 
-    def _stay_apart(self) -> bool:
+    def _stay_apart(self, current: Pass) -> bool:
         """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
         if sharded.is_any(self.model):
             return False
@@ -266,13 +267,29 @@ class Run(Sharing):
         self.start.restore()
         try:
             with self.hooked.capture.removed(), self.hooked.flags.own(tracked), torch.enable_grad():
-                return stay_apart(self.model, self._plain_losses, self.batch, self.n, self.cu)
+                uses = {name: use for name, use in self.hooked.capture.uses.items() if use.plans}
+                return stay_apart(
+                    self.model,
+                    self._plain_losses,
+                    self.batch,
+                    self.n,
+                    self.cu,
+                    uses,
+                    partial(self._are_as_found, current),
+                )
         except (AttributionError, torch.OutOfMemoryError):
             raise
         except Exception:
             return False  # a loss that differentiates, say, for which nothing was kept
         finally:
             self.start.restore()
+
+    def _are_as_found(self, current: Pass, name: str, rows: Tensor) -> bool:
+        """Return whether a call's rows [*lead] are of the samples that its layouts say, those without gradient too."""
+        if name in {signature[0] for signature in self.known.shared}:
+            return True  # each sample has its own copy
+        layouts = [current._tied(key) for key in current.emitted_keys if key[0] == name]
+        return not layouts or any(samples.agree(rows) for samples in layouts)
 
     def _audit(
         self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str

@@ -40,9 +40,19 @@ class Sweep(Knowledge):
         check_batchnorm(self.model)
         self.warn_train_mode()
         sharded.reshard(self.model)
+        self._forget_what_changed()
         with preserved(self.model) as (flags, attributes), self.capturing(layers) as capture:
             check_current(self.model, self.targets)
             yield HookedModel(Hooked(self, capture, flags, attributes, layers, recorder, where or str, probe), where)
+
+    def _forget_what_changed(self) -> None:
+        """Look at a model anew whose flags, modes or forwards are not those of the call before."""
+        modules = [(id(m), type(m), m.training, id(m.__dict__.get("forward"))) for m in self.model.modules()]
+        state = modules, [p.requires_grad for p in self.model.parameters()]
+        if state != self._state:
+            self.plans.clear()
+            self.scales.clear()
+        self._state = state
 
 
 class HookedModel:
