@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import checksum, is_checksum, whole_number, write_whole
+from .folder import FISHER, PASSAGES, SKETCH
 from .shards import DTYPES, Codec
 
 NAME = "manifest.json"
 FORMAT = "dropinf.index"
-VERSION = 1
-FILES = ("sketch.safetensors", "fisher.safetensors", "passages.jsonl")
+VERSION = 2  # of 1: batches have no fingerprints, and shards do not say of which run they are
+FILES = (SKETCH, FISHER, PASSAGES)
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
 
@@ -37,10 +38,11 @@ class ShardEntry:
 class Run:
     """One compression into the index; `shards` is None until it is finished."""
 
-    first: str  # checksum of the first batch's tensors
+    first: str  # fingerprint of the first batch; where not `printed`, the checksum of its tensors
     batches: int | None  # None: not known before
     shard_batches: int
     shards: tuple[ShardEntry, ...] | None = None
+    printed: bool = True  # whether every batch has its fingerprint; not in a run that an earlier version began
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,23 @@ class Manifest:
     @property
     def unfinished(self) -> bool:
         return not self.runs or self.runs[-1].shards is None
+
+    def base(self, number: int) -> int:
+        """Return the number of the first shard of a run."""
+        return sum(len(run.shards or ()) for run in self.runs[:number])
+
+    def run_key(self, number: int) -> str:
+        """Return what the files of a run are known by: a checksum of all that is fixed before its first batch."""
+        run = self.runs[number]
+        body = {
+            "layers": [asdict(layer) for layer in self.layers],
+            "dtype": self.dtype,
+            "sketch": self.files.get(SKETCH),
+            "model": self.model,
+            "ids": self.ids,
+            "run": [number, self.base(number), run.first, run.batches, run.shard_batches],
+        }
+        return checksum(_canonical(body))
 
     def with_file(self, name: str, found: str) -> Manifest:
         return replace(self, files={**self.files, name: found})
@@ -139,8 +158,9 @@ def _refuse(text: str) -> None:
 
 
 def _parse(body: Mapping[str, Any]) -> Manifest:
-    if body["version"] != VERSION:
-        raise ValueError(f"version is {body['version']!r}")
+    version = body["version"]
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"version is {version!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
     if body.keys() != expected:
         raise ValueError(f"its fields are {sorted(body)}")
@@ -154,7 +174,7 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     for name, found in _strings(body["files"], "files").items():
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
-    runs = tuple(_parse_run(entry) for entry in _list(body["runs"], "runs"))
+    runs = tuple(_parse_run(entry, version > 1) for entry in _list(body["runs"], "runs"))
     if not runs or any(run.shards is None for run in runs[:-1]):
         raise ValueError("runs are none, or one that is not the last is not finished")
     about = _strings(body["about"], "about")
@@ -171,16 +191,20 @@ def _layer(entry: Mapping[str, Any]) -> LayerEntry:
     return LayerEntry(_string(entry["name"]), shape, _string(entry["digest"]), size)
 
 
-def _parse_run(entry: Mapping[str, Any]) -> Run:
+def _parse_run(entry: Mapping[str, Any], marked: bool) -> Run:
     shards = entry["shards"]
     if shards is not None:
         shards = tuple(_shard(shard) for shard in _list(shards, "shards"))
     batches = entry["batches"]
+    printed = entry["printed"] if marked else False
+    if type(printed) is not bool:
+        raise ValueError(f"printed is {printed!r}")
     return Run(
         _string(entry["first"]),
         None if batches is None else whole_number(batches, "batches", 1),
         whole_number(entry["shard_batches"], "shard_batches", 1),
         shards,
+        printed,
     )
 
 
@@ -206,14 +230,3 @@ def _strings(value: object, what: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} is {value!r}")
     return {key: _string(text) for key, text in value.items()}
-
-
-def find_run(manifest: Manifest, first: str, count: int | None) -> int | None:
-    """Return the number of the run whose first batch has this checksum, or None.
-
-    Where both numbers of batches are known, they must be equal too.
-    """
-    for number, run in enumerate(manifest.runs):
-        if run.first == first and (None in (count, run.batches) or count == run.batches):
-            return number
-    return None

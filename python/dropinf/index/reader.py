@@ -19,9 +19,11 @@ from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
 from ..ranks import Ranks
+from .discard import discard
 from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
+from .positions import positions_of
 from .shards import SMALL_BYTES, ShardFile, Stamp
 from .sound import verify
 
@@ -123,7 +125,7 @@ class Index:
         """
         if isinstance(rows, str):
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
-        chosen = _positions(rows, len(self))
+        chosen = positions_of(rows, len(self))
         out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
         shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
         for i in shard.unique().tolist():
@@ -155,7 +157,7 @@ class Index:
 
     def ids(self, rows: Rows = slice(None)) -> list[str]:
         """Return the ids of the samples that `rows` selects; their positions where none were given."""
-        chosen = _positions(rows, len(self)).tolist()
+        chosen = positions_of(rows, len(self)).tolist()
         if not self.manifest.ids:
             return [str(position) for position in chosen]
         texts: dict[int, list[str]] = {}
@@ -223,6 +225,17 @@ class Index:
                 )
             self.manifest = now.with_file(FISHER, fisher.save(self.path / FISHER))
             self.manifest.save(self.path)
+
+    def discard(self) -> None:
+        """Remove the rows of an append that was not finished, so that others can be appended; all else stays.
+
+        Raises:
+            ValueError: it is being written now.
+        """
+        with locked(self.path, Ranks(None)):
+            manifest = discard(self.path, Manifest.load(self.path))
+        if manifest.shards == self.manifest.shards:
+            self.manifest = manifest
 
     def whitened(
         self, out: str | os.PathLike[str], fisher: Fisher | None = None, *, factory: str | None = None
@@ -370,23 +383,3 @@ class _White:
         """Return the rows at ordered positions."""
         parts = near(positions, block_rows(self.index))
         return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
-
-
-def _positions(rows: Rows, count: int) -> Tensor:
-    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
-    if isinstance(rows, slice):
-        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
-    index = torch.as_tensor(rows)
-    if index.dtype == torch.bool:
-        if index.shape != (count,):
-            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
-        return index.nonzero().flatten()
-    if index.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if index.ndim > 1 or index.is_floating_point():
-        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
-    index = index.reshape(-1).long()
-    wrong = ((index < -count) | (index >= count)).nonzero()
-    if len(wrong):
-        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
-    return torch.where(index < 0, index + count, index)

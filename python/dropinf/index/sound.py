@@ -8,6 +8,7 @@ from pathlib import Path
 from ..files import file_checksum
 from .folder import shard_path
 from .manifest import Manifest
+from .runs import Plan
 from .shards import ShardFile
 
 
@@ -30,13 +31,24 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{folder / name}: missing")
         elif file_checksum(folder / name) != expected:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
-    for i, shard in enumerate(manifest.shards):
-        file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
+    for number in range(len(manifest.runs)):
+        problems += _problems(Plan(folder, manifest, number))
+    return problems
+
+
+def _problems(plan: Plan) -> list[str]:
+    """Return what is wrong with the shards of a finished run."""
+    problems = []
+    for i, shard in enumerate(plan.run.shards or (), plan.base):
+        file = ShardFile(shard_path(plan.folder, i, shard.checksum), plan.manifest.codec, shard.rows)
         try:
             file.verify(shard.checksum)
             layout = file.layout()
-            if manifest.ids:
+            if plan.manifest.ids:
                 file.texts(layout)
+            counts = plan.own_header(file.path).batches
+            if sum(counts) != shard.rows:
+                problems.append(f"{file.path}: its batches have {sum(counts)} rows, and it has {shard.rows}")
         except ValueError as error:
             problems.append(str(error))
     return problems
