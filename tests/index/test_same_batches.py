@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import dropinf
 from dropinf.files import checksum
+from dropinf.index.writer import Writer
 from tests.index.small import files, loss_fn, make_batches, make_model, names
 from tests.index.test_runs import StopError, interrupted
 
@@ -258,6 +259,24 @@ def test_files_of_another_run_are_not_taken(place, tmp_path):
         compressor().compress(many(1), out=tmp_path / "idx")
     (own.parent / foreign.name).unlink()
     assert compressor().compress(many(1), out=tmp_path / "idx").verify() == []
+
+
+@KINDS
+def test_a_part_that_is_lost_is_made_again(kind, tmp_path, monkeypatch):
+    """Before others that are finished, so that their parts become a shard before they are compared."""
+    compressor().compress(many(1), out=tmp_path / "whole")
+
+    def stop(*_):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_seal", stop)
+        begun_with(tmp_path / "idx", many(1), None)
+    parts = sorted((tmp_path / "idx" / "parts").iterdir())
+    assert len(parts) == 3
+    parts[1].unlink()
+    compressor().compress(of_kind(kind, many(1)), out=tmp_path / "idx")
+    assert files(tmp_path / "idx") == files(tmp_path / "whole")
 
 
 def many(seed):
