@@ -153,7 +153,7 @@ def test_every_batch_has_its_fingerprint_in_its_shard(index):
     for path in sorted((index.path / "shards").iterdir()):
         with safe_open(path, "pt") as file:
             header = json.loads(file.metadata()["dropinf"])
-        assert header["run"] == index.manifest.run_key(0)
+        assert header["run"] == index.manifest.runs[0].key
         found += header["prints"]
     assert found == [fingerprint(batch, named=True) for batch in make_batches()]
 

@@ -315,20 +315,18 @@ def _keep_passages(folder: Path, manifest: Manifest | None, source: Source, appe
     batches = source.work.batches
     chosen = choose_run(folder, manifest, batches, batches[0], lambda start: _ids(source, start), append)
     if isinstance(chosen, Plan):
-        number = chosen.number
+        start, count = chosen.first_sample, chosen.samples
     elif manifest.unfinished or not append:
         return 0  # the writer says what is wrong
     else:
-        number = len(manifest.runs)
-    start = sum(shard.rows for run in manifest.runs[:number] for shard in run.shards or ())
+        start, count = sum(run.rows for run in manifest.runs), None
     known = manifest.files.get(PASSAGES)
     if source.passages is None or known is None:
         if (source.passages is None) != (known is None):
             raise ValueError(f"{folder} was made {'with' if known is None else 'without'} --loader; do the same again")
         return start
     # Those of a run that is finished are as many as its samples; others stand at the end.
-    shards = manifest.runs[number].shards if number < len(manifest.runs) else None
-    stop = None if shards is None else start + sum(shard.rows for shard in shards)
+    stop = None if count is None else start + count
     changed = file.hold(_lines(source, start), start, stop, known)
     if changed is not None:
         manifest.with_file(PASSAGES, changed).save(folder)

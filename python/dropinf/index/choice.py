@@ -10,8 +10,8 @@ from typing import Any
 from ..workload import Ids, batch_checksum
 from .fingerprint import fingerprint
 from .finished import Finished
-from .manifest import Manifest, Run
-from .runs import Plan
+from .manifest import Call, Manifest, Run
+from .runs import Plan, plans_of
 
 IdsFrom = Callable[[int], Ids | None]  # how many samples stand before a run -> what names its samples
 
@@ -34,12 +34,12 @@ def choose_run(
     begun = [plan for plan in alike if plan.run.shards is None]
     if not done or (len(alike) == 1 and not append):
         return alike[0] if alike else None
-    old = [plan for plan in done if not plan.run.printed]
+    old = [plan for plan in done if not plan.began.printed]
     difference = None
     if not isinstance(batches, Iterator):
         found, difference = _agreeing(done, batches, ids_from)
         if found is not None:
-            return replace(found, every=append and not found.run.printed)
+            return replace(found, every=append and not found.began.printed)
     elif not append:
         return done[-1]  # its batches are compared as they come
     elif old and not begun:
@@ -55,16 +55,16 @@ def runs_alike(folder: Path, manifest: Manifest, batches: Iterable[Any], first: 
     new = fingerprint(first, named=manifest.ids)
     old = "" if all(run.printed for run in manifest.runs) else batch_checksum(first)
 
-    def same(run: Run) -> bool:
+    def same(run: Run | Call) -> bool:
         return run.first == (new if run.printed else old) and (None in (count, run.batches) or count == run.batches)
 
-    return [Plan(folder, manifest, n) for n, run in enumerate(manifest.runs) if same(run)]
+    return [plan for plan in plans_of(folder, manifest) if same(plan.began)]
 
 
 def _agreeing(plans: list[Plan], batches: Iterable[Any], ids_from: IdsFrom) -> tuple[Plan | None, str | None]:
     """Return the first run that agrees with every batch, or how the batches differ from the one that agrees longest."""
     left = [Finished(plan) for plan in plans]
-    names = {id(run): ids_from(sum(shard.rows for shard in run.plan.earlier)) for run in left}
+    names = {id(run): ids_from(run.plan.first_sample) for run in left}
     difference, b = None, -1
     for b, batch in enumerate(batches):
         found = fingerprint(batch, named=plans[0].manifest.ids)

@@ -22,7 +22,7 @@ def discard(folder: Path, manifest: Manifest) -> Manifest:
     if not manifest.shards:
         raise ValueError(f"{folder}: no run in it is finished, so there is nothing to go back to; delete the folder")
     if manifest.unfinished:
-        kept = {shard_path(folder, i, shard.checksum).name for i, shard in enumerate(manifest.shards)}
+        kept = {shard_path(folder, shard.number, shard.checksum).name for shard in manifest.shards}
         for place, pattern in ((folder / SHARDS, SHARD_NAME), (folder / PARTS, PART_NAME)):
             for match in names(place, pattern):
                 if match[0] not in kept:

@@ -49,13 +49,20 @@ class Finished:
             self.parts[b] = name
             self._places[b] = _Place(None, 0, header.batches[0], header.prints[0])
         self._there: set[int] = set()  # shards of the run, numbered within it
-        for number, found, header in plan.shard_files():
-            self._there.add(number - plan.base)
-            self.shards[number] = ShardEntry(found, sum(header.batches))
-            first, b = 0, (number - plan.base) * plan.run.shard_batches
+        at = 0  # of the first batch of a merged shard, whose numbers of batches differ
+        for n, found, header in plan.shard_files():
+            self._there.add(n)
+            self.shards[plan.base + n] = ShardEntry(found, sum(header.batches), plan.first_number + n)
+            first, b = 0, n * plan.run.shard_batches
+            if plan.call is not None:
+                b, at = at - plan.first_batch, at + len(header.batches)
             for count, print_ in zip(header.batches, header.prints, strict=True):
-                self._places[b] = _Place(number, first, count, print_)
+                self._places[b] = _Place(plan.base + n, first, count, print_)
                 first, b = first + count, b + 1
+        if plan.call is not None:
+            for entry in plan.run.shards or ():
+                self._file_of(entry).check_size()  # one that is lost cannot be made again
+            self._places = {b: place for b, place in self._places.items() if 0 <= b < plan.run.calls[plan.call].batches}
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._places))
@@ -69,6 +76,8 @@ class Finished:
     def missing(self, b: int) -> bool:
         """Return whether the run has room for a batch that is not finished: no shard ends before it."""
         own, shard = self.plan.run.shards, b // self.plan.run.shard_batches
+        if self.plan.call is not None:
+            return False
         return shard not in self._there and (own is None or shard < len(own))
 
     def check_missing(self, b: int) -> None:
@@ -175,8 +184,10 @@ class Finished:
         )
 
     def _file(self, shard: int) -> ShardFile:
-        entry = self.shards[shard]
-        return ShardFile(shard_path(self.folder, shard, entry.checksum), self.plan.manifest.codec, entry.rows)
+        return self._file_of(self.shards[shard])
+
+    def _file_of(self, entry: ShardEntry) -> ShardFile:
+        return ShardFile(shard_path(self.folder, entry.number, entry.checksum), self.plan.manifest.codec, entry.rows)
 
     def _verify(self, shard: int | None) -> None:
         if shard is not None:

@@ -16,8 +16,8 @@ SHARDS, PARTS = "shards", "parts"
 SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
 
 
-def shard_path(folder: Path, i: int, checksum: str) -> Path:
-    return folder / SHARDS / f"{i:06d}-{checksum}{SUFFIX}"
+def shard_path(folder: Path, number: int, checksum: str) -> Path:
+    return folder / SHARDS / f"{number:06d}-{checksum}{SUFFIX}"
 
 
 # Files that are numbered: their numbers, and their checksums.

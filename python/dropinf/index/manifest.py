@@ -32,17 +32,35 @@ class LayerEntry:
 class ShardEntry:
     checksum: str
     rows: int
+    number: int  # in its file's name
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of compress whose rows were merged with those of others."""
+
+    first: str
+    batches: int
+    rows: int
+    printed: bool
 
 
 @dataclass(frozen=True)
 class Run:
-    """One compression into the index; `shards` is None until it is finished."""
+    """One compression into the index, or several that were merged; `shards` is None until it is finished."""
 
     first: str  # fingerprint of the first batch; where not `printed`, the checksum of its tensors
     batches: int | None  # None: not known before
     shard_batches: int
+    key: str  # what its files are known by
     shards: tuple[ShardEntry, ...] | None = None
     printed: bool = True  # whether every batch has its fingerprint; not in a run that an earlier version began
+    calls: tuple[Call, ...] = ()  # that were merged
+    replaces: tuple[str, ...] = ()  # keys of the runs that were merged last, whose files it replaces
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards or ())
 
 
 @dataclass(frozen=True)
@@ -76,20 +94,25 @@ class Manifest:
     def unfinished(self) -> bool:
         return not self.runs or self.runs[-1].shards is None
 
-    def base(self, number: int) -> int:
-        """Return the number of the first shard of a run."""
-        return sum(len(run.shards or ()) for run in self.runs[:number])
+    @property
+    def next_number(self) -> int:
+        """The number of the first shard of a run that begins now."""
+        return 1 + max((shard.number for shard in self.shards), default=-1)
 
-    def run_key(self, number: int) -> str:
+    def begun(self, first: str, batches: int | None, shard_batches: int) -> Manifest:
+        """Return the manifest with another run, which has no shards yet."""
+        key = self.key(len(self.runs), self.next_number, first, batches, shard_batches)
+        return replace(self, runs=(*self.runs, Run(first, batches, shard_batches, key)))
+
+    def key(self, *run: object) -> str:
         """Return what the files of a run are known by: a checksum of all that is fixed before its first batch."""
-        run = self.runs[number]
         body = {
             "layers": [asdict(layer) for layer in self.layers],
             "dtype": self.dtype,
             "sketch": self.files.get(SKETCH),
             "model": self.model,
             "ids": self.ids,
-            "run": [number, self.base(number), run.first, run.batches, run.shard_batches],
+            "run": run,
         }
         return checksum(_canonical(body))
 
@@ -174,11 +197,37 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     for name, found in _strings(body["files"], "files").items():
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
-    runs = tuple(_parse_run(entry, version > 1) for entry in _list(body["runs"], "runs"))
+    entries = _list(body["runs"], "runs")
+    if version == 1:
+        _bring_forward(entries)
+    runs = tuple(_parse_run(entry) for entry in entries)
     if not runs or any(run.shards is None for run in runs[:-1]):
         raise ValueError("runs are none, or one that is not the last is not finished")
+    numbers = [shard.number for run in runs for shard in run.shards or ()]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("two shards have one number")
     about = _strings(body["about"], "about")
-    return Manifest(layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about)
+    made = Manifest(layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about)
+    return _with_keys(made) if version == 1 else made
+
+
+def _bring_forward(runs: list[Any]) -> None:
+    """Say what version 1 did not: that batches have no fingerprints, and that shards are numbered one by one."""
+    number = 0
+    for run in runs:
+        run |= {"printed": False, "key": 32 * "0", "calls": [], "replaces": []}
+        for shard in run["shards"] or ():
+            shard["number"] = number
+            number += 1
+
+
+def _with_keys(manifest: Manifest) -> Manifest:
+    """Return the manifest with the keys that its runs would have begun with."""
+    known = replace(manifest, runs=())
+    for run in manifest.runs:
+        key = known.begun(run.first, run.batches, run.shard_batches).runs[-1].key
+        known = replace(known, runs=(*known.runs, replace(run, key=key)))
+    return known
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerEntry:
@@ -191,27 +240,54 @@ def _layer(entry: Mapping[str, Any]) -> LayerEntry:
     return LayerEntry(_string(entry["name"]), shape, _string(entry["digest"]), size)
 
 
-def _parse_run(entry: Mapping[str, Any], marked: bool) -> Run:
+def _parse_run(entry: Mapping[str, Any]) -> Run:
     shards = entry["shards"]
     if shards is not None:
         shards = tuple(_shard(shard) for shard in _list(shards, "shards"))
-    batches = entry["batches"]
-    printed = entry["printed"] if marked else False
-    if type(printed) is not bool:
-        raise ValueError(f"printed is {printed!r}")
-    return Run(
+    calls = tuple(_call(call) for call in _list(entry["calls"], "calls"))
+    if shards is not None and [s.number for s in shards] != [shards[0].number + i for i in range(len(shards))]:
+        raise ValueError("shards of a run are not numbered one by one")
+    run = Run(
         _string(entry["first"]),
-        None if batches is None else whole_number(batches, "batches", 1),
+        _count(entry["batches"]),
         whole_number(entry["shard_batches"], "shard_batches", 1),
+        _key(entry["key"]),
         shards,
-        printed,
+        _flag(entry["printed"]),
+        calls,
+        tuple(_key(key) for key in _list(entry["replaces"], "replaces")),
     )
+    if calls and (shards is None or sum(call.rows for call in calls) != run.rows):
+        raise ValueError("calls have not the rows of their run")
+    return run
+
+
+def _call(entry: Mapping[str, Any]) -> Call:
+    batches, rows = (whole_number(entry[name], name, 1) for name in ("batches", "rows"))
+    return Call(_string(entry["first"]), batches, rows, _flag(entry["printed"]))
+
+
+def _count(value: object) -> int | None:
+    return None if value is None else whole_number(value, "batches", 1)
+
+
+def _key(value: object) -> str:
+    if not is_checksum(value):
+        raise ValueError(f"key is {value!r}")
+    return str(value)
+
+
+def _flag(value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"printed is {value!r}")
+    return value
 
 
 def _shard(entry: Mapping[str, Any]) -> ShardEntry:
     if not is_checksum(entry["checksum"]):
         raise ValueError(f"a shard's checksum is {entry['checksum']!r}")
-    return ShardEntry(entry["checksum"], whole_number(entry["rows"], "rows", 1))
+    number = whole_number(entry["number"], "a shard's number", 0)
+    return ShardEntry(entry["checksum"], whole_number(entry["rows"], "rows", 1), number)
 
 
 def _list(value: object, what: str) -> list[Any]:

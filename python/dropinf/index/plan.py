@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +15,12 @@ from ..files import TEMPORARY, file_checksum, make_folder
 from ..ranks import Ranks
 from ..workload import Ids
 from .choice import choose_run, runs_alike
+from .compact import sweep_merged
 from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
-from .manifest import LayerEntry, Manifest, Run
+from .manifest import LayerEntry, Manifest
 from .runs import Plan
-from .shards import DTYPES
+from .shards import DTYPES, SHARD_BYTES
 
-_SHARD_BYTES = 1 << 26
 _LEAST_SHARDS = 64  # if there are as many batches: what ranks share
 
 
@@ -74,6 +73,7 @@ class Opening:
             self._sweep()
             return None
         self._sweep()
+        sweep_merged(self.folder, manifest)
         self._check_same(manifest, dtype)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
@@ -93,7 +93,7 @@ class Opening:
                 "folder"
             )
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
-        manifest = replace(manifest, runs=(*manifest.runs, Run(found, self.count, last.shard_batches)))
+        manifest = manifest.begun(found, self.count, last.shard_batches)
         manifest.save(self.folder)
         make_folder(self.folder / PARTS)
         return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
@@ -150,7 +150,7 @@ class Opening:
         digest = self.source.digest()
         layers = [LayerEntry(n, s, digest[n], size) for (n, s), size in zip(shapes.items(), sizes, strict=True)]
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
-        a_shard = max(1, _SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
+        a_shard = max(1, SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if self.count is not None:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))
         self.source.save(self.folder / SKETCH)
@@ -159,6 +159,6 @@ class Opening:
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))
         make_folder(self.folder / SHARDS)
         make_folder(self.folder / PARTS)
-        manifest = replace(manifest, runs=(Run(found, self.count, a_shard),))
+        manifest = manifest.begun(found, self.count, a_shard)
         manifest.save(self.folder)
         return manifest

@@ -7,7 +7,6 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +18,8 @@ from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
 from ..ranks import Ranks
+from .ahead import one_ahead, read_ahead
+from .compact import compact
 from .discard import discard
 from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
@@ -56,13 +57,20 @@ class Index:
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
         folder = Path(path)
         manifest = Manifest.load(folder)
-        if not manifest.shards:
-            raise ValueError(
-                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
-            )
-        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
-        for file in self._files:
-            file.check_size()
+        while True:
+            if not manifest.shards:
+                raise ValueError(
+                    f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
+                )
+            self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
+            try:
+                for file in self._files:
+                    file.check_size()
+                return
+            except ValueError:
+                before, manifest = manifest, Manifest.load(folder)
+                if manifest == before:  # or else shards were merged meanwhile
+                    raise
 
     @classmethod
     def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
@@ -76,10 +84,12 @@ class Index:
         least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
             raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
+        self._memory_bytes = memory_bytes
         self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
         self._entries = [shards[i] for i in sorted(shards)]
         self._files = [
-            ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
+            ShardFile(shard_path(folder, shard.number, shard.checksum), self._codec, shard.rows)
+            for shard in self._entries
         ]
         self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
         self._mine: Sequence[int] = range(len(self._files))
@@ -232,10 +242,24 @@ class Index:
         Raises:
             ValueError: it is being written now.
         """
+        self._rewrite(discard)
+
+    def compact(self) -> None:
+        """Merge small shards, as many appends leave them, into large ones; no row, id or order of them changes.
+
+        Handles that were opened before are told to open the index again.
+
+        Raises:
+            ValueError: it is being written now, an append is not finished, or a shard is damaged.
+        """
+        self._rewrite(compact)
+
+    def _rewrite(self, change: Callable[[Path, Manifest], Manifest]) -> None:
         with locked(self.path, Ranks(None)):
-            manifest = discard(self.path, Manifest.load(self.path))
-        if manifest.shards == self.manifest.shards:
-            self.manifest = manifest
+            before = Manifest.load(self.path)
+            manifest = change(self.path, before)
+        if before.shards == self.manifest.shards:
+            self._hold(self.path, manifest, dict(enumerate(manifest.shards)), self._memory_bytes)
 
     def whitened(
         self, out: str | os.PathLike[str], fisher: Fisher | None = None, *, factory: str | None = None
@@ -291,10 +315,16 @@ class Index:
 
     def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
         """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
-        stamp = self._files[i].stamp()
-        if i not in self._layouts or self._layouts[i][0] != stamp:
-            self._files[i].verify(self._entries[i].checksum)
-            self._layouts[i] = stamp, self._files[i].layout()
+        try:
+            stamp = self._files[i].stamp()
+            if i not in self._layouts or self._layouts[i][0] != stamp:
+                self._files[i].verify(self._entries[i].checksum)
+                self._layouts[i] = stamp, self._files[i].layout()
+        except (ValueError, FileNotFoundError):
+            now = Manifest.load(self.path).shards
+            if self._entries[i] in now or now == self.manifest.shards:
+                raise
+            raise ValueError(f"{self.path}: its shards were merged since it was opened; open it again") from None
         return self._layouts[i]
 
     def _check_again(self, pieces: list[tuple[int, int, int]]) -> None:
@@ -304,7 +334,11 @@ class Index:
 
     def _window(self, i: int, first: int, count: int) -> Stored:
         stamp, layout = self._checked(i)
-        return Stored(*self._files[i].window(layout, first, count, stamp))
+        try:
+            return Stored(*self._files[i].window(layout, first, count, stamp))
+        except FileNotFoundError:
+            self._checked(i)  # which says why it is gone
+            raise
 
     def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
         def read(pieces: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], tuple[int, T]]:
@@ -344,28 +378,6 @@ class Index:
                 yield [(i, first, min(rows, count - first))]
         if block:
             yield block
-
-
-def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
-    """Yield the blocks, each once the next is mapped."""
-    block = next(blocks, None)
-    while block is not None:
-        following = next(blocks, None)
-        yield block
-        block = following
-
-
-def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
-    """Yield what `read` makes of each job, in order; a thread reads the next while one is used."""
-    with ThreadPoolExecutor(1, "dropinf-read-ahead") as pool:
-        pending = None
-        for job in jobs:
-            following = pool.submit(read, job)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
 
 
 @dataclass(frozen=True)

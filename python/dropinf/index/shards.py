@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -29,6 +29,7 @@ DTYPES = {
 _TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 _SCALED = ("float16", "int8")
 _HEADER_BYTES = 1 << 26
+SHARD_BYTES = 1 << 26  # of a large shard
 SMALL_BYTES = 1 << 21  # of rows that are read rather than mapped
 Stamp = tuple[int, int, int]
 
@@ -235,6 +236,15 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     if not isinstance(header, dict):
         raise ValueError(f"{path}: its safetensors header is damaged (not an object)")
     return header, 8 + length, size
+
+
+def join_rows(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what is stored of the rows of several files, in their order."""
+    kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0] if name != "id_offsets"}
+    if "id_offsets" in pieces[0]:
+        sizes = torch.cat([piece["id_offsets"].diff() for piece in pieces])
+        kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return kept
 
 
 @dataclass(frozen=True)

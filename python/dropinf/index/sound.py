@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import file_checksum
@@ -33,14 +34,22 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
     for number in range(len(manifest.runs)):
         problems += _problems(Plan(folder, manifest, number))
+    if problems and _changed(folder, manifest):
+        return verify(folder)  # while another process appended, or merged shards
     return problems
+
+
+def _changed(folder: Path, manifest: Manifest) -> bool:
+    with suppress(ValueError):
+        return Manifest.load(folder) != manifest
+    return False
 
 
 def _problems(plan: Plan) -> list[str]:
     """Return what is wrong with the shards of a finished run."""
     problems = []
-    for i, shard in enumerate(plan.run.shards or (), plan.base):
-        file = ShardFile(shard_path(plan.folder, i, shard.checksum), plan.manifest.codec, shard.rows)
+    for shard in plan.run.shards or ():
+        file = ShardFile(shard_path(plan.folder, shard.number, shard.checksum), plan.manifest.codec, shard.rows)
         try:
             file.verify(shard.checksum)
             layout = file.layout()

@@ -22,6 +22,7 @@ from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
 from ..workload import Ids, first_batch, shuffles
+from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
 from .finished import Finished
@@ -29,8 +30,8 @@ from .folder import FISHER, PARTS, locked, shard_path
 from .manifest import Manifest, ShardEntry
 from .plan import Opening, RowSource
 from .reader import Index
-from .runs import Plan
-from .shards import DTYPES, ShardHeader, pack_texts
+from .runs import Plan, plans_of
+from .shards import DTYPES, ShardHeader, join_rows, pack_texts
 
 
 class Work:
@@ -181,7 +182,7 @@ class Writer:
         kept = self.codec.encode(flat)
         if self.ids is not None:
             kept["ids"], kept["id_offsets"] = pack_texts(self._ids_of(self.work.batch, len(flat)))
-        data = serialize(kept, ShardHeader((len(flat),), (self.work.print,), self.plan.key).plain())
+        data = serialize(kept, ShardHeader((len(flat),), (self.work.print,), self.plan.run.key).plain())
         name = f"{self.plan.first_part + b:09d}-{checksum(data)}{SUFFIX}"
         write_whole(self.folder / PARTS / name, data)
         self.parts[b] = name
@@ -225,34 +226,21 @@ class Writer:
             piece, header = self.finished.part(b)
             pieces.append(piece)
             headers.append(header)
-        kept = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0] if name != "id_offsets"}
-        if self.ids is not None:
-            sizes = torch.cat([p["id_offsets"].diff() for p in pieces])
-            kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        kept = join_rows(pieces)
         counts = tuple(len(p["gradients"]) for p in pieces)
-        header = ShardHeader(counts, tuple(header.prints[0] for header in headers), self.plan.key)
+        header = ShardHeader(counts, tuple(header.prints[0] for header in headers), self.plan.run.key)
         data = serialize(kept, header.plain())
-        entry = ShardEntry(checksum(data), sum(counts))
-        write_whole(shard_path(self.folder, shard, entry.checksum), data)
+        number = self.plan.first_number + shard - self.plan.base
+        entry = ShardEntry(checksum(data), sum(counts), number)
+        write_whole(shard_path(self.folder, number, entry.checksum), data)
         self.done[shard] = entry
         self.finished.move(shard, dict(zip(batches, counts, strict=True)))
         for b in batches:
             (self.folder / PARTS / self.parts[b]).unlink()
 
     def _finish(self) -> None:
-        mine = {i: s for i, s in self.done.items() if i % self.ranks.world == self.ranks.rank}
-        every = {i: s for part in self.ranks.everyone(mine) for i, s in part.items()}
-        assert self.work.count is not None
-        stop = self.plan.base + -(-self.work.count // self.plan.run.shard_batches)
-        count = stop + len(self.plan.later)
-        if sorted(every) != list(range(count)):
-            raise ValueError(
-                f"batches: not as many as before: {self.folder} has {len(every)} shards, and these make {count}"
-            )
-        finished = replace(self.plan.run, shards=tuple(every[i] for i in range(self.plan.base, stop)))
-        runs = list(self.plan.manifest.runs)
-        runs[self.plan.number] = finished
-        manifest = replace(self.plan.manifest, runs=tuple(runs))
+        manifest = self._finished_manifest()
+        every = dict(enumerate(manifest.shards))
         if self.plan.undecided:
             manifest = self.ranks.first(lambda: self._decide(manifest))
             every = dict(enumerate(manifest.shards))
@@ -265,11 +253,29 @@ class Writer:
                 self.fisher.correct_together(index, self.ranks)
         self.ranks.first(lambda: self._conclude(manifest))
 
+    def _finished_manifest(self) -> Manifest:
+        """Return the manifest with all shards of the run."""
+        if self.plan.call is not None:
+            return self.plan.manifest
+        mine = {i: s for i, s in self.done.items() if i % self.ranks.world == self.ranks.rank}
+        every = {i: s for part in self.ranks.everyone(mine) for i, s in part.items()}
+        assert self.work.count is not None
+        stop = self.plan.base + -(-self.work.count // self.plan.run.shard_batches)
+        count = stop + len(self.plan.later)
+        if sorted(every) != list(range(count)):
+            raise ValueError(
+                f"batches: not as many as before: {self.folder} has {len(every)} shards, and these make {count}"
+            )
+        finished = replace(self.plan.run, shards=tuple(every[i] for i in range(self.plan.base, stop)))
+        runs = list(self.plan.manifest.runs)
+        runs[self.plan.number] = finished
+        return replace(self.plan.manifest, runs=tuple(runs))
+
     def _decide(self, manifest: Manifest) -> Manifest:
         """Return the manifest with the run, or without it where an earlier one has the same batches, all of them."""
         plan = replace(self.plan, manifest=manifest)
-        others = [Plan(self.folder, manifest, n) for n in range(plan.number)]
-        if any(Finished(plan).twin(Finished(other)) for other in others if other.run.first == plan.run.first):
+        others = [other for other in plans_of(self.folder, manifest) if other.number < plan.number]
+        if any(Finished(plan).twin(Finished(other)) for other in others if other.began.first == plan.run.first):
             return discard(self.folder, self.plan.manifest)
         return manifest
 
@@ -279,6 +285,7 @@ class Writer:
         manifest.save(self.folder)
         if not manifest.unfinished:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+            compact_gathered(self.folder, manifest)
 
 
 def write_index(
