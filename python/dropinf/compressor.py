@@ -204,12 +204,12 @@ class Compressor:
     ) -> Gradients | Index:
         """Return the compressed gradient of every sample, in order.
 
-        ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes at the
-        next batch when you repeat it; the bytes are those of an uninterrupted one. These go with ``out``:
+        ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes when
+        you repeat it, to the same bytes; batches or rows that differ from those stored are errors. These go with it:
         ``dtype``: float64, float32, bfloat16, float16 or int8 (these two with a scale per row); by default as computed.
         ``fisher``: a kind, or an empty `Fisher`, built in the same pass and kept with the index.
         ``ids(batch) -> [str]``: what to call a batch's samples.
-        ``append``: add these batches to those of a finished index.
+        ``append``: add these batches to those of a finished index, unless a run in it has the same ones throughout.
         ``group``: ranks of ``torch.distributed`` that share the work, each calling this with the same batches in the
         same order; they need one file system. None: this process alone.
         ``progress`` shows a bar on standard error.

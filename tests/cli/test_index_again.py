@@ -132,3 +132,38 @@ def test_appended_passages(common, made, named, tmp_path):
             "index", *options, "--data", clash, *second[2:]
         )
         assert files(folder) == whole
+
+
+def but_sums(folder):
+    """Without the Fisher matrix, which rounds otherwise where rows come in other shards, and what names it."""
+    return {name: x for name, x in files(folder).items() if name not in ("fisher.safetensors", "manifest.json")}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_appended_passages_in_merged_shards(common, named, tmp_path):
+    folder, more = tmp_path / "idx", make_passages(11, 3, "q")
+    options = common if named else [x for x in common if x not in ("--id-field", "id")]
+    second = ["--data", write_jsonl(tmp_path / "more.jsonl", more), "--append"]
+    run("index", *options, "--out", folder)
+    run("index", *options, *second, "--out", folder)
+    index = dropinf.Index.open(folder)
+    before = index.ids(), index[:].flat
+    assert run("compact", folder).stderr == f"{folder}: {index.info()['shards']} shards, now 1\n"
+    merged = dropinf.Index.open(folder)
+    assert merged.ids() == before[0]
+    assert torch.equal(merged[:].flat, before[1])
+    assert run("verify", folder).stdout == "sound\n"
+    whole = but_sums(folder)
+    for again in ([], second):
+        assert "nothing was left to compress" in run("index", *options, *again, "--out", folder).stderr
+        assert but_sums(folder) == whole
+    run(
+        "index",
+        *options,
+        *second,
+        "--data",
+        write_jsonl(tmp_path / "third.jsonl", make_passages(5, 4, "r")),
+        "--out",
+        folder,
+    )
+    assert len(dropinf.Index.open(folder)) == 66

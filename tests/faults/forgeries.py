@@ -29,6 +29,7 @@ def drop(*at: Any) -> Callable[[Any], None]:
 
 
 SHARD, LAYER = ("runs", 0, "shards", 0), ("layers", 0)
+CALL = {"first": 32 * "0", "batches": 12, "rows": 47, "printed": True}  # a row less than there are
 MANIFESTS: dict[str, Callable[[Any], None]] = {
     **{f"a shard's checksum is {x!r}": put(*SHARD, "checksum", x) for x in ("../../etc/passwd", "/etc/passwd", 32 * "F", 31 * "0", "", None, 7, 32 * "٣")},
     **{f"a file is {x!r}": put("files", x, 32 * "0") for x in ("../secret", "/etc/passwd", "manifest.json", "", "shards/x", "a\0b")},
@@ -37,13 +38,18 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
     **{f"a shape is {x}": put(*LAYER, "shape", x) for x in ([2**20, 2**20], [2**40], [2**63, 2], [0], [-3, 3], [-3, -3], [True, 3], [3.0, 3], [], [1, 1, 9], "33", None, 9, [9, "1"], {"0": 9})},
     **{f"a size is {x}": put(*LAYER, "size", x) for x in (float("nan"), float("inf"), Raw("1e999"), 0.0, -1.0, 1, None, "1.0")},
     **{f"a name is {x!r}": put(*LAYER, "name", x) for x in (None, 3, [], "2")},
-    **{f"version is {str(x)[:8]}": put("version", x) for x in (2, 0, -1, "1", None, [1], 10**30)},
+    **{f"version is {str(x)[:8]}": put("version", x) for x in (3, 0, -1, "1", None, [1], 10**30)},
     **{f"dtype is {x!r}": put("dtype", x) for x in ("complex64", "", None, ["float32"], {}, "bfloat16", "float64")},
     **{f"ids are {x!r}": put("ids", x) for x in (1, 0, "true", None)},
     **{f"{name} is {x!r}": put(name, x) for name in ("layers", "runs", "files", "about") for x in (None, 1, "x")},
     **{f"{name} is missing": drop(name) for name in ("version", "layers", "dtype", "model", "ids", "runs", "files", "about", "format")},
-    **{f"a run's {name} is missing": drop("runs", 0, name) for name in ("first", "batches", "shard_batches", "shards")},
+    **{f"a run's {name} is missing": drop("runs", 0, name) for name in ("first", "batches", "shard_batches", "shards", "printed", "key", "calls", "replaces")},
     **{f"a run's {name} is {x!r}": put("runs", 0, name, x) for name in ("batches", "shard_batches") for x in (0, -1, 1.5, True, "2", [])},
+    **{f"a run's printed is {x!r}": put("runs", 0, "printed", x) for x in (0, 1, None, "true", [])},
+    **{f"a shard's number is {x!r}": put(*SHARD, "number", x) for x in (-1, 1, 7, True, None, "0", 2**48, 10**30)},
+    **{f"a run's key is {x!r}": put("runs", 0, "key", x) for x in (None, "", 7, 31 * "0", "../x")},
+    **{f"a run's replaces is {x!r}": put("runs", 0, "replaces", x) for x in (None, "x", [7], ["x"], {})},
+    **{f"a run's calls are {x!r}": put("runs", 0, "calls", x) for x in (None, "x", [7], [{}], [CALL], [{**CALL, "rows": 0}], [{**CALL, "batches": -1}], [{**CALL, "batches": None}])},
     "no layers": put("layers", []),
     "no runs": put("runs", []),
     "a run that is not finished": put("runs", 0, "shards", None),

@@ -168,6 +168,14 @@ def verify(index: IndexFolder) -> None:
         raise typer.Exit(1)
 
 
+def compact(index: IndexFolder) -> None:
+    """Merge small shards, as many appends leave them; rows, ids and their order stay."""
+    found = open_index(index)
+    before = found.info()["shards"]
+    found.compact()
+    note(f"{index}: {before:,} shards, now {found.info()['shards']:,}")
+
+
 def info(index: IndexFolder, as_json: AsJson = False) -> None:
     """Show what an index holds and how it was made."""
     found = open_index(index).info()

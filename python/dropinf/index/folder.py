@@ -16,10 +16,13 @@ SHARDS, PARTS = "shards", "parts"
 SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
 
 
-def shard_path(folder: Path, i: int, checksum: str) -> Path:
-    return folder / SHARDS / f"{i:06d}-{checksum}{SUFFIX}"
+def shard_path(folder: Path, number: int, checksum: str) -> Path:
+    return folder / SHARDS / f"{number:06d}-{checksum}{SUFFIX}"
 
 
+# Files that are numbered: their numbers, and their checksums.
+PART_NAME = re.compile(r"(\d{9,})-([0-9a-f]{32})" + re.escape(SUFFIX))
+SHARD_NAME = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
 
 
@@ -45,6 +48,12 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if ranks.rank == 0:
             os.close(handle)
+
+
+def names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """Yield the names in a folder that match, in order; none where there is no such folder."""
+    if folder.is_dir():
+        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)))
 
 
 def check_free(folder: Path) -> None:

@@ -7,7 +7,6 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,9 +18,13 @@ from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
 from ..ranks import Ranks
+from .ahead import one_ahead, read_ahead
+from .compact import compact
+from .discard import discard
 from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
+from .positions import positions_of
 from .shards import SMALL_BYTES, ShardFile, Stamp
 from .sound import verify
 
@@ -54,13 +57,20 @@ class Index:
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
         folder = Path(path)
         manifest = Manifest.load(folder)
-        if not manifest.shards:
-            raise ValueError(
-                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
-            )
-        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
-        for file in self._files:
-            file.check_size()
+        while True:
+            if not manifest.shards:
+                raise ValueError(
+                    f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
+                )
+            self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
+            try:
+                for file in self._files:
+                    file.check_size()
+                return
+            except ValueError:
+                before, manifest = manifest, Manifest.load(folder)
+                if manifest == before:  # or else shards were merged meanwhile
+                    raise
 
     @classmethod
     def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
@@ -74,10 +84,12 @@ class Index:
         least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
             raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
+        self._memory_bytes = memory_bytes
         self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
         self._entries = [shards[i] for i in sorted(shards)]
         self._files = [
-            ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
+            ShardFile(shard_path(folder, shard.number, shard.checksum), self._codec, shard.rows)
+            for shard in self._entries
         ]
         self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
         self._mine: Sequence[int] = range(len(self._files))
@@ -123,7 +135,7 @@ class Index:
         """
         if isinstance(rows, str):
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
-        chosen = _positions(rows, len(self))
+        chosen = positions_of(rows, len(self))
         out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
         shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
         for i in shard.unique().tolist():
@@ -155,7 +167,7 @@ class Index:
 
     def ids(self, rows: Rows = slice(None)) -> list[str]:
         """Return the ids of the samples that `rows` selects; their positions where none were given."""
-        chosen = _positions(rows, len(self)).tolist()
+        chosen = positions_of(rows, len(self)).tolist()
         if not self.manifest.ids:
             return [str(position) for position in chosen]
         texts: dict[int, list[str]] = {}
@@ -224,6 +236,31 @@ class Index:
             self.manifest = now.with_file(FISHER, fisher.save(self.path / FISHER))
             self.manifest.save(self.path)
 
+    def discard(self) -> None:
+        """Remove the rows of an append that was not finished, so that others can be appended; all else stays.
+
+        Raises:
+            ValueError: it is being written now.
+        """
+        self._rewrite(discard)
+
+    def compact(self) -> None:
+        """Merge small shards, as many appends leave them, into large ones; no row, id or order of them changes.
+
+        Handles that were opened before are told to open the index again.
+
+        Raises:
+            ValueError: it is being written now, an append is not finished, or a shard is damaged.
+        """
+        self._rewrite(compact)
+
+    def _rewrite(self, change: Callable[[Path, Manifest], Manifest]) -> None:
+        with locked(self.path, Ranks(None)):
+            before = Manifest.load(self.path)
+            manifest = change(self.path, before)
+        if before.shards == self.manifest.shards:
+            self._hold(self.path, manifest, dict(enumerate(manifest.shards)), self._memory_bytes)
+
     def whitened(
         self, out: str | os.PathLike[str], fisher: Fisher | None = None, *, factory: str | None = None
     ) -> None:
@@ -278,10 +315,16 @@ class Index:
 
     def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
         """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
-        stamp = self._files[i].stamp()
-        if i not in self._layouts or self._layouts[i][0] != stamp:
-            self._files[i].verify(self._entries[i].checksum)
-            self._layouts[i] = stamp, self._files[i].layout()
+        try:
+            stamp = self._files[i].stamp()
+            if i not in self._layouts or self._layouts[i][0] != stamp:
+                self._files[i].verify(self._entries[i].checksum)
+                self._layouts[i] = stamp, self._files[i].layout()
+        except (ValueError, FileNotFoundError):
+            now = Manifest.load(self.path).shards
+            if self._entries[i] in now or now == self.manifest.shards:
+                raise
+            raise ValueError(f"{self.path}: its shards were merged since it was opened; open it again") from None
         return self._layouts[i]
 
     def _check_again(self, pieces: list[tuple[int, int, int]]) -> None:
@@ -291,7 +334,11 @@ class Index:
 
     def _window(self, i: int, first: int, count: int) -> Stored:
         stamp, layout = self._checked(i)
-        return Stored(*self._files[i].window(layout, first, count, stamp))
+        try:
+            return Stored(*self._files[i].window(layout, first, count, stamp))
+        except FileNotFoundError:
+            self._checked(i)  # which says why it is gone
+            raise
 
     def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
         def read(pieces: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], tuple[int, T]]:
@@ -333,28 +380,6 @@ class Index:
             yield block
 
 
-def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
-    """Yield the blocks, each once the next is mapped."""
-    block = next(blocks, None)
-    while block is not None:
-        following = next(blocks, None)
-        yield block
-        block = following
-
-
-def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
-    """Yield what `read` makes of each job, in order; a thread reads the next while one is used."""
-    with ThreadPoolExecutor(1, "dropinf-read-ahead") as pool:
-        pending = None
-        for job in jobs:
-            following = pool.submit(read, job)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-
-
 @dataclass(frozen=True)
 class _White:
     """The rows of an index, whitened."""
@@ -370,23 +395,3 @@ class _White:
         """Return the rows at ordered positions."""
         parts = near(positions, block_rows(self.index))
         return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
-
-
-def _positions(rows: Rows, count: int) -> Tensor:
-    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
-    if isinstance(rows, slice):
-        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
-    index = torch.as_tensor(rows)
-    if index.dtype == torch.bool:
-        if index.shape != (count,):
-            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
-        return index.nonzero().flatten()
-    if index.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if index.ndim > 1 or index.is_floating_point():
-        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
-    index = index.reshape(-1).long()
-    wrong = ((index < -count) | (index >= count)).nonzero()
-    if len(wrong):
-        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
-    return torch.where(index < 0, index + count, index)

@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dropinf_kernels import quantize_rows
 
-from ..files import _KEY, file_checksum
+from ..files import _KEY, file_checksum, is_checksum
 
 DTYPES = {
     "float64": torch.float64,
@@ -29,6 +29,7 @@ DTYPES = {
 _TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 _SCALED = ("float16", "int8")
 _HEADER_BYTES = 1 << 26
+SHARD_BYTES = 1 << 26  # of a large shard
 SMALL_BYTES = 1 << 21  # of rows that are read rather than mapped
 Stamp = tuple[int, int, int]
 
@@ -237,20 +238,59 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     return header, 8 + length, size
 
 
-def read_shard_header(path: Path) -> list[int]:
-    """Return the rows of each batch in a shard's file.
+def join_rows(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what is stored of the rows of several files, in their order."""
+    kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0] if name != "id_offsets"}
+    if "id_offsets" in pieces[0]:
+        sizes = torch.cat([piece["id_offsets"].diff() for piece in pieces])
+        kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return kept
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard, or a part of one, says of itself."""
+
+    batches: tuple[int, ...]  # rows of each
+    prints: tuple[str | None, ...]  # fingerprint of each; None where an earlier version computed it
+    run: str | None  # key of the run that it is of
+
+    def plain(self) -> dict[str, object]:
+        """Return it as it is stored; the run of one that an earlier version wrote is not."""
+        if self.run is None:
+            return {"batches": self.batches}
+        return {"batches": self.batches, "prints": self.prints, "run": self.run}
+
+
+def read_shard_header(path: Path) -> ShardHeader:
+    """Return what the file of a shard says of itself.
 
     Raises:
         ValueError: not a shard.
     """
     metadata = _read_header(path)[0].get("__metadata__")
     try:
-        counts = json.loads(metadata[_KEY])["batches"]  # type: ignore[index]
-        if counts and all(type(n) is int and n > 0 for n in counts):
-            return list(counts)
+        return parse_shard_header(metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise ValueError(f"{path}: damaged, its header is not a shard's; delete it and run it again to make it again")
+        raise ValueError(
+            f"{path}: damaged, its header is not a shard's; delete it and run it again to make it again"
+        ) from None
+
+
+def parse_shard_header(metadata: object) -> ShardHeader:
+    """Return what a shard says of itself; raises KeyError, TypeError or ValueError where it says nothing."""
+    found = json.loads(metadata[_KEY])  # type: ignore[index]
+    counts, run = found["batches"], found.get("run")
+    if not (isinstance(counts, list) and counts and all(type(n) is int and n > 0 for n in counts)):
+        raise ValueError(f"batches are {counts!r}")
+    if run is None:
+        return ShardHeader(tuple(counts), (None,) * len(counts), None)
+    prints = found["prints"]
+    if not (is_checksum(run) and isinstance(prints, list) and len(prints) == len(counts)):
+        raise ValueError(f"prints are {prints!r}")
+    if not all(p is None or is_checksum(p) for p in prints):
+        raise ValueError(f"prints are {prints!r}")
+    return ShardHeader(tuple(counts), tuple(prints), run)
 
 
 def _offsets(path: Path, name: str, entry: object, size: int) -> tuple[int, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import file_checksum
 from .folder import shard_path
 from .manifest import Manifest
+from .runs import Plan
 from .shards import ShardFile
 
 
@@ -30,13 +32,32 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{folder / name}: missing")
         elif file_checksum(folder / name) != expected:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
-    for i, shard in enumerate(manifest.shards):
-        file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
+    for number in range(len(manifest.runs)):
+        problems += _problems(Plan(folder, manifest, number))
+    if problems and _changed(folder, manifest):
+        return verify(folder)  # while another process appended, or merged shards
+    return problems
+
+
+def _changed(folder: Path, manifest: Manifest) -> bool:
+    with suppress(ValueError):
+        return Manifest.load(folder) != manifest
+    return False
+
+
+def _problems(plan: Plan) -> list[str]:
+    """Return what is wrong with the shards of a finished run."""
+    problems = []
+    for shard in plan.run.shards or ():
+        file = ShardFile(shard_path(plan.folder, shard.number, shard.checksum), plan.manifest.codec, shard.rows)
         try:
             file.verify(shard.checksum)
             layout = file.layout()
-            if manifest.ids:
+            if plan.manifest.ids:
                 file.texts(layout)
+            counts = plan.own_header(file.path).batches
+            if sum(counts) != shard.rows:
+                problems.append(f"{file.path}: its batches have {sum(counts)} rows, and it has {shard.rows}")
         except ValueError as error:
             problems.append(str(error))
     return problems
