@@ -206,7 +206,7 @@ class Compressor:
 
         ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes at the
         next batch when you repeat it; the bytes are those of an uninterrupted one. These go with ``out``:
-        ``dtype``: float64, float32, bfloat16, float16 or int8 (these two with a scale per row); by default as computed.
+        ``dtype``: float64, float32, bfloat16, float16 or int8 (these with scales); by default as computed.
         ``fisher``: a kind, or an empty `Fisher`, built in the same pass and kept with the index.
         ``ids(batch) -> [str]``: what to call a batch's samples.
         ``append``: add these batches to those of a finished index.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args, overload
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dropinf_kernels import score_topk
-from dropinf_kernels.ops.topk import dot_rows
+from dropinf_kernels.ops.plain import BUFFER_BYTES
+from dropinf_kernels.ops.topk import topk_lowest_index
 
 from .files import new_array, open_array
 from .fisher.fisher import Fisher
-from .gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch, share_of
+from .gradients import Gradients, GradientsBuilder, GradientSource, Sketched, block_rows, check_same_sketch, share_of
+from .index.products import Products, Stored
 from .index.reader import Index
 from .ranks import Ranks
 
@@ -139,21 +142,20 @@ def _columns(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (offset, scores [Q, n]) of this rank's samples, block by block."""
     q, blocks = _blocks(q, train, fisher, kind, ranks)
-    for offset, part, values, scale in blocks:
-        block = dot_rows(q, values.to(q.device))
-        for factor in (scale, _train_scale(part, fisher, kind, q)):
-            if factor is not None:
-                block *= factor.to(block)
-        yield offset, block
+    products = Products(q, _widths(train))
+    for offset, part, rows in blocks:
+        block = products.dot(rows)
+        factor = _train_scale(part, fisher, kind, q)
+        yield offset, block if factor is None else block.mul_(factor.to(block))
 
 
-Part = tuple[int, "Gradients | None", Tensor, "Tensor | None"]
+Part = tuple[int, "Gradients | None", Stored]
 
 
 def _blocks(
     q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
 ) -> tuple[Tensor, Iterator[Part]]:
-    """Return the queries to multiply with, and (offset, gradients, rows [n, K], what each is multiplied by) of blocks.
+    """Return the queries to multiply with, and (offset, gradients, rows as they are stored) of blocks.
 
     Where nothing but the product reads them, an index's rows are taken as they are stored: without the gradients.
     Where the Fisher asks for fp64, they are not: its products need the very rows it was built from, rounding and all.
@@ -162,9 +164,13 @@ def _blocks(
     exact = kind == "influence" and fisher is not None and fisher.result_dtype(torch.float32) == torch.float64
     if isinstance(mine, Index) and kind in ("influence", "dot") and not exact:
         factors = mine.factors()
-        stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks())
+        stored = ((offset, None, rows) for offset, rows in mine.stored_blocks())
         return (q if factors is None else q * factors.to(q)), stored
-    return q, ((offset, part, part.flat, None) for offset, part in mine.blocks(block_rows(train)))
+    return q, ((offset, part, Stored(part.flat, None)) for offset, part in mine.blocks(block_rows(train)))
+
+
+def _widths(train: Sketched) -> tuple[int, ...]:
+    return tuple(map(math.prod, train.shapes.values()))
 
 
 def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest: bool) -> None:
@@ -226,7 +232,11 @@ def _stream_top(
     """Merge the best of each row block into a running best; ties keep the earlier block: the lowest index."""
     best = TopK(q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device))
     q, blocks = _blocks(q, train, fisher, kind, ranks)
-    for offset, part, values, scale in blocks:
+    products = Products(q, _widths(train))
+    for offset, part, (values, scale) in blocks:
+        if scale is not None and scale.ndim > 1:
+            best = _merge([best, *_top_of_parts(products, Stored(values, scale), top, offset)], top)
+            continue
         flat, scale = values.to(q.device), scale if part is None else _train_scale(part, fisher, kind, q)
         if scale is not None and q.dtype == torch.float64:
             flat, scale = flat * scale.unsqueeze(1), None  # the op takes fp32 scales
@@ -236,6 +246,16 @@ def _stream_top(
         parts = zip(ranks.gather(best.values.T), ranks.gather(best.indices.T), strict=True)
         best = _merge([TopK(values.T, indices.T) for values, indices in parts], top)
     return best
+
+
+def _top_of_parts(products: Products, rows: Stored, top: int, offset: int) -> Iterator[TopK]:
+    """Yield the best of rows with a scale for each layer, part by part, so that few scores are held."""
+    step = max(1, BUFFER_BYTES // (products.q.itemsize * max(1, len(products.q))))
+    assert rows.scale is not None
+    for start in range(0, len(rows.values), step):
+        scores = products.dot(Stored(rows.values[start : start + step], rows.scale[start : start + step]))
+        values, indices = topk_lowest_index(scores, min(top, scores.shape[1]))
+        yield TopK(values, indices + (offset + start))
 
 
 def _merge(parts: list[TopK], top: int) -> TopK:

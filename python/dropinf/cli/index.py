@@ -20,10 +20,10 @@ from ..budget import choose
 from ..capture.masks import check_weights
 from ..compressor import Compressor
 from ..fisher.fisher import Fisher, FisherKind
+from ..index.codec import DTYPES, Codec
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
 from ..index.manifest import Manifest, find_run
 from ..index.reader import Index
-from ..index.shards import DTYPES, Codec
 from ..index.writer import write_index
 from ..ranks import Ranks
 from ..sketch.sketch import Dropout
@@ -225,7 +225,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             _draw(source, out / SKETCH, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
-    row = Codec(recipe.dtype, widths, (1.0,) * len(widths)).row_bytes
+    row = Codec(recipe.dtype, tuple(compressor.layers), widths).row_bytes
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
     meter = Meter(ids)
     made = write_index(

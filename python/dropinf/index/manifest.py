@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files import checksum, is_checksum, whole_number, write_whole
-from .shards import DTYPES, Codec
+from .codec import DTYPES, Codec
 
 NAME = "manifest.json"
 FORMAT = "dropinf.index"
-VERSION = 1
+VERSION = 2
 FILES = ("sketch.safetensors", "fisher.safetensors", "passages.jsonl")
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
@@ -24,7 +24,7 @@ class LayerEntry:
     name: str
     shape: tuple[int, ...]
     digest: str  # of its sketch's tables
-    size: float = 1.0  # divided out of int8 rows
+    size: float | None = None  # divided out of the int8 rows of version 1
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ class Manifest:
 
     @property
     def codec(self) -> Codec:
-        return Codec(
-            self.dtype,
-            tuple(math.prod(layer.shape) for layer in self.layers),
-            tuple(layer.size for layer in self.layers),
-        )
+        sizes = tuple(layer.size for layer in self.layers if layer.size is not None)
+        widths = tuple(math.prod(layer.shape) for layer in self.layers)
+        return Codec(self.dtype, tuple(self.shapes), widths, sizes or None)
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
@@ -139,7 +137,7 @@ def _refuse(text: str) -> None:
 
 
 def _parse(body: Mapping[str, Any]) -> Manifest:
-    if body["version"] != VERSION:
+    if body["version"] not in (1, VERSION):
         raise ValueError(f"version is {body['version']!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
     if body.keys() != expected:
@@ -151,6 +149,8 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     layers = tuple(_layer(entry) for entry in _list(body["layers"], "layers"))
     if not layers or len({layer.name for layer in layers}) != len(layers):
         raise ValueError("layers are none, or named twice")
+    if len({layer.size is None for layer in layers}) > 1 or (body["version"] == 1 and layers[0].size is None):
+        raise ValueError("some layers have a size and others none")
     for name, found in _strings(body["files"], "files").items():
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
@@ -166,7 +166,7 @@ def _layer(entry: Mapping[str, Any]) -> LayerEntry:
     if len(shape) not in (1, 2) or math.prod(shape) > 1 << 40:
         raise ValueError(f"a layer's shape is {shape}")
     size = entry["size"]
-    if type(size) is not float or not (math.isfinite(size) and size > 0):
+    if size is not None and (type(size) is not float or not (math.isfinite(size) and size > 0)):
         raise ValueError(f"a layer's size is {size!r}")
     return LayerEntry(_string(entry["name"]), shape, _string(entry["digest"]), size)
 

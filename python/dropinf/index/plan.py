@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -17,9 +16,10 @@ from torch import Tensor
 from ..files import SUFFIX, TEMPORARY, file_checksum, make_folder
 from ..ranks import Ranks
 from ..workload import Ids, batch_checksum
+from .codec import DTYPES
 from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
 from .manifest import LayerEntry, Manifest, Run, ShardEntry, find_run
-from .shards import DTYPES, read_shard_header
+from .shards import read_shard_header
 
 _PART = re.compile(r"(\d{9,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _SHARD = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
@@ -196,12 +196,8 @@ class Opening:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
         shapes = self.source.shapes
-        sizes = [1.0] * len(shapes)
-        if name == "int8":
-            parts = flat.split([math.prod(s) for s in shapes.values()], 1)
-            sizes = [float(part.square().mean().sqrt()) or 1.0 for part in parts]
         digest = self.source.digest()
-        layers = [LayerEntry(n, s, digest[n], size) for (n, s), size in zip(shapes.items(), sizes, strict=True)]
+        layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
         a_shard = max(1, _SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if self.count is not None:

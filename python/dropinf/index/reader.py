@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,18 +22,12 @@ from ..ranks import Ranks
 from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
+from .products import Stored
 from .shards import SMALL_BYTES, ShardFile, Stamp
 from .sound import verify
 
 MEMORY_BYTES = 1 << 28
 T = TypeVar("T")
-
-
-class Stored(NamedTuple):
-    """Rows as they are stored: their values [n, K], and what each is multiplied by [n] or None for 1."""
-
-    values: Tensor
-    scale: Tensor | None
 
 
 class Index:
@@ -142,15 +136,19 @@ class Index:
             yield offset, Gradients(values, shapes, digest)
 
     def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[int, Stored]]:
-        """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
+        """Yield (offset, rows as they are stored), which `products.Products` multiplies without decoding them.
+
+        Queries must be multiplied with `factors()` first.
+        """
         rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
-        for pieces, block in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
-            yield block
+        for pieces, (offset, stored) in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
+            scales = self._codec.scales(*stored)
+            yield offset, Stored(stored.values, scales)
             self._check_again(pieces)
 
     def factors(self) -> Tensor | None:
-        """Return what each stored column is multiplied by, [K], or None for 1."""
+        """Return what each stored column is multiplied by beside the scales of `stored_blocks`, [K], or None for 1."""
         return self._codec.factors()
 
     def ids(self, rows: Rows = slice(None)) -> list[str]:

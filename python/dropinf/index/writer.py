@@ -23,11 +23,12 @@ from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
 from ..workload import Ids, first_batch, shuffles
+from .codec import DTYPES
 from .folder import FISHER, PARTS, locked, shard_path
 from .manifest import Manifest, ShardEntry
 from .plan import Opening, Plan, RowSource
 from .reader import Index
-from .shards import DTYPES, pack_texts
+from .shards import pack_texts
 
 
 class Work:
@@ -117,7 +118,7 @@ class Writer:
         b = self.work.at
         if b is None:
             return
-        kept = self.codec.encode(flat)
+        kept = self.codec.encode(flat, self._where)
         if self.ids is not None:
             kept["ids"], kept["id_offsets"] = pack_texts(self._ids_of(self.work.batch, len(flat)))
         data = serialize(kept, {"batches": [len(flat)]})
