@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
@@ -14,25 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .builder import GradientsBuilder
 from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
-from .capture.masks import check_weights, fingerprint, load_masks, masked_layers, save_masks
+from .capture.masks import check_weights, fingerprint, layer_digest, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
-from .gradients import Gradients, GradientsBuilder
+from .gradients import Gradients
 from .index.folder import SKETCH
 from .index.manifest import Manifest
 from .index.reader import Index
 from .index.writer import write_index
 from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
-from .workload import CuSeqlens, Ids, LossFn, check_batches, check_ids, shuffles
+from .workload import CuSeqlens, Ids, LossFn, check_batches, check_ids, check_loss, check_model, shuffles
 
 PROBE = 8  # entries of each side of a layer that calibration has audited
 
@@ -335,7 +335,7 @@ class Compressor:
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
-        return {name: _layer_digest(layer) for name, layer in self.layers.items()}
+        return {name: layer_digest(layer) for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks, and the second moments that they were drawn from, to a safetensors file."""
@@ -381,20 +381,3 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _layer_digest(layer: Layer) -> str:
-    h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
-    for axis in (layer.out_axis, layer.in_axis):
-        h.update(b"none" if axis is None else axis.digest())
-    return h.hexdigest()
-
-
-def check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-
-
-def check_loss(loss_fn: object) -> None:
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")

@@ -15,9 +15,10 @@ from dropinf_kernels import score_topk
 from dropinf_kernels.ops.plain import BUFFER_BYTES
 from dropinf_kernels.ops.topk import topk_lowest_index
 
+from .builder import GradientsBuilder
 from .files import new_array, open_array
 from .fisher.fisher import Fisher
-from .gradients import Gradients, GradientsBuilder, GradientSource, Sketched, block_rows, check_same_sketch, share_of
+from .gradients import Gradients, GradientSource, Sketched, block_rows, check_same_sketch, share_of
 from .index.products import Products, Stored
 from .index.reader import Index
 from .ranks import Ranks

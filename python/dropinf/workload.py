@@ -76,6 +76,18 @@ def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
     return map_tensors(lambda _: next(values), batch)
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError where a model is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def check_loss(loss_fn: object) -> None:
+    """Raise TypeError where a loss is no function."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")
+
+
 def check_ids(ids: object) -> None:
     """Raise TypeError where ids are not a function: a list of them belongs to no batch."""
     if ids is not None and not callable(ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,6 +105,14 @@ def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str
                 f"path: the masks in {path} are of another model: layer {name} is {rows} x {columns} here and "
                 f"{' x '.join(map(str, sizes))} there; {way_out}"
             )
+
+
+def layer_digest(layer: Layer) -> str:
+    """Return a fingerprint of a layer's tables."""
+    h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
+    for axis in (layer.out_axis, layer.in_axis):
+        h.update(b"none" if axis is None else axis.digest())
+    return h.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:
