@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,19 @@ from .index.reader import Index
 from .index.writer import write_index
 from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
-from .workload import CuSeqlens, Ids, LossFn, check_batches, check_ids, check_loss, check_model, shuffles
+from .workload import (
+    CuSeqlens,
+    Ids,
+    LossFn,
+    check_batches,
+    check_ids,
+    check_loss,
+    check_model,
+    check_order,
+    order_of,
+    unwrap,
+    warn_shuffled,
+)
 
 PROBE = 8  # entries of each side of a layer that calibration has audited
 
@@ -176,7 +187,9 @@ class Compressor:
         return ReadOnly(self._layers)
 
     @overload
-    def compress(self, batches: Iterable[Any], *, progress: bool = ...) -> Gradients: ...
+    def compress(
+        self, batches: Iterable[Any], *, order: Sequence[int] | Tensor | None = ..., progress: bool = ...
+    ) -> Gradients: ...
     @overload
     def compress(
         self,
@@ -186,6 +199,7 @@ class Compressor:
         dtype: torch.dtype | None = ...,
         fisher: FisherKind | Fisher | None = ...,
         ids: Ids | None = ...,
+        order: Sequence[int] | Tensor | None = ...,
         append: bool = ...,
         group: dist.ProcessGroup | None = ...,
         progress: bool = ...,
@@ -198,12 +212,16 @@ class Compressor:
         dtype: torch.dtype | None = None,
         fisher: FisherKind | Fisher | None = None,
         ids: Ids | None = None,
+        order: Sequence[int] | Tensor | None = None,
         append: bool = False,
         group: dist.ProcessGroup | None = None,
         progress: bool = False,
     ) -> Gradients | Index:
         """Return the compressed gradient of every sample, in order.
 
+        ``order``: of batches that take samples from here and there, as by length, a number for each sample as it comes:
+        rows and ids stand as these numbers rise. An index takes ``batches.order`` by default, if there is one: those of
+        a `TextModel` say where each passage stands in the data.
         ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes at the
         next batch when you repeat it; the bytes are those of an uninterrupted one. These go with ``out``:
         ``dtype``: float64, float32, bfloat16, float16 or int8 (these with scales); by default as computed.
@@ -218,18 +236,23 @@ class Compressor:
             check_ids(ids)
             made = Fisher(fisher) if isinstance(fisher, str) else fisher
             return write_index(
-                self, batches, out, dtype=dtype, fisher=made, ids=ids, append=append, group=group, progress=progress
+                self,
+                batches,
+                out,
+                dtype=dtype,
+                fisher=made,
+                ids=ids,
+                order=order,
+                append=append,
+                group=group,
+                progress=progress,
             )
         if append or any(x is not None for x in (dtype, fisher, ids, group)):
             raise ValueError(
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
-        if shuffles(batches):
-            warnings.warn(
-                "batches: a shuffling DataLoader, so rows stand in an order that nothing keeps; make it with "
-                "shuffle=False. Only an index keeps the name of each row, by out= and ids=, and it needs that too",
-                stacklevel=2,
-            )
+        warn_shuffled(batches)
+        places = None if order is None else order_of(batches, order)
         builder: GradientsBuilder | None = None
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
@@ -239,7 +262,10 @@ class Compressor:
                 builder.append(store)
         if builder is None:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
-        return builder.finish()
+        if places is None:
+            return builder.finish()
+        check_order(places, len(builder))
+        return builder.finish()[places.argsort()]
 
     def stream(
         self,
@@ -370,14 +396,3 @@ def compress(
             raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")
         compressor.calibrate(batches)
     return compressor.compress(batches, progress=progress)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model

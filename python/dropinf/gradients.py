@@ -54,6 +54,25 @@ class Shareable(Protocol):
     def share(self, rank: int, world: int) -> GradientSource: ...
 
 
+At = slice | Tensor  # positions of samples
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A source that may keep its samples in another order than theirs."""
+
+    def placed_blocks(self, rows: int) -> Iterator[tuple[At, Gradients]]: ...
+
+
+def placed_blocks(source: GradientSource, rows: int) -> Iterator[tuple[At, Gradients]]:
+    """Yield (positions, up to `rows` samples) of a source in the order in which it is read fastest."""
+    if isinstance(source, Placed):
+        yield from source.placed_blocks(rows)
+    else:
+        for offset, part in source.blocks(rows):
+            yield slice(offset, offset + len(part)), part
+
+
 def share_of(source: GradientSource, rank: int, world: int) -> GradientSource:
     """Return what one of `world` ranks reads of a source: its own shards of an index.
 
@@ -71,6 +90,32 @@ def block_rows(source: GradientSource) -> int:
     """Return how many samples to read at a time: a bounded number of rows and of bytes."""
     sample = sum(map(math.prod, source.shapes.values())) * source.dtype.itemsize
     return max(1, min(BLOCK_ROWS, getattr(source, "block_bytes", BLOCK_BYTES) // sample))
+
+
+def check_rows(rows: int) -> None:
+    """Raise ValueError where a block would have no rows."""
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; it must be at least 1")
+
+
+def positions_of(rows: Rows, count: int) -> Tensor:
+    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
+    if isinstance(rows, slice):
+        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
+    index = torch.as_tensor(rows)
+    if index.dtype == torch.bool:
+        if index.shape != (count,):
+            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
+        return index.nonzero().flatten()
+    if index.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if index.ndim > 1 or index.is_floating_point():
+        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
+    index = index.reshape(-1).long()
+    wrong = ((index < -count) | (index >= count)).nonzero()
+    if len(wrong):
+        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
+    return torch.where(index < 0, index + count, index)
 
 
 def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and train") -> None:
@@ -206,8 +251,7 @@ class Gradients:
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
         """Yield (offset of the first sample, view of up to `rows` samples), in order."""
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it must be at least 1")
+        check_rows(rows)
         for start in range(0, len(self), rows):
             yield start, self[start : start + rows]
 

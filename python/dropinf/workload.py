@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,17 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def check_loss(loss_fn: object) -> None:
     """Raise TypeError where a loss is no function."""
     if not callable(loss_fn):
@@ -142,6 +154,16 @@ def shuffles(batches: object) -> bool:
     )
 
 
+def warn_shuffled(batches: object) -> None:
+    """Raise a UserWarning where rows stand in an order that nothing keeps."""
+    if shuffles(batches):
+        warnings.warn(
+            "batches: a shuffling DataLoader, so rows stand in an order that nothing keeps; make it with "
+            "shuffle=False. Only an index keeps the name of each row, by out= and ids=, and it needs that too",
+            stacklevel=3,
+        )
+
+
 def _shapes(parts: Iterable[Any]) -> str:
     return ", ".join(f"tensor {list(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts)
 
@@ -157,6 +179,34 @@ def samples_of(batch: Any) -> int | None:
         return len(batch)
     kinds = {(s.ndim, s.is_floating_point()) if isinstance(s, Tensor) and s.ndim else None for s in batch}
     return len(batch) if len(batch) > 1 and len(kinds) == 1 and None not in kinds else None
+
+
+def order_of(batches: object, order: Sequence[int] | Tensor | None = None) -> Tensor | None:
+    """Return where each sample stands among all, in the order of the batches, int64 [N]; None: in just that order.
+
+    `order`: a number for each sample, which rise as the samples are to stand; by default what batches have as `order`.
+
+    Raises:
+        TypeError: it is not a list of whole numbers.
+        ValueError: a number is there twice.
+    """
+    given = order if order is not None else getattr(batches, "order", None)
+    if given is None or callable(given):
+        return None
+    numbers = torch.as_tensor(given, device="cpu")
+    if numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"order is {type(given).__name__}; it must be whole numbers, one for each sample: [N]")
+    found = numbers.long().argsort()
+    if len(found) > 1 and not bool((numbers[found].diff() > 0).all()):
+        raise ValueError("order has a number twice; each sample stands somewhere else")
+    places: Tensor = found.argsort()
+    return None if bool((places.diff() == 1).all()) else places
+
+
+def check_order(order: Tensor, rows: int) -> None:
+    """Raise ValueError unless an order is of so many samples."""
+    if len(order) != rows:
+        raise ValueError(f"order: it is of {len(order)} samples, and the batches have {rows}; it needs one number each")
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

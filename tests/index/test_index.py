@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dropinf
+from dropinf.index.ahead import read_ahead
 from dropinf.index.codec import Codec
-from dropinf.index.reader import read_ahead
 from tests.index.small import KINDS, make_batches, make_compressor, names
 
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
 from dropinf.capture.masks import fingerprint
-from dropinf.compressor import unwrap
 from dropinf.index import verify
+from dropinf.workload import unwrap
 from tests.index.small import files, loss_fn, make_batches, make_compressor, make_model, names
 
 

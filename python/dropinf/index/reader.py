@@ -7,7 +7,6 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +16,13 @@ from torch import Tensor
 
 from ..files import file_checksum
 from ..fisher.fisher import Fisher
-from ..gradients import Gradients, Rows, Shapes, block_rows
+from ..gradients import At, Gradients, Rows, Shapes, block_rows, check_rows, positions_of
 from ..ranks import Ranks
+from .ahead import one_ahead, read_ahead
 from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
+from .order import order_path, read_order, runs_of
 from .products import Stored
 from .shards import SMALL_BYTES, ShardFile, Stamp
 from .sound import verify
@@ -47,12 +48,8 @@ class Index:
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
         folder = Path(path)
-        manifest = Manifest.load(folder)
-        if not manifest.shards:
-            raise ValueError(
-                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
-            )
-        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
+        manifest, order = _opened(folder)
+        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes, order)
         for file in self._files:
             file.check_size()
 
@@ -63,7 +60,14 @@ class Index:
         index._hold(folder, manifest, shards, MEMORY_BYTES)
         return index
 
-    def _hold(self, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry], memory_bytes: int) -> None:
+    def _hold(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shards: Mapping[int, ShardEntry],
+        memory_bytes: int,
+        order: Tensor | None = None,
+    ) -> None:
         self.path, self.manifest, self._codec = folder, manifest, manifest.codec
         least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
@@ -74,6 +78,8 @@ class Index:
             ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
         ]
         self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
+        self._order = order  # the position of each stored row; None: as they are stored
+        self._places = None if order is None else order.argsort()  # the stored row of each position
         self._mine: Sequence[int] = range(len(self._files))
         self._layouts: dict[int, tuple[Stamp, Mapping[str, tuple[int, int]]]] = {}  # of the files that were checked
 
@@ -117,7 +123,7 @@ class Index:
         """
         if isinstance(rows, str):
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
-        chosen = _positions(rows, len(self))
+        chosen = self._stored_rows(positions_of(rows, len(self)))
         out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
         shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
         for i in shard.unique().tolist():
@@ -131,20 +137,35 @@ class Index:
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
         """Yield (offset of the first sample, up to `rows` samples), in order; the next block is read meanwhile."""
-        shapes, digest = self.shapes, self.digest
-        for offset, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
-            yield offset, Gradients(values, shapes, digest)
+        if self._order is None:
+            for at, part in self.placed_blocks(rows):
+                assert isinstance(at, slice)
+                yield at.start, part
+        elif len(self._mine) < len(self._files):  # a share's samples are no neighbours
+            for at, part in self.placed_blocks(rows):
+                assert isinstance(at, Tensor)
+                yield from ((offset, part[local]) for offset, local in runs_of(at))
+        else:
+            check_rows(rows)
+            spans = (slice(start, start + rows) for start in range(0, len(self), rows))
+            yield from read_ahead(lambda span: (span.start, self[span]), spans)
 
-    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[int, Stored]]:
-        """Yield (offset, rows as they are stored), which `products.Products` multiplies without decoding them.
+    def placed_blocks(self, rows: int) -> Iterator[tuple[At, Gradients]]:
+        """Yield (positions, up to `rows` samples) in the order in which rows are stored, which is the fastest."""
+        shapes, digest = self.shapes, self.digest
+        for first, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
+            yield self._at(first, len(values)), Gradients(values, shapes, digest)
+
+    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[At, Stored]]:
+        """Yield (positions, rows as they are stored), which `products.Products` multiplies without decoding them.
 
         Queries must be multiplied with `factors()` first.
         """
         rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
-        for pieces, (offset, stored) in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
+        for pieces, (first, stored) in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
             scales = self._codec.scales(*stored)
-            yield offset, Stored(stored.values, scales)
+            yield self._at(first, len(stored.values)), Stored(stored.values, scales)
             self._check_again(pieces)
 
     def factors(self) -> Tensor | None:
@@ -153,21 +174,24 @@ class Index:
 
     def ids(self, rows: Rows = slice(None)) -> list[str]:
         """Return the ids of the samples that `rows` selects; their positions where none were given."""
-        chosen = _positions(rows, len(self)).tolist()
+        chosen = positions_of(rows, len(self))
         if not self.manifest.ids:
-            return [str(position) for position in chosen]
+            return [str(position) for position in chosen.tolist()]
         texts: dict[int, list[str]] = {}
         found = []
-        for position in chosen:
-            i = bisect.bisect_right(self._starts, position) - 1
+        for row in self._stored_rows(chosen).tolist():
+            i = bisect.bisect_right(self._starts, row) - 1
             if i not in texts:
                 texts[i] = self._files[i].texts(self._checked(i)[1])
-            found.append(texts[i][position - self._starts[i]])
+            found.append(texts[i][row - self._starts[i]])
         return found
 
     def _every_id(self) -> Iterator[str]:
         if not self.manifest.ids:
             yield from map(str, range(len(self)))
+            return
+        if self._order is not None:
+            yield from self.ids()
             return
         for i, file in enumerate(self._files):
             yield from file.texts(self._checked(i)[1])
@@ -274,6 +298,14 @@ class Index:
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
 
+    def _stored_rows(self, positions: Tensor) -> Tensor:
+        return positions if self._places is None else self._places[positions]
+
+    def _at(self, first: int, count: int) -> At:
+        """Return the positions of stored rows."""
+        rows = slice(first, first + count)
+        return rows if self._order is None else self._order[rows]
+
     def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
         """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
         stamp = self._files[i].stamp()
@@ -313,8 +345,7 @@ class Index:
 
     def _pieces(self, rows: int) -> Iterator[list[tuple[int, int, int]]]:
         """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it must be at least 1")
+        check_rows(rows)
         small = min(rows, SMALL_BYTES // self._codec.row_bytes)
         block: list[tuple[int, int, int]] = []
         for i in self._mine:
@@ -329,28 +360,6 @@ class Index:
                 yield [(i, first, min(rows, count - first))]
         if block:
             yield block
-
-
-def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
-    """Yield the blocks, each once the next is mapped."""
-    block = next(blocks, None)
-    while block is not None:
-        following = next(blocks, None)
-        yield block
-        block = following
-
-
-def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
-    """Yield what `read` makes of each job, in order; a thread reads the next while one is used."""
-    with ThreadPoolExecutor(1, "dropinf-read-ahead") as pool:
-        pending = None
-        for job in jobs:
-            following = pool.submit(read, job)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
 
 
 @dataclass(frozen=True)
@@ -370,21 +379,19 @@ class _White:
         return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
 
 
-def _positions(rows: Rows, count: int) -> Tensor:
-    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
-    if isinstance(rows, slice):
-        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
-    index = torch.as_tensor(rows)
-    if index.dtype == torch.bool:
-        if index.shape != (count,):
-            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
-        return index.nonzero().flatten()
-    if index.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if index.ndim > 1 or index.is_floating_point():
-        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
-    index = index.reshape(-1).long()
-    wrong = ((index < -count) | (index >= count)).nonzero()
-    if len(wrong):
-        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
-    return torch.where(index < 0, index + count, index)
+def _opened(folder: Path) -> tuple[Manifest, Tensor | None]:
+    """Return the manifest of an index with finished rows, and the order of its samples."""
+    while True:
+        manifest = Manifest.load(folder)
+        if not manifest.shards:
+            raise ValueError(
+                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
+            )
+        if manifest.order is None:
+            return manifest, None
+        try:
+            return manifest, read_order(folder, manifest.order, sum(shard.rows for shard in manifest.shards))
+        except FileNotFoundError:
+            if Manifest.load(folder).order == manifest.order:  # else it was replaced in between
+                path = order_path(folder, manifest.order)
+                raise ValueError(f"{path}: missing, the order of the samples; restore it from a copy") from None

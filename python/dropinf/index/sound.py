@@ -8,6 +8,7 @@ from pathlib import Path
 from ..files import file_checksum
 from .folder import shard_path
 from .manifest import Manifest
+from .order import order_path, read_order
 from .shards import ShardFile
 
 
@@ -30,6 +31,13 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{folder / name}: missing")
         elif file_checksum(folder / name) != expected:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
+    if manifest.order is not None:
+        try:
+            read_order(folder, manifest.order, sum(shard.rows for shard in manifest.shards))
+        except FileNotFoundError:
+            problems.append(f"{order_path(folder, manifest.order)}: missing")
+        except ValueError as error:
+            problems.append(str(error))
     for i, shard in enumerate(manifest.shards):
         file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
         try:

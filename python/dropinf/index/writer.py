@@ -22,10 +22,11 @@ from torch import Tensor
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
-from ..workload import Ids, first_batch, shuffles
+from ..workload import Ids, check_order, first_batch, order_of, shuffles
 from .codec import DTYPES
 from .folder import FISHER, PARTS, locked, shard_path
 from .manifest import Manifest, ShardEntry
+from .order import joined, read_order, remove_others, write_order
 from .plan import Opening, Plan, RowSource
 from .reader import Index
 from .shards import pack_texts
@@ -77,9 +78,11 @@ class Writer:
         ranks: Ranks,
         ids: Ids | None,
         fisher: Fisher | None,
+        places: Tensor | None,
     ) -> None:
         self.source, self.batches, self.plan, self.ranks, self.ids = source, batches, plan, ranks, ids
         self.fisher, self.folder, self.codec = fisher, plan.folder, plan.manifest.codec
+        self.places = places  # of the run's samples
         self.done, self.parts = plan.shards(), plan.parts()
         # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
         self.next = ranks.rank
@@ -197,9 +200,22 @@ class Writer:
     def _conclude(self, manifest: Manifest) -> None:
         if self.fisher is not None:
             manifest = manifest.with_file(FISHER, self.fisher.save(self.folder / FISHER))
+        if self.plan.run.shards is None:
+            manifest = replace(manifest, order=self._order(manifest))
         manifest.save(self.folder)
+        remove_others(self.folder, manifest.order)
         if not manifest.unfinished:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+
+    def _order(self, manifest: Manifest) -> str | None:
+        """Write the order of all samples, those of this run the last ones; return its checksum, or None for none."""
+        rows = sum(shard.rows for shard in self.plan.earlier)
+        count = sum(shard.rows for shard in manifest.shards) - rows
+        if self.places is not None:
+            check_order(self.places, count)
+        before = None if manifest.order is None else read_order(self.folder, manifest.order, rows)
+        order = joined(before, rows, self.places, count)
+        return None if order is None else write_order(self.folder, order)
 
 
 def write_index(
@@ -210,6 +226,7 @@ def write_index(
     dtype: torch.dtype | None = None,
     fisher: Fisher | None = None,
     ids: Ids | None = None,
+    order: Sequence[int] | Tensor | None = None,
     append: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     about: Mapping[str, str] | None = None,
@@ -222,9 +239,9 @@ def write_index(
         raise ValueError("batches: a shuffling DataLoader gives another order each time; make it with shuffle=False")
     if fisher is not None and fisher.count:
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
-    ranks, folder = Ranks(group), Path(path)
+    ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
     with ranks.watched(), locked(folder, ranks):
         first, batches = first_batch(batches)
         plan = Opening(source, batches, folder, ranks, ids).plan(first, dtype, append, about or {})
-        Writer(source, batches, plan, ranks, ids, fisher).write(progress)
+        Writer(source, batches, plan, ranks, ids, fisher, places).write(progress)
     return Index(folder)
