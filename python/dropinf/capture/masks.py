@@ -115,12 +115,15 @@ def layer_digest(layer: Layer) -> str:
     return h.hexdigest()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
+def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
+    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone.
+
+    Without buffers it is that of what training changes: some models count their calls in buffers.
+    """
     parts = []
     for prefix, module in model.named_modules():
         kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
+        for name, x in (*module.named_parameters(recurse=False), *(kept.items() if buffers else ())):
             about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
             parts.append(about + (b"" if is_sharded(x) else checksum(tensor_bytes(x)).encode()))
     return checksum(b"\n".join(sorted(parts)))

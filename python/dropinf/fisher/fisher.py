@@ -218,7 +218,7 @@ class Fisher:
         solved = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "solve"))
         for columns, block in self._blocks:
             solved[:, columns] = block.solve(flat[:, columns])
-        return Gradients(solved, gradients.shapes, gradients.digest)
+        return Gradients(solved, gradients.shapes, gradients.digest, gradients.origin)
 
     def quadratic(self, gradients: GradientSource) -> Tensor:
         """Return `c^T (F + lambda I)^{-1} c` for every sample, `[n]` in at least fp32.
@@ -242,7 +242,7 @@ class Fisher:
         white = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "whiten"))
         for columns, block in self._blocks:
             white[:, columns] = block.whiten(flat[:, columns])
-        return Gradients(white, gradients.shapes, gradients.digest)
+        return Gradients(white, gradients.shapes, gradients.digest, gradients.origin)
 
     def result_dtype(self, dtype: torch.dtype, what: Product = "solve") -> torch.dtype:
         """Return the dtype that `solve` or `whiten` gives for gradients of a dtype."""
