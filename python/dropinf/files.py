@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import mmap
 import os
 import re
 import uuid
@@ -98,6 +99,19 @@ class ArrayFile:
     def __init__(self, handle: int, start: int, shape: tuple[int, int], itemsize: int) -> None:
         self._handle, self._start, self._shape, self._itemsize = handle, start, shape, itemsize
 
+    def write_columns(self, at: slice | Tensor, block: Tensor) -> None:
+        """Write a block [all rows, m] to these columns."""
+        if isinstance(at, slice):
+            self.write(0, at.start, block)
+            return
+        array = block.cpu().contiguous().numpy()
+        # With its blocks allocated, a full disk is an error here and no signal below.
+        os.posix_fallocate(self._handle, 0, self._start + math.prod(self._shape) * self._itemsize)
+        with mmap.mmap(self._handle, 0) as pages:
+            whole = np.ndarray(self._shape, array.dtype, pages, self._start)
+            whole[:, at.numpy()] = array
+            del whole
+
     def write(self, row: int, column: int, block: Tensor) -> None:
         """Write a block [n, m] whose first value stands at `row`, `column`."""
         array = block.cpu().contiguous().numpy()
@@ -135,7 +149,7 @@ def array_file(
     path: str | os.PathLike[str], header: bytes, shape: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[ArrayFile]:
     """Open a new file to write a matrix behind a header; it gets its name after the block."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "w+b") as file:
         file.write(header)
         file.truncate(len(header) + math.prod(shape) * dtype.itemsize)
         file.flush()

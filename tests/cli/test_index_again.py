@@ -107,8 +107,8 @@ def test_appended_passages(common, made, named, tmp_path):
     assert [(p.id, p.text) for p in kept] == [(p.id, p.text) for p in every]
     assert torch.equal(index[:50].flat, made[4].flat)
     added = made[3].workload(every[50:], tokens_per_batch=32)
-    assert torch.equal(index[50:].flat, made[2].compress(added.batches).flat)
-    assert index.ids(slice(50, None)) == [i for batch in added.batches for i in batch["ids"]]
+    assert torch.equal(index[50:].flat, made[2].compress(added.batches, order=added.batches.order).flat)
+    assert index.ids(slice(50, None)) == [p.id for p in every[50:]]
     assert index.fisher().count == 61
     samples = query_json(folder, "--text", QUERIES[0], "--top", 61)["queries"][0]["proponents"]
     texts = {p.id: p.text for p in every}

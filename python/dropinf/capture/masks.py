@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,12 +107,23 @@ def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
+def layer_digest(layer: Layer) -> str:
+    """Return a fingerprint of a layer's tables."""
+    h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
+    for axis in (layer.out_axis, layer.in_axis):
+        h.update(b"none" if axis is None else axis.digest())
+    return h.hexdigest()
+
+
+def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
+    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone.
+
+    Without buffers it is that of what training changes: some models count their calls in buffers.
+    """
     parts = []
     for prefix, module in model.named_modules():
         kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
+        for name, x in (*module.named_parameters(recurse=False), *(kept.items() if buffers else ())):
             about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
             parts.append(about + (b"" if is_sharded(x) else checksum(tensor_bytes(x)).encode()))
     return checksum(b"\n".join(sorted(parts)))

@@ -21,12 +21,12 @@ from ..capture.masks import check_weights
 from ..compressor import Compressor
 from ..fisher.fisher import Fisher, FisherKind
 from ..index.choice import choose_run
+from ..index.codec import DTYPES, Codec
 from ..index.discard import discard as give_up
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
 from ..index.manifest import Manifest
 from ..index.reader import Index
 from ..index.runs import Plan
-from ..index.shards import DTYPES, Codec
 from ..index.writer import write_index
 from ..ranks import Ranks
 from ..sketch.sketch import Dropout
@@ -245,7 +245,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             _draw(source, out / SKETCH, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
-    row = Codec(recipe.dtype, widths, (1.0,) * len(widths)).row_bytes
+    row = Codec(recipe.dtype, tuple(compressor.layers), widths).row_bytes
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
     meter = Meter()
     made = write_index(

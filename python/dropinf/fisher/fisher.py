@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import checksum, read_header, serialize, whole_number, write_whole
-from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, share_of
+from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, placed_blocks, share_of
 from ..ranks import Ranks
 from .blocks import Block, DiagonalBlock, Product
 from .cholesky import solver_dtype
@@ -218,7 +218,7 @@ class Fisher:
         solved = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "solve"))
         for columns, block in self._blocks:
             solved[:, columns] = block.solve(flat[:, columns])
-        return Gradients(solved, gradients.shapes, gradients.digest)
+        return Gradients(solved, gradients.shapes, gradients.digest, gradients.origin)
 
     def quadratic(self, gradients: GradientSource) -> Tensor:
         """Return `c^T (F + lambda I)^{-1} c` for every sample, `[n]` in at least fp32.
@@ -227,9 +227,9 @@ class Fisher:
         """
         self.check(gradients)
         out = torch.zeros(len(gradients), dtype=solver_dtype(gradients.dtype), device=self._device)
-        for offset, part in gradients.blocks(block_rows(gradients)):
+        for at, part in placed_blocks(gradients, block_rows(gradients)):
             for columns, block in self._blocks:
-                out[offset : offset + len(part)] += block.quadratic(part.flat[:, columns].to(self._device))
+                out[at] += block.quadratic(part.flat[:, columns].to(self._device))
         return out
 
     def whiten(self, gradients: Gradients) -> Gradients:
@@ -242,7 +242,7 @@ class Fisher:
         white = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "whiten"))
         for columns, block in self._blocks:
             white[:, columns] = block.whiten(flat[:, columns])
-        return Gradients(white, gradients.shapes, gradients.digest)
+        return Gradients(white, gradients.shapes, gradients.digest, gradients.origin)
 
     def result_dtype(self, dtype: torch.dtype, what: Product = "solve") -> torch.dtype:
         """Return the dtype that `solve` or `whiten` gives for gradients of a dtype."""
@@ -397,4 +397,4 @@ def _parts(source: GradientSource) -> Iterator[Gradients]:
     if isinstance(source, Gradients):
         yield source
     else:
-        yield from (part for _, part in source.blocks(block_rows(source)))
+        yield from (part for _, part in placed_blocks(source, block_rows(source)))

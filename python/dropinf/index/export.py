@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from ..files import SUFFIX, array_file, new_array, replacing
+from ..fisher.fisher import Fisher
+from ..gradients import Gradients, GradientSource, block_rows
+from ..gradients import Rows as Selected
 
 FAISS = ".faiss"
 IDS = ".ids"
@@ -135,6 +138,29 @@ class Export:
         chosen = torch.randint(self.count, (most,), generator=torch.Generator().manual_seed(0), device="cpu")
         ordered: Tensor = torch.unique(chosen, sorted=True)
         return ordered
+
+
+class Indexed(GradientSource, Protocol):
+    """Samples that are also read by their positions."""
+
+    def __getitem__(self, rows: Selected) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class White:
+    """The rows of an index, whitened."""
+
+    index: Indexed
+    fisher: Fisher
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for offset, part in self.index.blocks(block_rows(self.index)):
+            yield offset, self.fisher.whiten(part).flat
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Return the rows at ordered positions."""
+        parts = near(positions, block_rows(self.index))
+        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
 
 
 def near(positions: Tensor, rows: int) -> Iterator[Tensor]:

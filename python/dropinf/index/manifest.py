@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import checksum, is_checksum, whole_number, write_whole
+from .codec import DTYPES, Codec
 from .folder import FISHER, PASSAGES, SKETCH
-from .shards import DTYPES, Codec
 
 NAME = "manifest.json"
 FORMAT = "dropinf.index"
-VERSION = 2  # of 1: batches have no fingerprints, and shards do not say of which run they are
+# Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale.
+VERSION = 2
 FILES = (SKETCH, FISHER, PASSAGES)
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
@@ -25,7 +26,7 @@ class LayerEntry:
     name: str
     shape: tuple[int, ...]
     digest: str  # of its sketch's tables
-    size: float = 1.0  # divided out of int8 rows
+    size: float | None = None  # divided out of the int8 rows of version 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Manifest:
     runs: tuple[Run, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)  # name -> checksum
     about: Mapping[str, str] = field(default_factory=dict)  # what the command line wants to know again
+    origin: tuple[str, str] | None = None  # the model and the loss, as `Gradients.origin`
+    order: str | None = None  # checksum of the file that says where each row's sample stands; None: as the rows do
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -79,11 +82,9 @@ class Manifest:
 
     @property
     def codec(self) -> Codec:
-        return Codec(
-            self.dtype,
-            tuple(math.prod(layer.shape) for layer in self.layers),
-            tuple(layer.size for layer in self.layers),
-        )
+        sizes = tuple(layer.size for layer in self.layers if layer.size is not None)
+        widths = tuple(math.prod(layer.shape) for layer in self.layers)
+        return Codec(self.dtype, tuple(self.shapes), widths, sizes or None)
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
@@ -185,6 +186,15 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(f"version is {version!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
+    order = origin = None
+    if version > 1:
+        expected |= {"order", "origin"}
+        order, origin = body["order"], body["origin"]
+        if origin is not None:
+            model, loss = map(_string, _list(origin, "origin"))
+            origin = model, loss
+        if order is not None and not is_checksum(order):
+            raise ValueError(f"order is {order!r}")
     if body.keys() != expected:
         raise ValueError(f"its fields are {sorted(body)}")
     if body["dtype"] not in DTYPES:
@@ -194,6 +204,8 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     layers = tuple(_layer(entry) for entry in _list(body["layers"], "layers"))
     if not layers or len({layer.name for layer in layers}) != len(layers):
         raise ValueError("layers are none, or named twice")
+    if len({layer.size is None for layer in layers}) > 1 or (version == 1 and layers[0].size is None):
+        raise ValueError("some layers have a size and others none")
     for name, found in _strings(body["files"], "files").items():
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
@@ -207,7 +219,9 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     if len(set(numbers)) != len(numbers):
         raise ValueError("two shards have one number")
     about = _strings(body["about"], "about")
-    made = Manifest(layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about)
+    made = Manifest(
+        layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about, origin, order
+    )
     return _with_keys(made) if version == 1 else made
 
 
@@ -235,7 +249,7 @@ def _layer(entry: Mapping[str, Any]) -> LayerEntry:
     if len(shape) not in (1, 2) or math.prod(shape) > 1 << 40:
         raise ValueError(f"a layer's shape is {shape}")
     size = entry["size"]
-    if type(size) is not float or not (math.isfinite(size) and size > 0):
+    if size is not None and (type(size) is not float or not (math.isfinite(size) and size > 0)):
         raise ValueError(f"a layer's size is {size!r}")
     return LayerEntry(_string(entry["name"]), shape, _string(entry["digest"]), size)
 

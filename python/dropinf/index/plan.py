@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from ..files import TEMPORARY, file_checksum, make_folder
+from ..gradients import Origin
 from ..ranks import Ranks
 from ..workload import Ids
 from .choice import choose_run, runs_alike
+from .codec import DTYPES
 from .compact import sweep_merged
 from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
 from .manifest import LayerEntry, Manifest
 from .runs import Plan
-from .shards import DTYPES, SHARD_BYTES
+from .shards import SHARD_BYTES
 
 _LEAST_SHARDS = 64  # if there are as many batches: what ranks share
 
@@ -34,6 +36,7 @@ class RowSource(Protocol):
 
     def digest(self) -> Mapping[str, str]: ...
     def fingerprint(self) -> str: ...
+    def origin(self) -> Origin: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
     def stream(
         self,
@@ -143,13 +146,10 @@ class Opening:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
         shapes = self.source.shapes
-        sizes = [1.0] * len(shapes)
-        if name == "int8":
-            parts = flat.split([math.prod(s) for s in shapes.values()], 1)
-            sizes = [float(part.square().mean().sqrt()) or 1.0 for part in parts]
         digest = self.source.digest()
-        layers = [LayerEntry(n, s, digest[n], size) for (n, s), size in zip(shapes.items(), sizes, strict=True)]
+        layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
+        manifest = replace(manifest, origin=self.source.origin())
         a_shard = max(1, SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if self.count is not None:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))

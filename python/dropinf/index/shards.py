@@ -1,4 +1,4 @@
-"""Files of stored rows: how rows are encoded, and how a window of a file is read."""
+"""Files of stored rows: where their tensors lie, and how a window of a file is read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dropinf_kernels import quantize_rows
-
 from ..files import _KEY, file_checksum, is_checksum
+from .codec import Codec
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
+_TAGS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
 }
-_TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
-_SCALED = ("float16", "int8")
 _HEADER_BYTES = 1 << 26
 SHARD_BYTES = 1 << 26  # of a large shard
 SMALL_BYTES = 1 << 21  # of rows that are read rather than mapped
@@ -45,64 +42,6 @@ def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
 def unpack_texts(data: Tensor, offsets: Tensor) -> list[str]:
     raw, edges = bytes(data.numpy()), offsets.tolist()
     return [raw[a:b].decode() for a, b in pairwise(edges)]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How rows are stored: their dtype and, for int8, the size of each layer that is divided out first.
-
-    float16 rows are divided by a power of two each, so that small gradients do not underflow; int8 rows by the size of
-    each layer, from the first batch, and then by a scale each (`quantize_rows`), so that no layer is lost beside a
-    larger one.
-    """
-
-    dtype: str
-    widths: tuple[int, ...]  # columns of each layer
-    sizes: tuple[float, ...]  # of each layer; 1 where nothing is divided out
-
-    @property
-    def width(self) -> int:
-        return sum(self.widths)
-
-    @property
-    def scaled(self) -> bool:
-        return self.dtype in _SCALED
-
-    @property
-    def row_bytes(self) -> int:
-        """The bytes that a stored row takes."""
-        return self.width * DTYPES[self.dtype].itemsize + (4 if self.scaled else 0)
-
-    @property
-    def decoded(self) -> torch.dtype:
-        """The dtype that rows are read in."""
-        return torch.float32 if self.scaled else DTYPES[self.dtype]
-
-    def factors(self) -> Tensor | None:
-        """Return what each stored column is multiplied by, [K], or None for 1."""
-        if self.dtype != "int8":
-            return None
-        return torch.repeat_interleave(torch.tensor(self.sizes), torch.tensor(self.widths))
-
-    def encode(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return what is stored of the rows [n, K]: `gradients` [n, K] and, where rows are scaled, `scale` [n]."""
-        factors = self.factors()
-        if factors is not None:
-            values, scale = quantize_rows(flat / factors.to(flat))
-            return {"gradients": values.contiguous(), "scale": scale}
-        if self.dtype == "float16":
-            largest = flat.abs().amax(1).float()
-            scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-            return {"gradients": (flat / scale.to(flat).unsqueeze(1)).half(), "scale": scale}
-        return {"gradients": flat.to(DTYPES[self.dtype])}
-
-    def decode(self, values: Tensor, scale: Tensor | None) -> Tensor:
-        """Return rows [n, K] in `decoded`."""
-        if scale is None:
-            return values
-        rows = values.float().mul_(scale.unsqueeze(1))
-        factors = self.factors()
-        return rows if factors is None else rows.mul_(factors)
 
 
 @dataclass(frozen=True)
@@ -146,9 +85,7 @@ class ShardFile:
     def layout(self) -> dict[str, tuple[int, int]]:
         """Return tensor name -> where its bytes start in the file, and how many there are."""
         header, start, size = _read_header(self.path)
-        need = {"gradients": (_TAGS[self.codec.dtype], [self.rows, self.codec.width])}
-        if self.codec.scaled:
-            need["scale"] = ("F32", [self.rows])
+        need = {name: (_TAGS[dtype], [self.rows, *shape]) for name, (dtype, shape) in self.codec.tensors.items()}
         for name, (tag, shape) in need.items():
             entry = header.get(name)
             if not isinstance(entry, dict) or entry.get("dtype") != tag or entry.get("shape") != shape:
@@ -160,7 +97,7 @@ class ShardFile:
             first, last = _offsets(self.path, name, entry, size - start)
             found[name] = (start + first, last - first)
         for name, (_, shape) in need.items():
-            item = 4 if name == "scale" else DTYPES[self.codec.dtype].itemsize
+            item = self.codec.tensors[name][0].itemsize
             if found[name][1] != math.prod(shape) * item:
                 raise ValueError(f"{self.path}: its {name} take {found[name][1]} bytes, not {math.prod(shape) * item}")
         at = start
@@ -191,17 +128,16 @@ class ShardFile:
         Raises:
             ValueError: the file is no longer what it was at `stamp`.
         """
-        width, item = self.codec.width, DTYPES[self.codec.dtype].itemsize
         found = _read if count * self.codec.row_bytes <= SMALL_BYTES else _mapped
         with open(self.path, "rb", buffering=0) as file:
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
-            start = layout["gradients"][0] + first * width * item
-            values = found(file, start, count * width, DTYPES[self.codec.dtype]).view(count, width)
-            scale = None
-            if self.codec.scaled:
-                scale = found(file, layout["scale"][0] + 4 * first, count, torch.float32)
-        return values, scale
+            parts = {}
+            for name, (dtype, shape) in self.codec.tensors.items():
+                width = math.prod(shape)
+                start = layout[name][0] + first * width * dtype.itemsize
+                parts[name] = found(file, start, count * width, dtype).view(count, *shape)
+        return parts["gradients"], parts.get("scale")
 
     def texts(self, layout: Mapping[str, tuple[int, int]]) -> list[str]:
         """Return the ids of the rows."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..files import file_checksum
 from .folder import shard_path
 from .manifest import Manifest
+from .order import order_path, read_order
 from .runs import Plan
 from .shards import ShardFile
 
@@ -32,6 +33,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{folder / name}: missing")
         elif file_checksum(folder / name) != expected:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
+    problems += _problems_of_order(folder, manifest)
     for number in range(len(manifest.runs)):
         problems += _problems(Plan(folder, manifest, number))
     if problems and _changed(folder, manifest):
@@ -43,6 +45,18 @@ def _changed(folder: Path, manifest: Manifest) -> bool:
     with suppress(ValueError):
         return Manifest.load(folder) != manifest
     return False
+
+
+def _problems_of_order(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the file of the samples' order."""
+    if manifest.order is not None:
+        try:
+            read_order(folder, manifest.order, sum(shard.rows for shard in manifest.shards))
+        except FileNotFoundError:
+            return [f"{order_path(folder, manifest.order)}: missing"]
+        except ValueError as error:
+            return [str(error)]
+    return []
 
 
 def _problems(plan: Plan) -> list[str]:

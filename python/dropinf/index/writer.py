@@ -21,17 +21,19 @@ from torch import Tensor
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
-from ..workload import Ids, first_batch, shuffles
+from ..workload import Ids, check_order, first_batch, order_of, shuffles
+from .codec import DTYPES
 from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
 from .finished import Finished
 from .folder import FISHER, PARTS, locked, shard_path
 from .manifest import Manifest, ShardEntry
+from .order import joined, read_order, remove_others, write_order
 from .plan import Opening, RowSource
 from .reader import Index
 from .runs import Plan, plans_of
-from .shards import DTYPES, ShardHeader, join_rows, pack_texts
+from .shards import ShardHeader, join_rows, pack_texts
 
 
 class Work:
@@ -126,10 +128,12 @@ class Writer:
         ranks: Ranks,
         ids: Ids | None,
         fisher: Fisher | None,
+        places: Tensor | None = None,
         wrote: Callable[[int], None] | None = None,
     ) -> None:
         self.source, self.batches, self.plan, self.ranks, self.ids = source, batches, plan, ranks, ids
         self.fisher, self.folder, self.codec, self.wrote = fisher, plan.folder, plan.manifest.codec, wrote
+        self.places = places  # of the run's samples
         self.finished = Finished(plan)
         self.done, self.parts = self.finished.shards, self.finished.parts
         # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
@@ -179,7 +183,7 @@ class Writer:
         if b in self.finished:
             self.finished.check_rows(b, flat)
             return
-        kept = self.codec.encode(flat)
+        kept = self.codec.encode(flat, self._where)
         if self.ids is not None:
             kept["ids"], kept["id_offsets"] = pack_texts(self._ids_of(self.work.batch, len(flat)))
         data = serialize(kept, ShardHeader((len(flat),), (self.work.print,), self.plan.run.key).plain())
@@ -282,10 +286,23 @@ class Writer:
     def _conclude(self, manifest: Manifest) -> None:
         if self.fisher is not None:
             manifest = manifest.with_file(FISHER, self.fisher.save(self.folder / FISHER))
+        if self.plan.run.shards is None and len(manifest.runs) > self.plan.number:
+            manifest = replace(manifest, order=self._order(manifest))
         manifest.save(self.folder)
+        remove_others(self.folder, manifest.order)
         if not manifest.unfinished:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
             compact_gathered(self.folder, manifest)
+
+    def _order(self, manifest: Manifest) -> str | None:
+        """Write the order of all samples, those of this run the last ones; return its checksum, or None for none."""
+        rows = sum(shard.rows for shard in self.plan.earlier)
+        count = sum(shard.rows for shard in manifest.shards) - rows
+        if self.places is not None:
+            check_order(self.places, count)
+        before = None if manifest.order is None else read_order(self.folder, manifest.order, rows)
+        order = joined(before, rows, self.places, count)
+        return None if order is None else write_order(self.folder, order)
 
 
 def write_index(
@@ -296,6 +313,7 @@ def write_index(
     dtype: torch.dtype | None = None,
     fisher: Fisher | None = None,
     ids: Ids | None = None,
+    order: Sequence[int] | Tensor | None = None,
     append: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     about: Mapping[str, str] | None = None,
@@ -306,13 +324,16 @@ def write_index(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
     if shuffles(batches):
-        raise ValueError("batches: a shuffling DataLoader gives another order each time; make it with shuffle=False")
+        raise ValueError(
+            "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
+            "sampler of a fixed order. Ranks share the work by group=, each with all batches"
+        )
     if fisher is not None and fisher.count:
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
-    ranks, folder = Ranks(group), Path(path)
+    ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
     with ranks.watched(), locked(folder, ranks):
         first, batches = first_batch(batches)
         found = fingerprint(first, named=ids is not None)
         plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
-        Writer(source, batches, found, plan, ranks, ids, fisher, wrote).write(progress)
+        Writer(source, batches, found, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)
