@@ -16,7 +16,8 @@ from .shards import DTYPES, Codec
 NAME = "manifest.json"
 FORMAT = "dropinf.index"
 VERSION = 2  # of 1: batches have no fingerprints, and shards do not say of which run they are
-FILES = (SKETCH, FISHER, PASSAGES)
+NEXT_FISHER = f"next {FISHER}"  # what the file may be already, where its writing was ended
+FILES = (SKETCH, FISHER, PASSAGES, NEXT_FISHER)
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
 

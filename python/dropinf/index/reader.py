@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..files import file_checksum
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, Rows, Shapes, block_rows
 from ..ranks import Ranks
@@ -23,7 +22,8 @@ from .compact import compact
 from .discard import discard
 from .export import Export, check_out, near
 from .folder import FISHER, locked, shard_path
-from .manifest import Manifest, ShardEntry
+from .kept import has_fisher, keep_fisher
+from .manifest import NEXT_FISHER, Manifest, ShardEntry
 from .positions import positions_of
 from .shards import SMALL_BYTES, ShardFile, Stamp
 from .sound import verify
@@ -196,7 +196,7 @@ class Index:
         if FISHER not in self.manifest.files:
             raise FileNotFoundError(f"{self.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
         path = self.path / FISHER
-        if file_checksum(path) != self.manifest.files[FISHER]:
+        if not has_fisher(self.path, self.manifest):
             if Manifest.load(self.path) != self.manifest:
                 raise ValueError(f"{path}: replaced since this index was opened; open it again")
             raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
@@ -233,8 +233,7 @@ class Index:
                     f"{sum(shard.rows for shard in now.shards)}, or a run was begun); open it again and build the "
                     "Fisher matrix of what is there now"
                 )
-            self.manifest = now.with_file(FISHER, fisher.save(self.path / FISHER))
-            self.manifest.save(self.path)
+            self.manifest = keep_fisher(self.path, now, now, fisher)
 
     def discard(self) -> None:
         """Remove the rows of an append that was not finished, so that others can be appended; all else stays.
@@ -302,7 +301,7 @@ class Index:
             "shards": len(self._files),
             "layers": {layer.name: list(layer.shape) for layer in self.manifest.layers},
             "finished": not self.manifest.unfinished,
-            "files": sorted(self.manifest.files),
+            "files": sorted(self.manifest.files.keys() - {NEXT_FISHER}),
             "about": dict(self.manifest.about),
         }
 

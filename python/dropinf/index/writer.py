@@ -26,7 +26,8 @@ from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
 from .finished import Finished
-from .folder import FISHER, PARTS, locked, shard_path
+from .folder import PARTS, locked, shard_path
+from .kept import keep_fisher
 from .manifest import Manifest, ShardEntry
 from .plan import Opening, RowSource
 from .reader import Index
@@ -280,9 +281,10 @@ class Writer:
         return manifest
 
     def _conclude(self, manifest: Manifest) -> None:
-        if self.fisher is not None:
-            manifest = manifest.with_file(FISHER, self.fisher.save(self.folder / FISHER))
-        manifest.save(self.folder)
+        if self.fisher is None:
+            manifest.save(self.folder)
+        else:
+            manifest = keep_fisher(self.folder, Manifest.load(self.folder), manifest, self.fisher)
         if not manifest.unfinished:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
             compact_gathered(self.folder, manifest)
