@@ -218,3 +218,9 @@ def forge(*arguments) -> None:
     from tests.faults import forgeries
 
     forgeries.forge(*arguments)
+
+
+def act(*arguments) -> None:
+    from tests.faults import model
+
+    model.act(*arguments)
