@@ -12,7 +12,7 @@ VERBS = {
     "Fill", "Find", "Finish", "Forget", "Freeze", "Gather", "Give", "Hand", "Have", "Hook", "Import", "Keep", "Launch", "Lay",
     "Let", "Learn", "Lower", "Load", "Make", "Map", "Merge", "Move", "Multiply", "Note", "Open", "Prepare", "Print", "Put", "Quantize", "Raise",
     "Read", "Remember", "Remove", "Resolve", "Return", "Run", "Say", "Score", "Show", "Shuffle", "Sketch", "Store", "Sum", "Take",
-    "Tokenize", "Train", "Turn", "Write", "Yield",
+    "Tokenize", "Train", "Turn", "Wait", "Write", "Yield",
 }  # fmt: skip
 NOT_CALLED = {"property", "cached_property", "setter", "overload"}  # these read as attributes: noun phrases
 

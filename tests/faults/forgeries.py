@@ -57,6 +57,7 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
     "a run that is not finished": put("runs", 0, "shards", None),
     "a run in the middle that is not finished": lambda body: body["runs"].insert(0, {**body["runs"][0], "shards": None}),
     "a layer twice": lambda body: body["layers"].append(body["layers"][0]),
+    "a run twice": lambda body: body["runs"].append(body["runs"][0]),
     "a shard twice": lambda body: body["runs"][0]["shards"].append(body["runs"][0]["shards"][0]),
     "two shards in another order": lambda body: body["runs"][0]["shards"].reverse(),
     "another format": put("format", "dropinf.gradients"),

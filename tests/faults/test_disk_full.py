@@ -114,7 +114,7 @@ def test_no_room_for_what_is_made_of_an_index(what, forks, place):
     index = place / "idx"
     assert forks.run("index", index).status == 0
     before = files(index)
-    name = {"scores": "scores.npy", "whitened": "rows.safetensors", "fisher": "fisher.safetensors"}[what]
+    name = {"scores": "scores.npy", "whitened": "rows.safetensors", "fisher": "manifest.json"}[what]
     out = index / name
     process = forks.run("export", index, what, out, limits={"FSIZE": 1000})
     assert process.status == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dropinf
+from dropinf.files import write_whole
 from tests.index.small import files, make_batches, make_compressor
 
 MORE = make_batches(3, 5)
@@ -86,6 +87,48 @@ def test_a_damaged_fisher_is_said_to_be_damaged(tmp_path):
     index.save_fisher(dropinf.build_fisher(index))
     assert index.fisher().count == len(index)
     assert index.verify() == []
+
+
+@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("how", ["append", "save"])
+def test_a_fisher_matrix_that_is_ended_while_it_is_kept(how, step, tmp_path, monkeypatch):
+    """Before the first of these files, or between two of them, the matrix is that of before, that of now, or stale."""
+    index = make_compressor().compress(make_batches(), out=tmp_path / "idx", fisher="block")
+    calls = []
+
+    def stopping(path, data):
+        calls.append(path)
+        if len(calls) > step:
+            raise SystemExit
+        write_whole(path, data)
+
+    def change():
+        if how == "save":
+            index.save_fisher(dropinf.build_fisher(index, "diagonal"))
+        else:
+            make_compressor().compress(MORE, out=index.path, append=True, fisher="block")
+
+    if how == "append":
+        with pytest.raises(ValueError, match="sample 0 of batch 2"):
+            make_compressor().compress(
+                [*MORE[:2], (MORE[2][0] * float("nan"), MORE[2][1])], out=index.path, append=True
+            )
+    with monkeypatch.context() as patch:
+        patch.setattr("dropinf.index.manifest.write_whole", stopping)
+        patch.setattr("dropinf.index.kept.write_whole", stopping)
+        with pytest.raises(SystemExit):
+            change()
+    now = dropinf.Index.open(index.path)
+    assert [line for line in now.verify() if "not finished" not in line] == []
+    if how == "append" and step == 2:
+        with pytest.raises(ValueError, match="stale, of"):
+            now.fisher()
+    else:
+        assert (now.fisher().kind == "diagonal") == (how == "save" and step == 2)
+    change()
+    index = dropinf.Index.open(index.path)
+    assert index.fisher().count == len(index)
+    assert "next" not in (index.path / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("what", ["same", "model", "data"])

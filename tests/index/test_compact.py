@@ -140,11 +140,16 @@ def test_an_append_merges_what_has_gathered(tmp_path, monkeypatch):
         assert len(index.manifest.runs) <= 3
     assert torch.equal(index[:].flat, rows())
     assert index.verify() == []
+    before = files(index.path)
+    for run in range(RUNS):  # what was merged twice, too
+        make_compressor().compress(batches_of(run), out=index.path, append=True, ids=names)
+    assert files(index.path) == before
 
 
 def test_an_append_is_not_hindered_by_what_it_cannot_merge(tmp_path, monkeypatch):
     index = appended(tmp_path / "idx")
-    path = shard_files(index)[2]
+    monkeypatch.setattr(module, "SHARD_BYTES", 13 * index.bytes_per_sample)
+    path = shard_files(index)[-1]  # others are merged before it is found
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     before = files(index.path)
     with pytest.raises(ValueError, match=f"{path.name}: damaged"):

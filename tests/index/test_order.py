@@ -13,7 +13,8 @@ import torch
 import dropinf
 from dropinf.files import checksum, serialize
 from dropinf.gradients import Gradients
-from dropinf.index import reader, verify
+from dropinf.index import order as module
+from dropinf.index import verify
 from dropinf.index.order import order_path
 from dropinf.workload import order_of
 from tests.index.small import KINDS, files, loss_fn, make_batches, make_compressor, make_model
@@ -207,17 +208,17 @@ def test_an_order_that_is_not_one_of_the_samples_is_an_error(positions, tmp_path
 def test_an_order_that_is_replaced_while_it_is_opened(rows, tmp_path, monkeypatch):
     more = make_batches(1, 5, rows=11)[0]
     make_compressor().compress(Batches(), out=tmp_path / "idx")
-    read, calls = reader.read_order, []
+    read, calls = module.read_order, []
 
     def late(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            monkeypatch.setattr(reader, "read_order", read)
+            monkeypatch.setattr(module, "read_order", read)
             dropinf.Compressor(make_model(), dropinf.Dropout(6), loss_fn).compress(
                 Batches(1, more), out=tmp_path / "idx", append=True
             )
         return read(*arguments)
 
-    monkeypatch.setattr(reader, "read_order", late)
+    monkeypatch.setattr(module, "read_order", late)
     assert len(dropinf.Index.open(tmp_path / "idx")) == 64
     assert len(calls) == 1

@@ -248,18 +248,11 @@ class Fisher:
         """Return the dtype that `solve` or `whiten` gives for gradients of a dtype."""
         return reduce(torch.promote_types, (b.result_dtype(dtype, what) for _, b in self._blocks), solver_dtype(dtype))
 
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the sums to a safetensors file, complete once it has its name, and return its checksum.
-
-        A dense block of N < K samples is written as its N rows.
-        """
+    def to_bytes(self) -> bytes:
+        """Return the sums as a safetensors file; a dense block of N < K samples is written as its N rows."""
         self._check_whole()
-        tensors: dict[str, Tensor] = {}
-        blocks = []
-        for i, (_, block) in enumerate(self._blocks):
-            plain, held = block.state()
-            tensors |= {f"{i}.{name}": tensor for name, tensor in held.items()}
-            blocks.append(plain)
+        states = [block.state() for _, block in self._blocks]
+        tensors = {f"{i}.{name}": tensor for i, (_, held) in enumerate(states) for name, tensor in held.items()}
         header = {
             "format": FORMAT,
             "kind": self.kind,
@@ -267,9 +260,13 @@ class Fisher:
             "absolute": self.absolute,
             "count": self.count,
             "layers": [[name, shape, self.digest[name]] for name, shape in self.shapes.items()],
-            "blocks": blocks,
+            "blocks": [plain for plain, _ in states],
         }
-        data = serialize(tensors, header)
+        return serialize(tensors, header)
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write the sums to a safetensors file, complete once it has its name, and return its checksum."""
+        data = self.to_bytes()
         write_whole(Path(path), data)
         return checksum(data)
 
