@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .gradients import Gradients, Shapes, check_layout
+from .gradients import Gradients, Origin, Shapes, check_layout
 
 
 class GradientsBuilder:
@@ -21,6 +21,7 @@ class GradientsBuilder:
             doubles when it runs out.
         dtype: what is stored; batches are cast as they are copied in.
         device: where it is stored.
+        origin: the model and the loss that made it.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class GradientsBuilder:
         capacity: int = 0,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        origin: Origin | None = None,
     ) -> None:
         self._shapes, self._digest, self._columns = check_layout(shapes, digest)
         if capacity < 0:
             raise ValueError(f"capacity is {capacity}; it must be a number of samples, 0 if unknown")
         width = sum(map(math.prod, self._shapes.values()))
         self._buffer = torch.empty(capacity, width, dtype=dtype, device=device)
-        self._count = 0
+        self._count, self._origin = 0, origin
 
     def __len__(self) -> int:
         return self._count
@@ -68,7 +70,7 @@ class GradientsBuilder:
         if 2 * self._count < len(self._buffer):
             flat = flat.clone()
         self._buffer, self._count = self._buffer.new_empty(0, self._buffer.shape[1]), 0
-        return Gradients(flat, self._shapes, self._digest)
+        return Gradients(flat, self._shapes, self._digest, self._origin)
 
     def _reserve(self, rows: int) -> None:
         if rows <= len(self._buffer):

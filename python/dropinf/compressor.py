@@ -24,7 +24,7 @@ from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
-from .gradients import Gradients
+from .gradients import Gradients, Origin
 from .index.folder import SKETCH
 from .index.manifest import Manifest
 from .index.reader import Index
@@ -40,6 +40,7 @@ from .workload import (
     check_loss,
     check_model,
     check_order,
+    name_of_loss,
     order_of,
     unwrap,
     warn_shuffled,
@@ -253,19 +254,21 @@ class Compressor:
             )
         warn_shuffled(batches)
         places = None if order is None else order_of(batches, order)
-        builder: GradientsBuilder | None = None
+        builder = None
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
                 store, n = model(batch)
                 if builder is None:
-                    builder = self._builder(store, n * len(batches) if isinstance(batches, Sized) else n)
+                    x, count = next(iter(store.values())), n * len(batches) if isinstance(batches, Sized) else n
+                    builder = GradientsBuilder(
+                        self.shapes, self.digest(), capacity=count, dtype=x.dtype, device=x.device, origin=self.origin()
+                    )
                 builder.append(store)
         if builder is None:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
-        if places is None:
-            return builder.finish()
-        check_order(places, len(builder))
-        return builder.finish()[places.argsort()]
+        if places is not None:
+            check_order(places, len(builder))
+        return builder.finish() if places is None else builder.finish()[places.argsort()]
 
     def stream(
         self,
@@ -286,11 +289,6 @@ class Compressor:
                 builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
                 builder.append(store)
                 take(builder.finish().flat)
-
-    def _builder(self, store: Mapping[str, Tensor], capacity: int) -> GradientsBuilder:
-        """Return what collects batches like `store`."""
-        like = next(iter(store.values()))
-        return GradientsBuilder(self.shapes, self.digest(), capacity=capacity, dtype=like.dtype, device=like.device)
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
@@ -358,6 +356,10 @@ class Compressor:
     def fingerprint(self) -> str:
         """Return a checksum of the model's weights: rows made with equal weights belong together."""
         return fingerprint(self.model)
+
+    def origin(self) -> Origin:
+        """Return what makes the gradients: a checksum of the model's parameters, and the loss function's name."""
+        return Origin("" if self.is_sharded else fingerprint(self.model, buffers=False), name_of_loss(self.loss_fn))
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""

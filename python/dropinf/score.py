@@ -24,6 +24,7 @@ from .gradients import (
     GradientSource,
     Sketched,
     block_rows,
+    check_same_model,
     check_same_sketch,
     placed_blocks,
     share_of,
@@ -53,6 +54,7 @@ def score(
     largest: bool = ...,
     out: str | os.PathLike[str] | None = ...,
     group: dist.ProcessGroup | None = ...,
+    other_model: bool = ...,
 ) -> Tensor: ...
 
 
@@ -66,6 +68,7 @@ def score(
     top: int,
     largest: bool = ...,
     group: dist.ProcessGroup | None = ...,
+    other_model: bool = ...,
 ) -> TopK: ...
 
 
@@ -79,6 +82,7 @@ def score(
     largest: bool = True,
     out: str | os.PathLike[str] | None = None,
     group: dist.ProcessGroup | None = None,
+    other_model: bool = False,
 ) -> Tensor | TopK:
     """Score every training sample for every query. Positive: training on the sample lowers the query's loss.
 
@@ -98,6 +102,7 @@ def score(
             it nor `train` need fit in memory.
         group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
             reads its own shards); every rank gets all. None: this process alone.
+        other_model: let query and train be of models with different weights, such as two checkpoints.
 
     Returns:
         `[Q, N]`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the device of
@@ -105,12 +110,14 @@ def score(
 
     Raises:
         ValueError: unknown kind, missing fisher, `top` below 1, gradients or Fisher of different sketches,
-            or a Fisher matrix that is singular with its damping.
+            gradients of different models, or a Fisher matrix that is singular with its damping.
     """
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None):
         raise ValueError("out is for the whole matrix from one process; pass neither top nor group with it")
     check_same_sketch(query, train, "query and train")
+    if not other_model:
+        check_same_model(query, train)
     reads_fisher = kind in ("influence", "relative")
     if fisher is not None and reads_fisher:
         fisher.check(train, "fisher and train")

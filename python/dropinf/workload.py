@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import itertools
+import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from .files import checksum
 
+_DRAWN = 256  # samples that show whether a sampler draws another order
 LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> losses [N]
 Ids = Callable[[Any], Sequence[str]]  # of a batch's samples, in the order of its losses
 CuSeqlens = Callable[[Any], Tensor]  # of a packed batch: int [N + 1]
@@ -94,6 +109,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def name_of_loss(loss_fn: object) -> str:
+    """Return the qualified name of a loss function and a fingerprint of its source, where there is one."""
+    if isinstance(loss_fn, functools.partial):
+        bound = re.sub(r" at 0x[0-9a-f]+", "", repr((loss_fn.args, loss_fn.keywords)))
+        return f"{name_of_loss(loss_fn.func)}, bound {checksum(bound.encode())[:8]}"
+    about: Any = inspect.unwrap(loss_fn) if inspect.isroutine(loss_fn) else type(loss_fn)
+    try:
+        source = inspect.getsource(about).encode()
+    except (OSError, TypeError):
+        source = getattr(getattr(about, "__code__", None), "co_code", b"")
+    name = f"{getattr(about, '__module__', '')}.{getattr(about, '__qualname__', type(about).__name__)}"
+    return f"{name} {checksum(source)[:8]}" if source else name
+
+
 def check_loss(loss_fn: object) -> None:
     """Raise TypeError where a loss is no function."""
     if not callable(loss_fn):
@@ -145,13 +174,49 @@ def is_one_batch(batches: object) -> bool:
 
 
 def shuffles(batches: object) -> bool:
-    """Return whether batches are of a DataLoader that draws another order each time."""
-    if not isinstance(batches, DataLoader):
+    """Return whether batches are of a loader that draws another order each time, or gives each rank a part of one."""
+    return any(_shuffles(sampler) for sampler in _samplers(batches))
+
+
+def _samplers(loader: object) -> Iterator[object]:
+    """Yield the samplers of a DataLoader, and those that they draw from: a batch sampler's own, say."""
+    if not isinstance(loader, DataLoader):
+        return
+    left, seen = [loader.sampler, loader.batch_sampler], list[object]()
+    while left:
+        sampler = left.pop()
+        if sampler is None or any(sampler is other for other in seen):
+            continue
+        seen.append(sampler)
+        left += [x for x in getattr(sampler, "__dict__", {}).values() if isinstance(x, Sampler)]
+        yield sampler
+
+
+def _shuffles(sampler: object) -> bool:
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+        return True
+    if isinstance(sampler, SequentialSampler) or not isinstance(sampler, Sampler):
         return False
-    inner = getattr(batches.batch_sampler, "sampler", None)
-    return any(
-        isinstance(s, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for s in (batches.sampler, inner)
-    )
+    flag = getattr(sampler, "shuffle", None)
+    if isinstance(flag, bool):  # DistributedSampler, and others that follow it
+        return flag
+    if type(sampler) is BatchSampler or isinstance(sampler, Iterator):
+        return False
+    with untouched_random():  # one of the user's own: it says what it does by doing it twice
+        twice = [list(itertools.islice(iter(sampler), _DRAWN)) for _ in range(2)]
+    return twice[0] != twice[1]
+
+
+@contextmanager
+def untouched_random() -> Iterator[None]:
+    """Keep the random states of Python, NumPy and torch as they were."""
+    state, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        torch.set_rng_state(of_torch)
 
 
 def warn_shuffled(batches: object) -> None:

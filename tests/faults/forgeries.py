@@ -44,6 +44,7 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
     **{f"{name} is missing": drop(name) for name in ("version", "layers", "dtype", "model", "ids", "runs", "files", "about", "format")},
     **{f"a run's {name} is missing": drop("runs", 0, name) for name in ("first", "batches", "shard_batches", "shards")},
     **{f"a run's {name} is {x!r}": put("runs", 0, name, x) for name in ("batches", "shard_batches") for x in (0, -1, 1.5, True, "2", [])},
+    **{f"origin is {x!r}": put("origin", x) for x in (1, [], ["a"], [1, 2], ["a", "b", "c"], "ab", {})},
     **{f"order is {x!r}": put("order", x) for x in (1, "", "x", [], 32 * "0", 32 * "F")},
     "no layers": put("layers", []),
     "no runs": put("runs", []),

@@ -29,7 +29,12 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def acquire() -> int:
         make_folder(folder)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{os.strerror(error.errno or 0)}; out must be a folder that you may write to", str(folder)
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

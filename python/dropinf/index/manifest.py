@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ class Manifest:
     runs: tuple[Run, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)  # name -> checksum
     about: Mapping[str, str] = field(default_factory=dict)  # what the command line wants to know again
+    origin: tuple[str, str] | None = None  # the model and the loss, as `Gradients.origin`
     order: str | None = None  # checksum of the file that says where each row's sample stands; None: as the rows do
 
     @property
@@ -98,6 +100,9 @@ class Manifest:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a manifest")
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            for link in (folder, path):
+                if link.is_symlink() and not link.exists():
+                    raise FileNotFoundError(f"{link}: a link to {os.readlink(link)}, which is not there") from None
             raise FileNotFoundError(
                 f"{folder}: no index (it has no {NAME}); make one with compressor.compress(batches, out=...)"
             ) from None
@@ -141,10 +146,13 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     if body["version"] not in (1, VERSION):
         raise ValueError(f"version is {body['version']!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
-    order = None
+    order = origin = None
     if body["version"] > 1:
-        expected.add("order")
-        order = body["order"]
+        expected |= {"order", "origin"}
+        order, origin = body["order"], body["origin"]
+        if origin is not None:
+            model, loss = map(_string, _list(origin, "origin"))
+            origin = model, loss
         if order is not None and not is_checksum(order):
             raise ValueError(f"order is {order!r}")
     if body.keys() != expected:
@@ -165,7 +173,9 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     if not runs or any(run.shards is None for run in runs[:-1]):
         raise ValueError("runs are none, or one that is not the last is not finished")
     about = _strings(body["about"], "about")
-    return Manifest(layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about, order)
+    return Manifest(
+        layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about, origin, order
+    )
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerEntry:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files import SUFFIX, TEMPORARY, file_checksum, make_folder
+from ..gradients import Origin
 from ..ranks import Ranks
 from ..workload import Ids, batch_checksum
 from .codec import DTYPES
@@ -37,6 +38,7 @@ class RowSource(Protocol):
 
     def digest(self) -> Mapping[str, str]: ...
     def fingerprint(self) -> str: ...
+    def origin(self) -> Origin: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
     def stream(
         self,
@@ -101,7 +103,7 @@ class Plan:
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
     if folder.is_dir():
-        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)))
+        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)) and (folder / n).exists())
 
 
 class Opening:
@@ -199,6 +201,7 @@ class Opening:
         digest = self.source.digest()
         layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
+        manifest = replace(manifest, origin=self.source.origin())
         a_shard = max(1, _SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if self.count is not None:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))

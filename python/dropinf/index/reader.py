@@ -7,7 +7,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..files import file_checksum
 from ..fisher.fisher import Fisher
-from ..gradients import At, Gradients, Rows, Shapes, block_rows, check_rows, positions_of
+from ..gradients import At, Gradients, Origin, Rows, Shapes, check_rows, positions_of
 from ..ranks import Ranks
 from .ahead import one_ahead, read_ahead
-from .export import Export, check_out, near
+from .export import Export, White, check_out
 from .folder import FISHER, locked, shard_path
 from .manifest import Manifest, ShardEntry
 from .order import order_path, read_order, runs_of
@@ -99,6 +99,11 @@ class Index:
         return {layer.name: layer.digest for layer in self.manifest.layers}
 
     @property
+    def origin(self) -> Origin | None:
+        """The model and the loss that made it; None for an index of the first format version."""
+        return None if self.manifest.origin is None else Origin(*self.manifest.origin)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that rows are read in: float32 where they are stored with scales."""
         return self._codec.decoded
@@ -124,8 +129,8 @@ class Index:
         if isinstance(rows, str):
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
         chosen = self._stored_rows(positions_of(rows, len(self)))
-        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
-        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
+        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype, device="cpu")
+        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:], device="cpu"), right=True)
         for i in shard.unique().tolist():
             at = (shard == i).nonzero().flatten()
             local = chosen[at] - self._starts[i]
@@ -133,7 +138,7 @@ class Index:
             values, scale = self._window(i, first, int(local.max()) + 1 - first)
             local = local - first
             out[at] = self._codec.decode(values[local], None if scale is None else scale[local])
-        return Gradients(out, self.shapes, self.digest)
+        return Gradients(out, self.shapes, self.digest, self.origin)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
         """Yield (offset of the first sample, up to `rows` samples), in order; the next block is read meanwhile."""
@@ -152,9 +157,9 @@ class Index:
 
     def placed_blocks(self, rows: int) -> Iterator[tuple[At, Gradients]]:
         """Yield (positions, up to `rows` samples) in the order in which rows are stored, which is the fastest."""
-        shapes, digest = self.shapes, self.digest
+        about = self.shapes, self.digest, self.origin
         for first, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
-            yield self._at(first, len(values)), Gradients(values, shapes, digest)
+            yield self._at(first, len(values)), Gradients(values, *about)
 
     def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[At, Stored]]:
         """Yield (positions, rows as they are stored), which `products.Products` multiplies without decoding them.
@@ -268,7 +273,7 @@ class Index:
         fisher.check(self, "fisher and index")
         dtype = fisher.result_dtype(self.dtype, "whiten")
         export = Export(out, len(self), self._codec.width, dtype, 16 * self.block_bytes, factory)
-        export.write(_White(self, fisher), self._every_id())
+        export.write(White(self, fisher), self._every_id())
 
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: every `world`-th shard from `rank` on. Offsets stay."""
@@ -360,23 +365,6 @@ class Index:
                 yield [(i, first, min(rows, count - first))]
         if block:
             yield block
-
-
-@dataclass(frozen=True)
-class _White:
-    """The rows of an index, whitened."""
-
-    index: Index
-    fisher: Fisher
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for offset, part in self.index.blocks(block_rows(self.index)):
-            yield offset, self.fisher.whiten(part).flat
-
-    def at(self, positions: Tensor) -> Tensor:
-        """Return the rows at ordered positions."""
-        parts = near(positions, block_rows(self.index))
-        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
 
 
 def _opened(folder: Path) -> tuple[Manifest, Tensor | None]:

@@ -32,10 +32,15 @@ Stamp = tuple[int, int, int]
 
 def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return the texts as UTF-8 bytes uint8 [B], and where each starts and ends, int64 [n + 1]."""
-    encoded = [text.encode() for text in texts]
-    offsets = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    try:
+        encoded = [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise ValueError(f"ids: {error.object!r} is no text: UTF-8 cannot hold it; give another id") from None
+    offsets = torch.tensor([0, *map(len, encoded)], device="cpu").cumsum(0)
     joined = bytearray(b"".join(encoded))
-    return (torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)), offsets
+    return (
+        torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8, device="cpu")
+    ), offsets
 
 
 def unpack_texts(data: Tensor, offsets: Tensor) -> list[str]:

@@ -167,7 +167,7 @@ class Writer:
         kept = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0] if name != "id_offsets"}
         if self.ids is not None:
             sizes = torch.cat([p["id_offsets"].diff() for p in pieces])
-            kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+            kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.cumsum(0)])
         counts = [len(p["gradients"]) for p in pieces]
         data = serialize(kept, {"batches": counts})
         entry = ShardEntry(checksum(data), sum(counts))
@@ -236,7 +236,10 @@ def write_index(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
     if shuffles(batches):
-        raise ValueError("batches: a shuffling DataLoader gives another order each time; make it with shuffle=False")
+        raise ValueError(
+            "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
+            "sampler of a fixed order. Ranks share the work by group=, each with all batches"
+        )
     if fisher is not None and fisher.count:
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
     ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
