@@ -82,7 +82,7 @@ def _dot_int8(q: Tensor, c: Tensor) -> Tensor:
     """Return `q @ c^T` without a float copy of c: each query is three digits to base 256, as exact as float32."""
     step = q.abs().amax(1, keepdim=True) / DIGITS_STEP
     digits, count = query_digits(q, step)
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for k in range(0, q.shape[1], INT8_COLUMNS):
         part = torch._int_mm(c[:, k : k + INT8_COLUMNS], digits[:, k : k + INT8_COLUMNS].t())
         total = total + part[:, :count].t().float()
@@ -96,7 +96,7 @@ def query_digits(q: Tensor, step: Tensor) -> tuple[Tensor, int]:
     left = (q / torch.where(step > 0, step, 1.0)).round_().to(torch.int32)
     count = 3 * len(q)
     # A product with 48 columns was seen to take twice as long as one with 64.
-    digits = torch.empty(count if count <= 8 else -(-count // 64) * 64, q.shape[1], dtype=torch.int8)
+    digits = torch.empty(count if count <= 8 else -(-count // 64) * 64, q.shape[1], dtype=torch.int8, device="cpu")
     digits[count:] = 0
     for digit in digits[:count].split(len(q)):
         low = left.add(128).bitwise_and_(255).sub_(128)  # -128 to 127

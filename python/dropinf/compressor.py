@@ -359,7 +359,7 @@ class Compressor:
 
     def origin(self) -> Origin:
         """Return what makes the gradients: a checksum of the model's parameters, and the loss function's name."""
-        return Origin(fingerprint(self.model, buffers=False), name_of_loss(self.loss_fn))
+        return Origin("" if self.is_sharded else fingerprint(self.model, buffers=False), name_of_loss(self.loss_fn))
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""

@@ -26,6 +26,12 @@ TEMPORARY = ".tmp"
 _KEY = "dropinf"
 _HASH = re.compile(r"[0-9a-f]{32}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WAYS = {
+    errno.ENAMETOOLONG: "; choose a shorter name",
+    errno.EACCES: "; choose a folder that you may write to",
+    errno.EROFS: "; choose a folder that you may write to",
+    errno.ENOTDIR: "; a part of this path is a file: name another folder",
+}
 _WINDOW = 1 << 23
 
 
@@ -48,13 +54,35 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def plain_name(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a name by which libraries that take UTF-8 alone open a file that is there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        IsADirectoryError: it is a folder.
+    """
+    name = os.fsdecode(path)
+    with open(name, "rb") as file:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            name = f"/dev/fd/{file.fileno()}"
+        yield name
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside a file, no longer than one may be."""
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
+
+
 def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically: under a temporary name, renamed once its bytes are on disk.
 
     Raises:
         OSError: the disk is full, or a limit on file sizes is reached; nothing is left under either name.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -69,7 +97,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def _unwritten(error: OSError, path: Path, then: str = "") -> OSError:
-    way_out = f"; free space and run it again{then}" if error.errno in _FULL else ""
+    way_out = f"; free space and run it again{then}" if error.errno in _FULL else _WAYS.get(error.errno or 0, "")
     return OSError(error.errno, os.strerror(error.errno or 0) + way_out, str(path))
 
 
@@ -81,7 +109,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the disk is full, or a limit on file sizes is reached.
     """
     final = Path(path)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = _temporary(final)
     try:
         yield temporary
         os.replace(temporary, final)
@@ -165,10 +193,13 @@ def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the disk is full, or no folder can be there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        what = f"a link to {os.readlink(folder)}, which is not there" if folder.is_symlink() else "a file, not a folder"
+        raise FileExistsError(error.errno, f"it is {what}; name another folder", str(folder)) from error
     except OSError as error:
         raise _unwritten(error, folder, ": it goes on from here") from error
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import replacing
+from .files import plain_name, replacing
 from .readonly import ReadOnly
 
 FORMAT = "dropinf.gradients"
@@ -29,7 +29,7 @@ Rows = int | slice | Tensor | Sequence[int] | Sequence[bool]
 class Origin(NamedTuple):
     """What made gradients."""
 
-    model: str  # fingerprint of its parameters
+    model: str  # fingerprint of its parameters; empty where they were shards, of which no rank has all
     loss: str  # name of the loss function, and a fingerprint of its source
 
 
@@ -108,14 +108,14 @@ def check_rows(rows: int) -> None:
 def positions_of(rows: Rows, count: int) -> Tensor:
     """Return the positions, int64 [n], that `rows` selects of `count` samples."""
     if isinstance(rows, slice):
-        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
-    index = torch.as_tensor(rows)
+        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64, device="cpu")
+    index = torch.as_tensor(rows, device="cpu")
     if index.dtype == torch.bool:
         if index.shape != (count,):
             raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
         return index.nonzero().flatten()
     if index.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if index.ndim > 1 or index.is_floating_point():
         raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
     index = index.reshape(-1).long()
@@ -155,8 +155,8 @@ def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and 
 
 def check_same_model(query: Sketched, train: Sketched) -> None:
     """Raise ValueError where it is known that gradients are of different models."""
-    one, two = getattr(query, "origin", None), getattr(train, "origin", None)
-    if one is not None and two is not None and one.model != two.model:
+    models = {origin.model for x in (query, train) if (origin := getattr(x, "origin", None)) is not None}
+    if len(models - {""}) > 1:
         raise ValueError(
             "query and train are of different models: the weights were others when they were compressed (or of another "
             "dtype). Compress both with the same model, which Compressor.from_index checks, or pass other_model=True "
@@ -322,7 +322,7 @@ class Gradients:
             ValueError: another kind of file, one of a newer format, or one that is truncated or damaged.
         """
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with plain_name(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
                 header = file.metadata() or {}
                 _check_header(path, header)
                 flat = file.get_tensor("gradients")

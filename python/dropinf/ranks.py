@@ -58,7 +58,7 @@ class Ranks:
         """Return every rank's tensor, in rank order; they may differ in their leading size."""
         if self.world == 1:
             return [x]
-        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes = torch.zeros(self.world, dtype=torch.int64, device="cpu")
         sizes[self.rank] = len(x)
         sizes = self.sum(sizes)
         padded = x.new_zeros(int(sizes.max()), *x.shape[1:], device=self.device)

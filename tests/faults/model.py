@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 import dropinf
+from dropinf.gradients import Origin
 from dropinf.index import compact, plan, write_index
 from tests.faults.jobs import Operations
 
@@ -55,6 +56,9 @@ class Source:
 
     def fingerprint(self) -> str:
         return "model"
+
+    def origin(self) -> Origin:
+        return Origin("model", "loss")
 
     def save(self, path) -> None:
         dropinf.files.write_whole(Path(path), safetensors.torch.save({"mask": torch.zeros(1)}))

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import checksum, read_header, serialize, whole_number, write_whole
+from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
 from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, placed_blocks, share_of
 from ..ranks import Ranks
 from .blocks import Block, DiagonalBlock, Product
 from .cholesky import solver_dtype
-from .damping import Damping
+from .damping import Damping, damping_number
 from .dense import DenseBlock, Form
 from .kronecker import KroneckerBlock
 from .ledger import Ledger, all_or_none
@@ -64,10 +64,8 @@ class Fisher:
         if damping == "auto":
             if absolute:
                 raise ValueError('damping is "auto" and absolute is True; "auto" chooses a share of mean(diag F)')
-        elif isinstance(damping, str) or not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(
-                f'damping is {damping!r}; it must be a finite number of at least 0, for instance 0.1, or "auto"'
-            )
+        else:
+            damping = damping_number(damping)
         self.kind: FisherKind = kind
         self.damping = damping
         self.absolute = absolute
@@ -171,7 +169,7 @@ class Fisher:
         if ranks.world == 1:
             return self
         self._adopt(like, "fisher and index")
-        self._count = int(ranks.sum(torch.tensor(self._count)))
+        self._count = int(ranks.sum(torch.tensor(self._count, device="cpu")))
         for _, block in self._blocks:
             block.all_reduce(ranks, solver_dtype(like.dtype))
         return self
@@ -280,7 +278,7 @@ class Fisher:
         """
         path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with plain_name(path) as name, safe_open(name, framework="pt") as file:
                 header = read_header(file.metadata(), path, FORMAT)
                 try:
                     return cls._read(header, file.get_tensor)

@@ -90,7 +90,7 @@ class Codec:
         """Return what each stored column is multiplied by, [K], or None for 1."""
         if self.dtype != "int8" or self.sizes is None:
             return None
-        return torch.repeat_interleave(torch.tensor(self.sizes), torch.tensor(self.widths))
+        return torch.repeat_interleave(torch.tensor(self.sizes, device="cpu"), torch.tensor(self.widths, device="cpu"))
 
     def encode(self, flat: Tensor, where: Where = _of_batch) -> dict[str, Tensor]:
         """Return what is stored of the rows [n, K], by the names of `tensors`.
@@ -128,7 +128,7 @@ class Codec:
         """Return what rows are multiplied by, float32: [n], [n, layers] or None for 1."""
         if not self.by_layer:
             return scale
-        found = torch.empty(len(values), len(self.widths))
+        found = torch.empty(len(values), len(self.widths), device="cpu")
         if scale is not None:
             found[:, self._beside] = scale.float()
         if self._within:
@@ -151,7 +151,7 @@ class Codec:
     def _carrying(self) -> Tensor:
         """The columns whose lowest bits are scales', layer by layer."""
         starts = list(accumulate(self.widths, initial=0))
-        return torch.cat([torch.arange(starts[i], starts[i] + CARRIERS) for i in self._within])
+        return torch.cat([torch.arange(starts[i], starts[i] + CARRIERS, device="cpu") for i in self._within])
 
     def _largest(self, flat: Tensor) -> Tensor:
         """Return the largest absolute value of each row and layer, [n, layers], in flat's dtype."""
@@ -202,8 +202,10 @@ class Codec:
         """Return int8 rows of the first format version: one scale a row, after each layer was divided by its size."""
         assert self.sizes is not None
         largest = self._largest(flat)
-        shares = largest.double() / torch.tensor(self.sizes, dtype=torch.float64)
-        least = shares.amax(1, keepdim=True) / 254 * torch.tensor(self.sizes, dtype=torch.float64)  # rounded to 0
+        shares = largest.double() / torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
+        least = (
+            shares.amax(1, keepdim=True) / 254 * torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
+        )  # rounded to 0
         self._check(flat, largest, least, _MOST, where)
         factors = self.factors()
         assert factors is not None

@@ -32,7 +32,12 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def acquire() -> int:
         make_folder(folder)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{os.strerror(error.errno or 0)}; out must be a folder that you may write to", str(folder)
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -53,7 +58,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 def names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
     """Yield the names in a folder that match, in order; none where there is no such folder."""
     if folder.is_dir():
-        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)))
+        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)) and (folder / n).exists())
 
 
 def check_free(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -143,6 +144,9 @@ class Manifest:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a manifest")
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            for link in (folder, path):
+                if link.is_symlink() and not link.exists():
+                    raise FileNotFoundError(f"{link}: a link to {os.readlink(link)}, which is not there") from None
             raise FileNotFoundError(
                 f"{folder}: no index (it has no {NAME}); make one with compressor.compress(batches, out=...)"
             ) from None

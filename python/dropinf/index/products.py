@@ -52,7 +52,7 @@ class Products:
         total = self.q.new_zeros(len(values), len(self.q))
         if self._pieces:
             digits, count, weights = self._digits
-            exact = torch.empty(len(self._pieces), len(values), len(digits), dtype=torch.int32)
+            exact = torch.empty(len(self._pieces), len(values), len(digits), dtype=torch.int32, device="cpu")
             for out, (_, start, stop) in zip(exact, self._pieces, strict=True):
                 torch._int_mm(values[:, start:stop], digits[:, start:stop].t(), out=out)
             parts = exact[:, :, :count].float().mul_(weights.unsqueeze(1))
@@ -89,7 +89,9 @@ class Products:
     def _digits(self) -> tuple[Tensor, int, Tensor]:
         """The queries as digits, how many rows these are of, and what the products of each are worth, by piece."""
         steps = torch.stack([part.abs().amax(1) for part in self.q.split(self.widths, 1)], 1) / DIGITS_STEP
-        of_column = torch.repeat_interleave(torch.arange(len(self.widths)), torch.tensor(self.widths))
+        of_column = torch.repeat_interleave(
+            torch.arange(len(self.widths), device="cpu"), torch.tensor(self.widths, device="cpu")
+        )
         digits, count = query_digits(self.q, steps[:, of_column])
         own = steps[:, [layer for layer, _, _ in self._pieces]].t()  # [pieces, Q]
         return digits, count, torch.cat([own, own * 256, own * 65536], 1)

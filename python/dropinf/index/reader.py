@@ -139,8 +139,8 @@ class Index:
         if isinstance(rows, str):
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
         chosen = self._stored_rows(positions_of(rows, len(self)))
-        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
-        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
+        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype, device="cpu")
+        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:], device="cpu"), right=True)
         for i in shard.unique().tolist():
             at = (shard == i).nonzero().flatten()
             local = chosen[at] - self._starts[i]

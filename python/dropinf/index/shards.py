@@ -33,10 +33,15 @@ Stamp = tuple[int, int, int]
 
 def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return the texts as UTF-8 bytes uint8 [B], and where each starts and ends, int64 [n + 1]."""
-    encoded = [text.encode() for text in texts]
-    offsets = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    try:
+        encoded = [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise ValueError(f"ids: {error.object!r} is no text: UTF-8 cannot hold it; give another id") from None
+    offsets = torch.tensor([0, *map(len, encoded)], device="cpu").cumsum(0)
     joined = bytearray(b"".join(encoded))
-    return (torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)), offsets
+    return (
+        torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8, device="cpu")
+    ), offsets
 
 
 def unpack_texts(data: Tensor, offsets: Tensor) -> list[str]:
@@ -179,7 +184,7 @@ def join_rows(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0] if name != "id_offsets"}
     if "id_offsets" in pieces[0]:
         sizes = torch.cat([piece["id_offsets"].diff() for piece in pieces])
-        kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.cumsum(0)])
     return kept
 
 
