@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dropinf.capture.colours import NONE, SEVERAL
-from dropinf.capture.dependence import Dependence
+from dropinf.capture.dependence import Dependence, stay_apart
 from dropinf.capture.labels import Labels
 
 # Of a tensor that is a view in the sample; of eigenvectors, which have no gradient of their own.
@@ -122,6 +122,65 @@ def test_labels_are_the_same_for_all_data(name):
         found.append(dependence.known.of(out).clone())
     assert all(torch.equal(labels, found[0]) for labels in found)
     assert bool((found[0].reshape(4, -1) == torch.arange(4)[:, None]).all()) == (name in APART)
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def images() -> nn.Module:
+    norms = nn.GroupNorm(2, 8), nn.BatchNorm2d(8).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), norms[0], nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=4), norms[1], nn.Flatten(),
+        nn.LazyLinear(3),
+    )  # fmt: skip
+
+
+def own(h: Tensor) -> Tensor:
+    return h.flatten(1).square().sum(1)
+
+
+N = 4
+ROWS, LENGTHS = torch.randn(9, 6), [2, 3, 3, 1]
+DATA = torch.randn(50, 6)
+MODELS: dict[str, tuple[Any, Any, Any, bool]] = {
+    "linear": (two_layers, lambda m, x: own(m(x)), torch.randn(N, 6), True),
+    "attention": (lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval(), lambda m, x: own(m(x)), torch.randn(N, 5, 6), True),
+    "time_first": (lambda: nn.GRU(6, 3), lambda m, x: own(m(x.transpose(0, 1))[0].transpose(0, 1)), torch.randn(N, 5, 6), True),
+    "lstm": (lambda: nn.LSTM(6, 3, batch_first=True), lambda m, x: own(m(x)[0]), torch.randn(N, 5, 6), True),
+    "images": (images, lambda m, x: own(m(x)), torch.randn(N, 3, 12, 12), True),
+    "last_position": (two_layers, lambda m, b: own(m(b[0])[torch.arange(N), b[1]]), (torch.randn(N, 5, 6), torch.tensor([4, 2, 0, 1])), True),
+    "rows_of_a_table": (two_layers, lambda m, i: own(m(DATA[i])), torch.tensor([3, 1, 4, 2]), True),
+    "a_slice_of_the_data": (two_layers, lambda m, x: own(m(x)), DATA[8:12], True),
+    "pairs": (two_layers, lambda m, x: own(m(x)).view(2, -1).diff(dim=0)[0], torch.randn(2 * N, 6), True),
+    "a_list": (two_layers, lambda m, b: torch.stack([own(m(x[None]))[0] * y for x, y in b]), [(torch.randn(6), torch.rand(())) for _ in range(N)], True),
+    "written_in_place": (two_layers, lambda m, x: own(torch.zeros(N, 5).index_copy_(1, torch.arange(3), m(x))), torch.randn(N, 6), True),
+    "einsum": (two_layers, lambda m, x: torch.einsum("nd,nd->n", m(x), m(x)), torch.randn(N, 6), True),
+    "without_gradient_across": (two_layers, lambda m, x: own(m(x)) * own(m(x)).mean().detach(), torch.randn(N, 6), True),
+    "sorted": (two_layers, lambda m, x: own(m(x)[x[:, 0].argsort()]), torch.randn(N, 6), False),
+    "contrastive": (two_layers, lambda m, x: (m(x) @ m(x).t()).softmax(1).diagonal(), torch.randn(N, 6), False),
+    "foreach": (two_layers, lambda m, x: (lambda h: (torch._foreach_add_([h], [m(x).mean(0)]), own(h))[1])(m(x) * 1), torch.randn(N, 6), False),
+    "filled": (two_layers, lambda m, x: (lambda h: (h[:, 0].fill_(m(x).mean()), own(h))[1])(m(x) * 1), torch.randn(N, 6), False),
+    "numbers_that_leave": (two_layers, lambda m, x: own(m(x)) * x.sum().item(), torch.randn(N, 6), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_whose_samples_stay_apart(name):
+    build, loss, batch, apart = MODELS[name]
+    model = build()
+    loss(model, batch)  # lazy layers
+    assert stay_apart(model, lambda: loss(model, batch), batch, N, None) == apart
+
+
+def test_documents_that_are_cut_apart():
+    model, ends = two_layers(), torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+
+    def cut() -> Tensor:
+        return torch.stack([own(h).sum() for h in model(ROWS).split(LENGTHS)])
+
+    assert stay_apart(model, cut, ROWS, N, ends)
+    assert not stay_apart(model, lambda: cut() + model(ROWS).mean(), ROWS, N, ends)
 
 
 def test_views_of_a_storage_share_their_labels():

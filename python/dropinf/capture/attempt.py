@@ -64,7 +64,8 @@ class Attempts:
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
         self.random = False  # the model draws random numbers
-        self.movement: Any = None  # of its forward, by which it looks like earlier ones
+        self.movement: int | None = None  # of its forward, by which it looks like earlier ones
+        self.coloured = False  # the samples of its rows were found anew
         self.attempts, self.proving = 0, 3
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
         self.first_losses: Tensor | None = None

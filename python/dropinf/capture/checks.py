@@ -175,7 +175,8 @@ def mixing_message(name: str, pair: tuple[int, int] | None, n: int) -> str:
         f"layer {name}: the losses of {met} (of the {n} samples of the batch) depend on the same row of its output, so "
         "no sample has a gradient of its own. Must they mix (a contrastive loss, centred features), pass mixing=True: "
         "each gradient is then the derivative of one loss as it stands in its batch. Else compute each sample's loss "
-        "from that sample alone, or leave the layer out with layers="
+        "from that sample alone, or leave the layer out with layers=. A tensor that all samples share looks the same "
+        "where it is as long as the batch: begin with a batch of another size"
     )
 
 

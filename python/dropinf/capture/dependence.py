@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ from ..workload import samples_of, tensors
 from . import moves  # noqa: F401  its rules
 from .colours import NONE, SEVERAL
 from .labels import Labels
+from .ladder import AttributionError
 from .rules import RULES, Run, flat, pointwise, together
 
 # They change a tensor's shape, and none of its numbers.
@@ -42,12 +44,16 @@ class Dependence(TorchDispatchMode):
         self.failure: str | None = None
         self.foreign = False  # some backward is its user's
         self.left = False  # Python got numbers of a sample
+        self.states: list[Tensor] = []  # of other generators than torch's own, as numbers were drawn
+        self.depth = 0  # functions of torch that run
         for parameter in parameters:
             self.known.add(parameter, fixed=False)
         for x, labels in given:
             self.known.put(x, labels, fixed=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._draw(_named(func, args, kwargs or {}).get("generator"))
         out = func(*args, **(kwargs or {}))
         if self.failure is None:
             try:
@@ -55,6 +61,11 @@ class Dependence(TorchDispatchMode):
             except Exception as error:
                 self.failure = f"{func}: {type(error).__name__}: {error}"
         return out
+
+    def _draw(self, generator: torch.Generator | None) -> None:
+        """Keep the state of a generator that is not torch's own, which nothing puts back."""
+        if generator is not None and generator not in (torch.default_generator, *torch.cuda.default_generators):
+            self.states.append(generator.get_state())
 
     def leave(self, x: Tensor) -> None:
         """Note a sample's numbers that Python gets, of which it may make an index; a truth value decides what runs."""
@@ -66,34 +77,44 @@ class Dependence(TorchDispatchMode):
         for x in inputs:
             if not self.known.knows(x):
                 self._meet(x)
-            self._look_at_source(x)
+            self.look_at_source(x)
         if func is torch.ops.aten._local_scalar_dense.default:
             self.leave(inputs[0])
         results = flat(out)
         storages = {x.untyped_storage()._cdata for x in inputs}
-        changed = func._schema.is_mutable
-        if func._schema.name in _VIEWS_IN_PLACE or (
-            not changed and all(x.untyped_storage()._cdata in storages for x in results)
-        ):
+        own = func.namespace in ("aten", "prim", "prims")
+        changes = func._schema.is_mutable and func._schema.name not in _VIEWS_IN_PLACE
+        if own and not changes and all(x.untyped_storage()._cdata in storages for x in results):
             return  # views
+        labelled = any(self.known.of(x) is not None for x in inputs)
+        self.foreign |= labelled and not own  # of a library, with a backward of its own
+        self.left |= labelled and not self.depth  # in a script, say, whose other branches no path shows
         fixed = _counts(func, arguments) or (func in _COPIES and self.known.is_fixed(inputs[0]))
-        labels = self._labels(func, arguments, inputs, out)
-        for x, found in zip(results, labels, strict=True):
-            self._give(x, found, fixed)
+        firm = any(self.known.is_firm(x) for x in inputs)
+        for x, found in zip(results, self._labels(func, arguments, inputs, out), strict=True):
+            self._give(x, found, fixed, firm)
+        given = {x.untyped_storage()._cdata for x in results}
+        for x in _written(func, arguments) if changes else ():
+            if x.untyped_storage()._cdata not in given:  # as of _foreach ops
+                self._give(x, together(Run("", func, arguments, out, self.known)), False, firm)
 
-    def _look_at_source(self, x: Tensor) -> None:
+    def look_at_source(self, x: Tensor) -> None:
         """Note a tensor that a user's autograd Function made of samples: nothing here says what its backward does."""
         node = x.grad_fn
         if isinstance(node, BackwardCFunction) and self.known.of(x) is not None:
-            self.foreign |= not type(node)._forward_cls.__module__.startswith("torch.")
+            made_by = type(node)._forward_cls
+            self.foreign |= made_by is BackwardHookFunction or not made_by.__module__.startswith("torch.")
 
     def _meet(self, x: Tensor) -> None:
-        """Take a tensor from elsewhere, which may hold any samples."""
+        """Take a tensor from elsewhere, which may hold any samples; not a number alone, nor a weight of the loss."""
         self.known.add(x, fixed=False)
-        if x.numel() > 1:
+        if (x.numel() > 1 and not x.requires_grad) or (x.requires_grad and not x.is_leaf):
             self.known.put(x, torch.tensor(SEVERAL), fixed=False)
 
-    def _give(self, x: Tensor, labels: Tensor | None, fixed: bool) -> None:
+    def _give(self, x: Tensor, labels: Tensor | None, fixed: bool, firm: bool) -> None:
+        if firm and not torch.is_grad_enabled():
+            self.known.add(x, fixed=False)
+            self.known.harden(x)
         if labels is None:
             self.known.add(x, fixed=fixed)
         else:
@@ -106,7 +127,7 @@ class Dependence(TorchDispatchMode):
         results = flat(out)
         if all(self.known.of(x) is None for x in inputs):
             return [None] * len(results)
-        name = func._schema.name.rpartition("::")[2]
+        name = func._schema.name.rpartition("::")[2] if func.namespace == "aten" else ""
         name = name if name in RULES else name.rstrip("_")
         run = Run(name, func, arguments, out, self.known)
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in func.tags else together)
@@ -124,7 +145,7 @@ class Dependence(TorchDispatchMode):
 
 
 class _Leaving(TorchFunctionMode):
-    """Sees what leaves torch as lists and arrays, which no op does."""
+    """Sees what leaves torch as lists and arrays, which no op does, and which ops are of functions that a path has."""
 
     def __init__(self, dependence: Dependence) -> None:
         super().__init__()
@@ -133,12 +154,22 @@ class _Leaving(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVE and self.dependence.failure is None:
             self.dependence.leave(args[0])
-        return func(*args, **(kwargs or {}))
+        self.dependence.depth += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.dependence.depth -= 1
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     names = [argument.name for argument in func._schema.arguments]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _written(func: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments that an op writes to."""
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for name in names for x in flat(arguments.get(name))]
 
 
 def _counts(func: Any, arguments: Mapping[str, Any]) -> bool:
@@ -165,16 +196,30 @@ def stay_apart(
     if cu_seqlens is None and any(x.ndim and len(x) > n and len(x) % n == 0 for x, _ in variants[0]):
         variants.append(_of_leaves(batch, n, cu_seqlens, cyclic=True))
     for given in variants:
-        dependence = Dependence(_held(model), given)
-        # Nothing is kept for a backward: there is none.
-        with dependence, _Leaving(dependence), torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
-            losses = losses_of()
+        dependence, losses = _followed(model, losses_of, given)
+        if dependence.states:
+            again = _followed(model, losses_of, given)[0].states
+            if not all(map(torch.equal, dependence.states, again)):
+                raise AttributionError(
+                    "model: it draws random numbers from a generator of its own, so that each run of a batch gives "
+                    "other gradients; draw from torch's (without generator=), which every run finds in the same state"
+                )
         labels = dependence.known.of(losses)
+        dependence.look_at_source(losses)
         if labels is not None and not (dependence.failure or dependence.foreign or dependence.left):
             own = torch.arange(n, dtype=torch.int32, device=labels.device)
             if bool((labels.reshape(-1) == own).all()):
                 return True
     return False
+
+
+def _followed(
+    model: nn.Module, losses_of: Callable[[], Tensor], given: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Dependence, Tensor]:
+    dependence = Dependence(_held(model), given)
+    # Nothing is kept for a backward: there is none.
+    with dependence, _Leaving(dependence), torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
+        return dependence, losses_of()
 
 
 def _dropped(_: Any) -> Any:
@@ -217,4 +262,5 @@ def _along(labels: Tensor, dim: int, ndim: int) -> Tensor:
 
 def _has_backward_hooks(model: nn.Module) -> bool:
     """Return whether a module has a hook of its user's on gradients, which may mix samples."""
-    return any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
+    everywhere = nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks
+    return bool(everywhere) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import sharded
 from .hooks import Capture
-from .movement import MOVERS, Movement
+from .movement import Movement
 from .outside import Outside
 
 _SEQUENCES = (list, tuple)
@@ -41,9 +41,7 @@ class UseGuard(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.movement.pass_by(func, args, kwargs or {})
-        if func in MOVERS:
-            self.movement.note(func, args, kwargs or {})
-        elif func is Tensor.register_hook:
+        if func is Tensor.register_hook:
             self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
         if func in _LOOKUPS:
             self._look_up(args, kwargs or {})

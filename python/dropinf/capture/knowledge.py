@@ -29,14 +29,16 @@ class Plan:
     """What is known of batches that look alike: where gradients have their samples, and what was audited.
 
     ``follow``: each batch's layouts are found anew, as some follow the data or (``unclear``) samples may meet.
-    ``movements``: of forwards that keep samples apart whatever their data.
+    ``movements``: of forwards whose layouts these are. ``apart``: movements and shapes of batches whose samples stay
+    apart whatever the data.
     """
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
     proven: set[Key] = field(default_factory=set)
     blank: set[Key] = field(default_factory=set)
     loose: set[Key] = field(default_factory=set)  # whose layout follows the data
-    movements: set[Any] = field(default_factory=set)
+    movements: set[int] = field(default_factory=set)
+    apart: set[tuple[int, Any]] = field(default_factory=set)
     gradients: set[frozenset[str]] = field(default_factory=set)
     follow: bool = False
     unclear: bool = False

@@ -92,6 +92,7 @@ class _Entry:
     """A storage's labels from its number ``start`` on, each for ``block`` numbers of ``itemsize`` bytes.
 
     ``labels`` is None where no number has one. ``fixed``: it counts 0, 1, 2, ..., and so for every batch.
+    ``firm``: made of what a gradient flows through, where autograd was off.
     """
 
     storage: StorageWeakRef
@@ -100,6 +101,7 @@ class _Entry:
     start: int = 0
     block: int = 1
     itemsize: int = 1
+    firm: bool = False
 
     def refine(self, start: int, end: int) -> Tensor:
         """Give each number from start to end a label of its own; return the labels of all."""
@@ -126,6 +128,19 @@ class Labels:
         """Return whether a tensor's storage counts from zero, for every batch that runs the same ops."""
         entry = self._entry(x)
         return entry is not None and entry.fixed
+
+    def is_firm(self, x: Tensor) -> bool:
+        """Return whether a gradient flows through a tensor, or would if autograd were on, as around a checkpoint."""
+        if x.requires_grad or torch.is_grad_enabled():
+            return x.requires_grad
+        entry = self._entry(x)
+        return entry is not None and entry.firm
+
+    def harden(self, x: Tensor) -> None:
+        """Note that a tensor was made of firm ones."""
+        entry = self._entry(x)
+        if entry is not None:
+            entry.firm = True
 
     def add(self, x: Tensor, *, fixed: bool) -> None:
         """Take a tensor without labels; one that is known is from now on fixed only if both are."""

@@ -47,7 +47,7 @@ def concatenated(run: Run) -> Tensor:
     tensors = [x for x in tensors if new or x.ndim > 1 or x.numel()]  # cat takes empty vectors beside any shape
     found = []
     for firm in (True, False):
-        labels = [_full(run, x) if x.requires_grad == firm else _none(x) for x in tensors]
+        labels = [_full(run, x) if run.known.is_firm(x) == firm else _none(x) for x in tensors]
         labels = [one.unsqueeze(dim) for one in labels] if new else labels
         found.append(Piece(torch.cat(_narrowed(labels, dim), dim), firm))
     return joined(found)

@@ -35,6 +35,8 @@ class Proof:
             return "first batch"
         if reached not in plan.gradients:
             return "new look"
+        if plan.unclear and (known.ladder.on("vmap") or known.ladder.on("alone")):
+            return "samples may meet"  # which single samples do not show
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
     def expect(self, losses_of: Callable[[], Tensor], store: Mapping[str, Tensor] | None = None) -> Expected:

@@ -30,7 +30,7 @@ class Run:
     def piece(self, x: Any) -> Piece | None:
         """Return what a tensor brings, or None where it has no labels."""
         labels = self.known.of(x) if isinstance(x, Tensor) else None
-        return None if labels is None else Piece(labels, x.requires_grad)
+        return None if labels is None else Piece(labels, self.known.is_firm(x))
 
     def pieces(self, values: Iterable[Any] | None = None) -> list[Piece]:
         """Return what tensors bring, those of the arguments by default."""
@@ -83,7 +83,7 @@ def rule(*names: str) -> Callable[[_F], _F]:
 @rule(
     "clone", "_to_copy", "copy", "lift_fresh", "tril", "triu", "native_dropout", "where", "masked_fill", "bernoulli",
     "addcmul", "addcdiv", "lerp", "view_as_complex", "bucketize", "searchsorted", "polar", "dropout", "nan_to_num",
-    "fake_quantize_per_tensor_affine", "isin", "_weight_norm_interface",
+    "fake_quantize_per_tensor_affine", "isin",
 )  # fmt: skip
 def pointwise(run: Run) -> Tensor:
     return joined(run.pieces())
@@ -91,10 +91,15 @@ def pointwise(run: Run) -> Tensor:
 
 @rule(
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
-    "new_ones", "new_full", "new_empty", "new_empty_strided", "zero", "fill", "normal", "uniform", "exponential",
+    "new_ones", "new_full", "new_empty", "new_empty_strided", "zero", "normal", "uniform", "exponential",
 )  # fmt: skip
 def nothing(_: Run) -> Tensor:
     return torch.tensor(NONE)
+
+
+@rule("fill")
+def filled(run: Run) -> Tensor:
+    return joined(run.pieces([run.args["value"]]))
 
 
 @rule("copy_")
@@ -276,7 +281,8 @@ def distances(run: Run) -> Tensor:
 
 @rule("mkldnn_rnn_layer", "_cudnn_rnn")
 def recurrent(run: Run) -> Tensor:
-    if run.args.get("batch_first") or run.args.get("batch_sizes"):
+    turned = run.name == "_cudnn_rnn" and run.args.get("batch_first")  # which mkldnn is never given
+    if turned or run.args.get("batch_sizes"):
         return together(run)
     found = []
     for x in run.tensors():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..workload import tensors
 from . import sharded
 from .attempt import Again
 from .checks import cached_message, check_finite, late_message, refused_message
@@ -63,6 +64,7 @@ class Run(Sharing):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
             self.movement = guard.movement.fingerprint()
+            self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
             self._lower_unfit(outside)
             self._lower_leaked(current)
@@ -130,6 +132,7 @@ class Run(Sharing):
             together = (usual or self.together) and self.hooked.probe is None
             if plan is not None:
                 current.layouts, current.proven = plan.layouts, plan.proven
+            self.coloured = True
             current.coloured_backward(losses, follow=together)
             self._lower_failed(current)
             self._resolve_several(current)
@@ -220,6 +223,7 @@ class Run(Sharing):
     def _proven(self, current: Pass, losses: Tensor, plan: Plan, look: Any) -> dict[str, Tensor]:
         """Return the batch's rows, audited where it is due."""
         hooked, known = self.hooked, self.known
+        self._keep_apart(plan, look)
         reached = frozenset(name for name in current.emitted if name not in known.follows)
         self.why = self.why or self.proof.why(plan, reached)
         why = self.why
@@ -229,28 +233,30 @@ class Run(Sharing):
                 self.colour, self.proving = self.n > 1, self.proving - 1
                 raise Again
             plan = known.plans.get(look, plan)
-        looked_at = why or plan.unclear
-        if (
-            looked_at
-            and self.n > 1
-            and self.cu is None
-            and not current.proven
-            and known.exact_names
-            and not known.mixing
-        ):
-            with hooked.capture.removed():
-                self._check_leaves()
+        if (why or plan.unclear) and not current.proven and known.exact_names:
+            self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
         check_finite(store, hooked.where)
         if why and hooked.probe is None:
             self._audit(store, losses, current, (plan, look), why)
-        if self.n > 1 and not plan.follow and self.movement not in plan.movements:
-            plan.follow = plan.unclear = self.movement is None or not self._stay_apart()
-            plan.movements |= {self.movement} - {None} if not plan.unclear else set()
         plan.trusted = 0 if why else plan.trusted + 1
         plan.gradients.add(reached)
         known.plans[look] = plan
         return store
+
+    def _keep_apart(self, plan: Plan, look: Any) -> None:
+        """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""
+        movement, shapes = self.movement, tuple(leaf.shape for leaf in tensors(self.batch))
+        if self.n == 1 or plan.follow or (movement, shapes) in plan.apart:
+            return
+        if movement is not None and self._stay_apart():
+            plan.movements.add(movement)
+            plan.apart.add((movement, shapes))
+            return
+        plan.follow = plan.unclear = True
+        if not self.coloured:
+            self.known.plans[look] = plan
+            raise Again
 
     def _stay_apart(self) -> bool:
         """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
@@ -261,7 +267,7 @@ class Run(Sharing):
         try:
             with self.hooked.capture.removed(), self.hooked.flags.own(tracked), torch.enable_grad():
                 return stay_apart(self.model, self._plain_losses, self.batch, self.n, self.cu)
-        except torch.OutOfMemoryError:
+        except (AttributionError, torch.OutOfMemoryError):
             raise
         except Exception:
             return False  # a loss that differentiates, say, for which nothing was kept

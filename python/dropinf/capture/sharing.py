@@ -88,9 +88,12 @@ class Sharing(Attempts):
 
     def _check_leaves(self) -> None:
         """Raise SamplesMix where a loss mixes samples, by the gradients of the batch's own tensors."""
+        if self.n == 1 or self.cu is not None or self.known.mixing:
+            return
         self.start.restore()
         try:
-            mixes = mixing_leaves(lambda batch: self.known.loss_fn(self.model, batch), self.batch, self.n)
+            with self.hooked.capture.removed():
+                mixes = mixing_leaves(lambda batch: self.known.loss_fn(self.model, batch), self.batch, self.n)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return  # a batch that takes no copies of its tensors
         if mixes:
