@@ -170,7 +170,7 @@ class Compressor:
             raise ValueError(f"model: nothing to track; {skipped or no_parameters(self.model)}")
         self.skipped: Mapping[str, str] = ReadOnly(skipped)
         self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets, **options)
-        self._layers = {}
+        self.losses, self._layers = self._sweep.losses, {}
 
     @property
     def audits(self) -> Sequence[Audited]:

@@ -22,6 +22,7 @@ from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
 from ..workload import Ids, check_order, first_batch, order_of, shuffles
+from .agreement import LOOKS, agree, compare_batches, looks
 from .codec import DTYPES
 from .compact import compact_gathered
 from .discard import discard
@@ -54,6 +55,7 @@ class Work:
         self.batch: Any = None
         self.print = ""  # fingerprint of the batch, as it was before loss_fn had it
         self.count: int | None = len(batches) if isinstance(batches, Sized) else None
+        self.prints: dict[int, str] = {}  # of batches that other ranks may have looked at too
         self.rounds = 0  # computed by each rank, where all must compute together
 
     def __iter__(self) -> Iterator[Any]:
@@ -96,6 +98,8 @@ class Work:
         b = -1
         for b, batch in enumerate(self.batches):
             if not self.share(b):
+                if b < LOOKS or b & (b - 1) == 0:
+                    self._print(b, batch)
                 continue
             if b in self.finished:
                 self._compare(b, batch)
@@ -106,7 +110,17 @@ class Work:
 
     def _print(self, b: int, batch: Any) -> str:
         # loss_fn may have had the first batch already, and changed it.
-        return self.first if b == 0 else fingerprint(batch, named=self.ids is not None)
+        found = self.first if b == 0 else fingerprint(batch, named=self.ids is not None)
+        self.prints[b] = found
+        return found
+
+    def looked_at(self) -> Mapping[int, str]:
+        """Return the fingerprints of batches that are known here, with some of other ranks'."""
+        if isinstance(self.batches, Sequence):
+            for b in looks(len(self.batches)):
+                if b not in self.prints:
+                    self._print(b, self.batches[b])
+        return self.prints
 
     def _compare(self, b: int, batch: Any) -> None:
         difference = self.finished.difference(b, self._print(b, batch), None if self.ids is None else self.ids(batch))
@@ -244,6 +258,8 @@ class Writer:
             (self.folder / PARTS / self.parts[b]).unlink()
 
     def _finish(self) -> None:
+        if self.ranks.world > 1:
+            compare_batches(self.ranks, self.work.looked_at())
         manifest = self._finished_manifest()
         every = dict(enumerate(manifest.shards))
         if self.plan.undecided:
@@ -307,6 +323,28 @@ class Writer:
         return None if order is None else write_order(self.folder, order)
 
 
+def _facts(
+    source: RowSource,
+    batches: Iterable[Any],
+    first: str,
+    dtype: torch.dtype | None,
+    fisher: Fisher | None,
+    ids: Ids | None,
+    append: bool,
+) -> dict[str, object]:
+    """Return what must be the same on all ranks, by name."""
+    return {
+        "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
+        "sketch": dict(source.digest()),
+        "number of batches": len(batches) if isinstance(batches, Sized) else None,
+        "first batch": first,
+        "dtype": dtype,
+        "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
+        "choice of ids": ids is not None,
+        "append": append,
+    }
+
+
 def write_index(
     source: RowSource,
     batches: Iterable[Any],
@@ -336,6 +374,8 @@ def write_index(
     with ranks.watched(), locked(folder, ranks):
         first, batches = first_batch(batches)
         found = fingerprint(first, named=ids is not None)
+        if ranks.world > 1:
+            agree(ranks, _facts(source, batches, found, dtype, fisher, ids, append), source.losses(first))
         plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
         Writer(source, batches, found, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)
