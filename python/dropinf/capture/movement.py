@@ -7,6 +7,7 @@ another branch, joined pieces in another order, or cut a tensor elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Movement:
                 self._add(items, (v.start, v.stop, v.step), x)
             elif v is None or type(v) in (str, bool):
                 items.append(str(v))
-            elif hasattr(v, "__index__"):
+            elif isinstance(v, Integral):  # of NumPy, say
                 items.append(self._number(int(v), x))
 
     def _number(self, v: int, x: Tensor | None) -> str:
