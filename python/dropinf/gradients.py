@@ -30,7 +30,7 @@ class Origin(NamedTuple):
     """What made gradients."""
 
     model: str  # fingerprint of its parameters; empty where they were shards, of which no rank has all
-    loss: str  # name of the loss function, and a fingerprint of its source
+    loss: str  # name of the loss function, and a fingerprint of its source; empty where it is not known
 
 
 class Sketched(Protocol):

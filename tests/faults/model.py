@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -16,9 +17,12 @@ import torch
 import dropinf
 from dropinf.gradients import Origin
 from dropinf.index import compact, plan, write_index
+from dropinf.index.codec import DTYPES, Codec
 from tests.faults.jobs import Operations
 
 Call = list[int]  # numbers of batches
+SHAPES = {"few": (3,), "more": (16,)}  # whose scales stand beside int8 rows, and within them
+CODECS = {dtype: Codec(dtype, tuple(SHAPES), (3, 16)) for dtype in ("float32", "int8")}
 
 
 def batch_of(number: int) -> torch.Tensor:
@@ -27,12 +31,38 @@ def batch_of(number: int) -> torch.Tensor:
 
 
 def rows_of(batch: torch.Tensor) -> torch.Tensor:
-    return torch.stack([batch[:, 0], batch[:, 1], batch[:, 0] * (batch[:, 1] + 1)], 1)
+    few = torch.stack([batch[:, 0], batch[:, 1], batch[:, 0] * (batch[:, 1] + 1)], 1)
+    return torch.cat([few, few[:, :1] * torch.arange(16) + few[:, 1:2]], 1)
 
 
-def rows(calls: Iterable[Call]) -> list[list[float]]:
-    """Return what an index holds of these calls."""
-    return [row for call in calls for number in call for row in rows_of(batch_of(number)).tolist()]
+def order_of(call: Call) -> list[int] | None:
+    """Return where the samples of a call stand among its own; of some calls, as they come."""
+    found = list(range(sum(len(batch_of(number)) for number in call)))
+    random.Random(str(call)).shuffle(found)
+    return found if sum(call) % 3 else None
+
+
+def in_order(call: Call, samples: list[Any], ordered: bool) -> list[Any]:
+    places = order_of(call) if ordered else None
+    return samples if places is None else [sample for _, sample in sorted(zip(places, samples, strict=True))]
+
+
+def rows(calls: Iterable[Call], ordered: bool, dtype: str) -> list[list[float]]:
+    """Return what is read from an index of these calls."""
+    found = []
+    for call in calls:
+        encoded = CODECS[dtype].encode(torch.cat([rows_of(batch_of(number)) for number in call]))
+        decoded = CODECS[dtype].decode(encoded["gradients"], encoded.get("scale")).tolist()
+        found += in_order(call, decoded, ordered)
+    return found
+
+
+def ids(calls: Iterable[Call], ordered: bool) -> list[str]:
+    return [
+        name
+        for call in calls
+        for name in in_order(call, [name for number in call for name in names(batch_of(number))], ordered)
+    ]
 
 
 def names(batch: torch.Tensor) -> list[str]:
@@ -44,15 +74,15 @@ class LossError(Exception):
 
 
 class Source:
-    """Rows of three numbers that are made of the batch: a compressor without a model."""
+    """Rows of two layers that are made of the batch: a compressor without a model."""
 
     is_sharded = False
 
     def __init__(self, fails_at: int | None) -> None:
-        self.shapes, self.fails_at = {"layer": (3,)}, fails_at
+        self.shapes, self.fails_at = SHAPES, fails_at
 
     def digest(self) -> dict[str, str]:
-        return {"layer": "sketch"}
+        return dict.fromkeys(SHAPES, "sketch")
 
     def fingerprint(self) -> str:
         return "model"
@@ -116,7 +146,7 @@ class Actor:
     def __init__(self) -> None:
         self.handle: dropinf.Index | None = None
 
-    def write(self, folder: str, call: Call, append: bool, once: bool, ids: bool, fisher: str | None, fails_at) -> None:
+    def write(self, folder: str, call: Call, append: bool, once: bool, fails_at, fisher: str | None, **about) -> None:
         batches: Any = [batch_of(number) for number in call]
         made = dropinf.Fisher(fisher) if fisher else None
         write_index(
@@ -124,7 +154,9 @@ class Actor:
             iter(batches) if once else batches,
             folder,
             append=append,
-            ids=names if ids else None,
+            ids=names if about["ids"] else None,
+            order=order_of(call) if about["ordered"] else None,
+            dtype=DTYPES[about["dtype"]],
             fisher=made,
         )
 

@@ -22,7 +22,7 @@ from dropinf.index import verify
 from dropinf.index.fingerprint import fingerprint
 from dropinf.index.manifest import Manifest
 from tests.faults.forks import Forks, Process
-from tests.faults.model import Call, Line, batch_of, names, rows
+from tests.faults.model import Call, Line, batch_of, ids, rows
 
 ACTORS, ASKED = 3, 12  # what is asked for in a sequence
 # What may be said of an index that others write to, and of calls that do not belong.
@@ -66,7 +66,8 @@ class Sequence:
     def __init__(self, seed: int, folder: Path, members: list[Member], replace) -> None:
         self.chance = random.Random(seed)
         self.folder, self.members, self.replace = folder, members, replace
-        self.ids = self.chance.random() < 0.5
+        self.ids, self.ordered = self.chance.random() < 0.5, self.chance.random() < 0.5
+        self.dtype = self.chance.choice(["float32", "int8"])
         firsts = [1, 1, 2]  # so that calls begin alike
         self.calls: list[Call] = [
             [self.chance.choice(firsts), *(self.chance.randrange(3, 9) for _ in range(self.chance.randrange(5)))]
@@ -77,6 +78,13 @@ class Sequence:
         self.since: list[Call] = []  # written since the pending one began, or as it did
         self.exists = False
         self.outcomes: Counter[str] = Counter()
+
+    def about(self) -> dict[str, Any]:
+        """What all calls have in common."""
+        return {"ids": self.ids, "ordered": self.ordered, "dtype": self.dtype}
+
+    def rows(self, calls: list[Call]) -> list[list[float]]:
+        return rows(calls, self.ordered, self.dtype)
 
     # What is asked for.
 
@@ -106,7 +114,7 @@ class Sequence:
                 "call": self.pending if again else self.chance.choice(self.calls),
                 "append": do != "write" and self.chance.random() < 0.9,
                 "once": self.chance.random() < 0.2,
-                "ids": self.ids,
+                **self.about(),
                 "fisher": self.chance.choice([None, None, "diagonal"]),
                 "fails_at": self.chance.randrange(4) if do == "fail" else None,
             }
@@ -193,7 +201,7 @@ class Sequence:
             member.held = None
 
     def write(self, call: Call, once: bool = False, fails_at: int | None = None) -> None:
-        self.solo(do="write", call=call, append=True, once=once, ids=self.ids, fisher=None, fails_at=fails_at)
+        self.solo(do="write", call=call, append=True, once=once, fisher=None, fails_at=fails_at, **self.about())
 
     def solo(self, member: Member | None = None, dies: bool = False, **asked) -> None:
         """Ask for something while no other does anything; `dies`: it may be killed at any step."""
@@ -216,7 +224,7 @@ class Sequence:
         assert asked is not None
         assert writes(asked), asked
         self.exists = True
-        finished, was = rows(self.done), self.pending
+        finished, was = self.rows(self.done), self.pending
         count = sum(shard.rows for shard in manifest.shards)
         if not manifest.unfinished and was is not None:
             self.pending = None
@@ -246,8 +254,8 @@ class Sequence:
                 dropinf.Index.open(self.folder)
             return
         index = dropinf.Index.open(self.folder)
-        assert index[:].flat.tolist() == rows(self.done)
-        every = [name for call in self.done for number in call for name in names(batch_of(number))]
+        assert index[:].flat.tolist() == self.rows(self.done)
+        every = ids(self.done, self.ordered)
         assert index.ids() == (every if self.ids else [str(i) for i in range(len(index))])
         assert [line for line in index.verify() if "not finished" not in line] == []
         assert index.manifest.unfinished == (self.pending is not None)
@@ -268,10 +276,10 @@ class Sequence:
         if member.alone:
             self.expected(asked, member, error)
         if error is None and asked["do"] == "open":
-            assert message["found"] in [rows(done) for done in member.seen]
+            assert message["found"] in [self.rows(done) for done in member.seen]
             member.held = message["found"]
         elif error is None and asked["do"] == "read":
-            found = [rows(done) for done in member.seen] if member.held is None else [member.held]
+            found = [self.rows(done) for done in member.seen] if member.held is None else [member.held]
             assert message["found"] in found
 
     def expected(self, asked: dict[str, Any], member: Member, error: str | None) -> None:

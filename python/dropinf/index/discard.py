@@ -8,6 +8,7 @@ from pathlib import Path
 from ..files import checksum, sync_folder, write_whole
 from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, names, shard_path
 from .manifest import Manifest
+from .order import remove_others
 
 
 def discard(folder: Path, manifest: Manifest) -> Manifest:
@@ -34,6 +35,7 @@ def discard(folder: Path, manifest: Manifest) -> Manifest:
     if passages is not None:
         manifest = manifest.with_file(PASSAGES, checksum(passages))
     manifest.save(folder)
+    remove_others(folder, manifest.order)
     if passages is not None and passages != (folder / PASSAGES).read_bytes():
         write_whole(folder / PASSAGES, passages)
     return manifest

@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..files import SUFFIX, checksum, serialize, write_whole
+from ..workload import check_order
 from .manifest import Manifest
 
 _NAME = "order-"
@@ -66,6 +67,20 @@ def joined(before: Tensor | None, rows: int, added: Tensor | None, count: int) -
     then = torch.arange(count, device="cpu") if added is None else added
     both = torch.cat([first, rows + then])
     return None if bool((both == torch.arange(rows + count, device="cpu")).all()) else both
+
+
+def check_kept(folder: Path, manifest: Manifest, first: int, count: int, places: Tensor | None) -> None:
+    """Raise ValueError where samples that are in the index, `count` from `first` on, are given in another order."""
+    given = torch.arange(count, device="cpu") if places is None else places
+    check_order(given, count)
+    rows = sum(shard.rows for shard in manifest.shards)
+    kept = None if manifest.order is None else read_order(folder, manifest.order, rows)
+    kept = torch.arange(rows, device="cpu") if kept is None else kept
+    if not torch.equal(kept[first : first + count] - first, given):
+        raise ValueError(
+            f"order: the samples of these batches stand in another order in {folder}; give the order that they were "
+            "compressed with, or name another folder"
+        )
 
 
 def runs_of(positions: Tensor) -> Iterator[tuple[int, Tensor]]:

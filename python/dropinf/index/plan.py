@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,7 @@ class Opening:
         self._sweep()
         sweep_merged(self.folder, manifest)
         self._check_same(manifest, dtype)
+        manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
             make_folder(self.folder / PARTS)
@@ -96,6 +98,7 @@ class Opening:
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
             )
+        self._warn_of_loss(manifest)
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
         manifest = manifest.begun(found, self.count, last.shard_batches)
         manifest.save(self.folder)
@@ -129,6 +132,27 @@ class Opening:
         if manifest.ids != (self.ids is not None):
             raise ValueError(
                 f"ids: {self.folder} was begun {'with' if manifest.ids else 'without'} ids; do the same again"
+            )
+
+    def _with_origin(self, manifest: Manifest, append: bool) -> Manifest:
+        """Return the manifest with the origin of its rows, which the first format version did not have.
+
+        The model was compared, and so will be rows of the loss; but not where others are appended.
+        """
+        if manifest.origin is not None:
+            return manifest
+        origin = self.source.origin()
+        return replace(manifest, origin=origin._replace(loss="") if append else origin)
+
+    def _warn_of_loss(self, manifest: Manifest) -> None:
+        """Warn where the rows of an append may be of another loss: none of those before can be computed again."""
+        assert manifest.origin is not None
+        before, now = manifest.origin[1], self.source.origin().loss
+        if before not in ("", now):
+            warnings.warn(
+                f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in "
+                "one index: unless both give the same, name another folder",
+                stacklevel=2,
             )
 
     def _create(self, first: Any, found: str, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:

@@ -31,7 +31,7 @@ from .finished import Finished
 from .folder import PARTS, locked, shard_path
 from .kept import keep_fisher
 from .manifest import Manifest, ShardEntry
-from .order import joined, read_order, remove_others, write_order
+from .order import check_kept, joined, read_order, remove_others, write_order
 from .plan import Opening, RowSource
 from .reader import Index
 from .runs import Plan, plans_of
@@ -162,6 +162,7 @@ class Writer:
         self._check_count()
         self.source.stream(self.work, self._take, progress=progress, where=self._where)
         self._check_count()
+        self._check_order(self.plan)
         self._advance()
         self._finish()
 
@@ -295,10 +296,17 @@ class Writer:
     def _decide(self, manifest: Manifest) -> Manifest:
         """Return the manifest with the run, or without it where an earlier one has the same batches, all of them."""
         plan = replace(self.plan, manifest=manifest)
-        others = [other for other in plans_of(self.folder, manifest) if other.number < plan.number]
-        if any(Finished(plan).twin(Finished(other)) for other in others if other.began.first == plan.run.first):
-            return discard(self.folder, self.plan.manifest)
+        for other in plans_of(self.folder, manifest):
+            alike = other.number < plan.number and other.began.first == plan.run.first
+            if alike and Finished(plan).twin(Finished(other)):
+                self._check_order(other)
+                return discard(self.folder, self.plan.manifest)
         return manifest
+
+    def _check_order(self, plan: Plan) -> None:
+        """Raise ValueError where the samples of a finished call stand in another order than is asked for."""
+        if plan.samples is not None and plan.began.printed:  # earlier versions had no order
+            check_kept(self.folder, self.plan.manifest, plan.first_sample, plan.samples, self.places)
 
     def _conclude(self, manifest: Manifest) -> None:
         if self.plan.run.shards is None and len(manifest.runs) > self.plan.number:
