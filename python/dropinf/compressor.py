@@ -253,9 +253,9 @@ class Compressor:
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
         warn_shuffled(batches)
-        places, origin = None if order is None else order_of(batches, order), self.origin()
-        builder = None
+        places, builder = None if order is None else order_of(batches, order), None
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
+            origin = self.origin()
             for batch in bar:
                 store, n = model(batch)
                 if builder is None:

@@ -41,7 +41,7 @@ def test_an_interrupted_index_goes_on(common, how, tmp_path, monkeypatch):
         stop_at(patch, 8)
         done = run("index", *options, "--out", tmp_path / "idx", code=130)
     assert done.stderr.splitlines()[-1] == "dropinf: stopped; run the same command again to go on"
-    assert "not finished; run the same compress again" in error_of("info", tmp_path / "idx")
+    assert f"no, 8 of {count} batches are done: run the same command again" in run("info", tmp_path / "idx").stdout
     assert "not finished" in run("verify", tmp_path / "idx", code=1).stdout
     with monkeypatch.context() as patch:
         patch.setattr(dropinf.Compressor, "calibrate", lambda *_, **__: pytest.fail("it calibrates again"))

@@ -320,3 +320,10 @@ def test_an_index_of_the_command_line_goes_on(command, copy, tmp_path):
     assert_equal(after[:-1].flat, TENSORS["text/rows"])
     texts = [json.loads(line)["text"] for line in (folder / "passages.jsonl").read_text().splitlines()]
     assert texts == [*made.PASSAGES.values(), *made.LATER.values(), *third.values()]
+    before = after[:].flat, after.ids()
+    command("compact", folder)
+    after = dropinf.Index.open(folder)
+    assert (after.info()["shards"], after.verify(), after.ids()) == (1, [], before[1])
+    assert torch.equal(after[:].flat, before[0])
+    command("index", *options, "--out", folder)  # the call that was merged
+    assert dropinf.Index.open(folder).manifest.runs == after.manifest.runs

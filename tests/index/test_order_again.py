@@ -121,7 +121,7 @@ def test_an_append_with_an_order_is_given_up(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("then", ["discard", "finish", "compact"])
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("step", range(3))
 def test_ended_while_an_order_is_replaced(then, step, tmp_path, monkeypatch):
     """Before the file of the order, that of the Fisher matrix, or the manifest: the index is that of before."""
     index = appended(tmp_path / "idx", count=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..files import checksum, sync_folder, write_whole
 from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, names, shard_path
+from .kept import settle_fisher
 from .manifest import Manifest
 from .order import remove_others
 
@@ -36,6 +37,7 @@ def discard(folder: Path, manifest: Manifest) -> Manifest:
         manifest = manifest.with_file(PASSAGES, checksum(passages))
     manifest.save(folder)
     remove_others(folder, manifest.order)
+    settle_fisher(folder, manifest)
     if passages is not None and passages != (folder / PASSAGES).read_bytes():
         write_whole(folder / PASSAGES, passages)
     return manifest

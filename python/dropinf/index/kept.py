@@ -1,17 +1,26 @@
-"""The Fisher matrix that is kept with an index, in place of the one before."""
+"""The Fisher matrix that is kept with an index, in place of the one before.
+
+A new file stands beside the one before, named by its checksum, until the manifest names it; then it takes its place. So
+at every instant the matrix that the manifest names is there.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from ..files import checksum, file_checksum, write_whole
+from ..files import SUFFIX, checksum, file_checksum, sync_folder, write_whole
 from ..fisher.fisher import Fisher
 from ..gradients import GradientSource
 from ..ranks import Ranks
-from .folder import FISHER, locked
-from .manifest import NEXT_FISHER, Manifest
+from .folder import FISHER, locked, names
+from .manifest import Manifest
+
+_NEW = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
 
 
 class _Kept(GradientSource, Protocol):
@@ -19,16 +28,40 @@ class _Kept(GradientSource, Protocol):
     manifest: Manifest
 
 
+def fisher_paths(folder: Path, expected: str) -> list[Path]:
+    """Return where a matrix with this checksum may be: first beside the one before, and later in its place."""
+    return [folder / f"fisher-{expected}{SUFFIX}", folder / FISHER]
+
+
+def write_fisher(folder: Path, fisher: Fisher) -> str:
+    """Write a Fisher matrix beside the one before, and return its checksum, for the manifest to name."""
+    data = fisher.to_bytes()
+    found = checksum(data)
+    write_whole(fisher_paths(folder, found)[0], data)
+    return found
+
+
+def settle_fisher(folder: Path, manifest: Manifest) -> None:
+    """Put the matrix that the manifest names in place of the one before; remove one that it came not to name."""
+    for match in names(folder, _NEW):
+        if match[1] == manifest.files.get(FISHER):
+            os.replace(folder / match[0], folder / FISHER)
+        else:
+            (folder / match[0]).unlink(missing_ok=True)
+        sync_folder(folder)
+
+
 def load_fisher(index: _Kept) -> Fisher:
     """Return the Fisher matrix in an index's folder; see `Index.fisher`."""
     if FISHER not in index.manifest.files:
         raise FileNotFoundError(f"{index.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
-    path = index.path / FISHER
-    if not has_fisher(index.path, index.manifest):
+    path, fisher = index.path / FISHER, _load(index)
+    if fisher is None:
         if Manifest.load(index.path) != index.manifest:
             raise ValueError(f"{path}: replaced since this index was opened; open it again")
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: missing; build it again: index.save_fisher(dropinf.build_fisher(index))")
         raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
-    fisher = Fisher.load(path)
     try:
         fisher.check(index, "fisher and index")
     except ValueError as error:
@@ -39,6 +72,19 @@ def load_fisher(index: _Kept) -> Fisher:
             "index.save_fisher(dropinf.build_fisher(index)), or append with fisher="
         )
     return fisher
+
+
+def _load(index: _Kept) -> Fisher | None:
+    """Return the matrix that the manifest names; None where no file is that."""
+    expected = index.manifest.files[FISHER]
+    for path in fisher_paths(index.path, expected):
+        with suppress(FileNotFoundError):
+            before = path.stat()
+            if file_checksum(path) == expected:
+                fisher, after = Fisher.load(path), path.stat()
+                if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):  # or else it was replaced
+                    return fisher
+    return None
 
 
 def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
@@ -57,23 +103,7 @@ def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
                 f"{sum(shard.rows for shard in now.shards)}, or a run was begun); open it again and build the "
                 "Fisher matrix of what is there now"
             )
-        return keep_fisher(index.path, now, now, fisher)
-
-
-def keep_fisher(folder: Path, before: Manifest, after: Manifest, fisher: Fisher) -> Manifest:
-    """Write the Fisher matrix and the manifest `after`, which then names it; the folder has `before`, and is locked.
-
-    The manifest names the new file before it is there, beside the old one: at every instant the file is one of the two.
-    """
-    data = fisher.to_bytes()
-    before.with_file(NEXT_FISHER, checksum(data)).save(folder)
-    write_whole(folder / FISHER, data)
-    files = {name: found for name, found in after.files.items() if name != NEXT_FISHER}
-    after = replace(after, files={**files, FISHER: checksum(data)})
-    after.save(folder)
-    return after
-
-
-def has_fisher(folder: Path, manifest: Manifest) -> bool:
-    """Return whether the folder's Fisher matrix is one that the manifest names; raise FileNotFoundError without one."""
-    return file_checksum(folder / FISHER) in (manifest.files.get(FISHER), manifest.files.get(NEXT_FISHER))
+        manifest = now.with_file(FISHER, write_fisher(index.path, fisher))
+        manifest.save(index.path)
+        settle_fisher(index.path, manifest)
+    return manifest

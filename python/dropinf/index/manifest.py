@@ -18,8 +18,7 @@ NAME = "manifest.json"
 FORMAT = "dropinf.index"
 # Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale.
 VERSION = 2
-NEXT_FISHER = f"next {FISHER}"  # what the file may be already, where its writing was ended
-FILES = (SKETCH, FISHER, PASSAGES, NEXT_FISHER)
+FILES = (SKETCH, FISHER, PASSAGES)
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
 

@@ -5,6 +5,7 @@ It is a file of its own, named by its checksum as shards are: what a manifest na
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..workload import check_order
+from .folder import names
 from .manifest import Manifest
 
-_NAME = "order-"
+_ORDER = re.compile(r"order-([0-9a-f]{32})" + re.escape(SUFFIX))
 _TENSOR = "positions"
 
 
 def order_path(folder: Path, found: str) -> Path:
-    return folder / f"{_NAME}{found}{SUFFIX}"
+    return folder / f"order-{found}{SUFFIX}"
 
 
 def write_order(folder: Path, positions: Tensor) -> str:
@@ -94,9 +96,9 @@ def runs_of(positions: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def remove_others(folder: Path, kept: str | None) -> None:
     """Remove the orders of before."""
-    for path in folder.glob(f"{_NAME}*{SUFFIX}"):
-        if kept is None or path != order_path(folder, kept):
-            path.unlink(missing_ok=True)
+    for match in names(folder, _ORDER):
+        if match[1] != kept:
+            (folder / match[0]).unlink(missing_ok=True)
 
 
 def opened(folder: Path) -> tuple[Manifest, Tensor | None]:

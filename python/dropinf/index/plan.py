@@ -145,7 +145,7 @@ class Opening:
         return replace(manifest, origin=origin._replace(loss="") if append else origin)
 
     def _warn_of_loss(self, manifest: Manifest) -> None:
-        """Warn where the rows of an append may be of another loss: none of those before can be computed again."""
+        """Say where the rows of an append may be of another loss: none of those before can be computed again."""
         assert manifest.origin is not None
         before, now = manifest.origin[1], self.source.origin().loss
         if before not in ("", now):

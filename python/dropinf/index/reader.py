@@ -22,7 +22,7 @@ from .discard import discard
 from .export import Export, White, check_out
 from .folder import locked, shard_path
 from .kept import load_fisher, save_fisher
-from .manifest import NEXT_FISHER, Manifest, ShardEntry
+from .manifest import Manifest, ShardEntry
 from .order import opened, runs_of
 from .products import Stored
 from .shards import SMALL_BYTES, ShardFile, Stamp
@@ -295,7 +295,7 @@ class Index:
             "shards": len(self._files),
             "layers": {layer.name: list(layer.shape) for layer in self.manifest.layers},
             "finished": not self.manifest.unfinished,
-            "files": sorted(self.manifest.files.keys() - {NEXT_FISHER}),
+            "files": sorted(self.manifest.files),
             "about": dict(self.manifest.about),
         }
 

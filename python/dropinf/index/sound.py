@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..files import file_checksum
 from .folder import FISHER, shard_path
-from .kept import has_fisher
-from .manifest import NEXT_FISHER, Manifest
+from .kept import fisher_paths
+from .manifest import Manifest
 from .order import order_path, read_order
 from .runs import Plan
 from .shards import ShardFile
@@ -30,11 +30,11 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     if manifest.unfinished:
         problems.append(f"{folder}: not finished; run the same compress again, which goes on where it stopped")
     for name, expected in manifest.files.items():
-        if name == NEXT_FISHER:
-            continue
-        if not (folder / name).is_file():
+        paths = fisher_paths(folder, expected) if name == FISHER else [folder / name]
+        found = [file_checksum(path) for path in paths if path.is_file()]
+        if not found:
             problems.append(f"{folder / name}: missing")
-        elif file_checksum(folder / name) != expected and not (name == FISHER and has_fisher(folder, manifest)):
+        elif expected not in found:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
     problems += _problems_of_order(folder, manifest)
     for number in range(len(manifest.runs)):

@@ -28,8 +28,8 @@ from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
 from .finished import Finished
-from .folder import PARTS, locked, shard_path
-from .kept import keep_fisher
+from .folder import FISHER, PARTS, locked, shard_path
+from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
 from .plan import Opening, RowSource
@@ -311,10 +311,10 @@ class Writer:
     def _conclude(self, manifest: Manifest) -> None:
         if self.plan.run.shards is None and len(manifest.runs) > self.plan.number:
             manifest = replace(manifest, order=self._order(manifest))
-        if self.fisher is None:
-            manifest.save(self.folder)
-        else:
-            manifest = keep_fisher(self.folder, Manifest.load(self.folder), manifest, self.fisher)
+        if self.fisher is not None:
+            manifest = manifest.with_file(FISHER, write_fisher(self.folder, self.fisher))
+        manifest.save(self.folder)
+        settle_fisher(self.folder, manifest)
         remove_others(self.folder, manifest.order)
         if not manifest.unfinished:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
