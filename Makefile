@@ -31,7 +31,7 @@ test-kernels: $(READY)
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
 
-# Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes.
+# Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes, two thousand interleavings.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long tests/faults
 

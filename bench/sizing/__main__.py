@@ -17,6 +17,7 @@ from torch import nn
 import dropinf
 from bench.files import replacing
 from dropinf.files import file_checksum
+from dropinf.index.codec import Codec
 
 RESULTS = Path("bench/results/sizing.json")
 README = Path("bench/sizing/README.md")
@@ -106,7 +107,9 @@ def columns(model: str, dim: int) -> int:
 
 
 def row_bytes(model: str, dim: int, dtype: str) -> int:
-    return columns(model, dim) * getattr(torch, dtype).itemsize + 4 * (dtype == "int8")
+    layers, _, _, linears, _ = MODELS[model]
+    count = layers * linears
+    return Codec(dtype, tuple(map(str, range(count))), (dim * dim,) * count).row_bytes
 
 
 def tables(found: dict[str, float]) -> str:

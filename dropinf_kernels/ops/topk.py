@@ -11,7 +11,8 @@ from ..op import op
 from .checks import check_float, check_rows
 from .plain import BUFFER_BYTES, accumulator
 
-_INT8_COLUMNS = 131072  # products of int8 that 32 bits hold
+INT8_COLUMNS = 131072  # products of int8 that 32 bits hold
+DIGITS_STEP = 127 * 256 * 256  # what three digits hold
 
 
 def check_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None) -> None:
@@ -49,7 +50,7 @@ def score_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, offs
         scores = dot_rows(query, c[n : n + step])
         if c_scale is not None:
             scores.mul_(c_scale[n : n + step].to(dtype))
-        block_values, block_indices = _topk_lowest_index(scores, min(k, scores.shape[1]))
+        block_values, block_indices = topk_lowest_index(scores, min(k, scores.shape[1]))
         merged = torch.cat([values, block_values], 1)
         # Earlier blocks come first, so a stable sort leaves ties at the lowest index.
         order = torch.sort(merged, dim=1, descending=True, stable=True).indices[:, :k]
@@ -79,26 +80,32 @@ def in_integers(q: Tensor, c: Tensor) -> bool:
 
 def _dot_int8(q: Tensor, c: Tensor) -> Tensor:
     """Return `q @ c^T` without a float copy of c: each query is three digits to base 256, as exact as float32."""
-    step = q.abs().amax(1, keepdim=True) / (127 * 256 * 256)
-    left = (q / torch.where(step > 0, step, 1.0)).round_().to(torch.int32)
-    count = 3 * len(q)
-    # A product with 48 columns was seen to take twice as long as one with 64.
-    digits = torch.empty(count if count <= 8 else -(-count // 64) * 64, q.shape[1], dtype=torch.int8)
-    digits[count:] = 0
-    for digit in digits[:count].split(len(q)):
-        low = left.add(128).bitwise_and_(255).sub_(128)  # -128 to 127
-        digit.copy_(low)
-        left.sub_(low).bitwise_right_shift_(8)
-    total = torch.zeros(())
-    for k in range(0, q.shape[1], _INT8_COLUMNS):
-        part = torch._int_mm(c[:, k : k + _INT8_COLUMNS], digits[:, k : k + _INT8_COLUMNS].t())
+    step = q.abs().amax(1, keepdim=True) / DIGITS_STEP
+    digits, count = query_digits(q, step)
+    total = torch.zeros((), device="cpu")
+    for k in range(0, q.shape[1], INT8_COLUMNS):
+        part = torch._int_mm(c[:, k : k + INT8_COLUMNS], digits[:, k : k + INT8_COLUMNS].t())
         total = total + part[:, :count].t().float()
     low, middle, high = total.split(len(q))
     scores: Tensor = high.mul_(256.0).add_(middle).mul_(256.0).add_(low).mul_(step)
     return scores
 
 
-def _topk_lowest_index(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def query_digits(q: Tensor, step: Tensor) -> tuple[Tensor, int]:
+    """Return `q / step` in three digits to base 256, the lowest first: int8 [3 Q and padding, K], and 3 Q."""
+    left = (q / torch.where(step > 0, step, 1.0)).round_().to(torch.int32)
+    count = 3 * len(q)
+    # A product with 48 columns was seen to take twice as long as one with 64.
+    digits = torch.empty(count if count <= 8 else -(-count // 64) * 64, q.shape[1], dtype=torch.int8, device="cpu")
+    digits[count:] = 0
+    for digit in digits[:count].split(len(q)):
+        low = left.add(128).bitwise_and_(255).sub_(128)  # -128 to 127
+        digit.copy_(low)
+        left.sub_(low).bitwise_right_shift_(8)
+    return digits, count
+
+
+def topk_lowest_index(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the top k per row, descending, ties to the lowest index; torch.topk promises no order of ties."""
     values, indices = torch.topk(scores, min(k + 1, scores.shape[1]), dim=1)
     if k == 0 or scores.shape[0] == 0:

@@ -197,7 +197,7 @@ def _options(
     size: int, statistics: Tensor, oversample: int, affordable: float, whiten: bool, group: int
 ) -> tuple[_Option, ...]:
     """Return the sizes to try for an axis, with what each keeps; ``statistics`` are of the whole axis or of a part."""
-    factors = whitening(statistics) if whiten else torch.ones(len(statistics), dtype=torch.float64)
+    factors = whitening(statistics) if whiten else torch.ones(len(statistics), dtype=torch.float64, device="cpu")
     energies = statistics if statistics.ndim == 1 else statistics.diagonal()
     white = (energies * factors.square()).numpy()
     rotation = None
@@ -231,8 +231,8 @@ class _Rotation:
         trace = float(covariance.trace()) or 1.0
         values = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
         # Column j of a Cholesky factor is what coordinate j tells of all, beyond those before it.
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        jitter = 1e-4 * trace / size * torch.eye(size, dtype=covariance.dtype)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0), device="cpu")
+        jitter = 1e-4 * trace / size * torch.eye(size, dtype=covariance.dtype, device="cpu")
         columns = torch.linalg.cholesky(covariance[order][:, order] + jitter).square().sum(0)
         return cls((values.cumsum(0) / trace).numpy(), (columns.cumsum(0) / columns.sum()).numpy())
 

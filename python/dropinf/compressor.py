@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -14,25 +12,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .builder import GradientsBuilder
 from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
-from .capture.masks import check_weights, fingerprint, load_masks, masked_layers, save_masks
+from .capture.masks import check_weights, fingerprint, layer_digest, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
-from .gradients import Gradients, GradientsBuilder
+from .gradients import Gradients, Origin
 from .index.folder import SKETCH
 from .index.manifest import Manifest
 from .index.reader import Index
 from .index.writer import write_index
 from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
-from .workload import CuSeqlens, Ids, LossFn, check_batches, check_ids, shuffles
+from .workload import (
+    CuSeqlens,
+    Ids,
+    LossFn,
+    check_batches,
+    check_ids,
+    check_loss,
+    check_model,
+    check_order,
+    name_of_loss,
+    order_of,
+    unwrap,
+    warn_shuffled,
+)
 
 PROBE = 8  # entries of each side of a layer that calibration has audited
 
@@ -158,7 +170,7 @@ class Compressor:
             raise ValueError(f"model: nothing to track; {skipped or no_parameters(self.model)}")
         self.skipped: Mapping[str, str] = ReadOnly(skipped)
         self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets, **options)
-        self._layers = {}
+        self.losses, self._layers = self._sweep.losses, {}
 
     @property
     def audits(self) -> Sequence[Audited]:
@@ -176,7 +188,9 @@ class Compressor:
         return ReadOnly(self._layers)
 
     @overload
-    def compress(self, batches: Iterable[Any], *, progress: bool = ...) -> Gradients: ...
+    def compress(
+        self, batches: Iterable[Any], *, order: Sequence[int] | Tensor | None = ..., progress: bool = ...
+    ) -> Gradients: ...
     @overload
     def compress(
         self,
@@ -186,6 +200,7 @@ class Compressor:
         dtype: torch.dtype | None = ...,
         fisher: FisherKind | Fisher | None = ...,
         ids: Ids | None = ...,
+        order: Sequence[int] | Tensor | None = ...,
         append: bool = ...,
         group: dist.ProcessGroup | None = ...,
         progress: bool = ...,
@@ -198,18 +213,22 @@ class Compressor:
         dtype: torch.dtype | None = None,
         fisher: FisherKind | Fisher | None = None,
         ids: Ids | None = None,
+        order: Sequence[int] | Tensor | None = None,
         append: bool = False,
         group: dist.ProcessGroup | None = None,
         progress: bool = False,
     ) -> Gradients | Index:
         """Return the compressed gradient of every sample, in order.
 
-        ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes at the
-        next batch when you repeat it; the bytes are those of an uninterrupted one. These go with ``out``:
-        ``dtype``: float64, float32, bfloat16, float16 or int8 (these two with a scale per row); by default as computed.
+        ``order``: of batches that take samples from here and there, as by length, a number for each sample as it comes:
+        rows and ids stand as these numbers rise. An index takes ``batches.order`` by default, if there is one: those of
+        a `TextModel` say where each passage stands in the data.
+        ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes when
+        you repeat it, to the same bytes; batches or rows that differ from those stored are errors. These go with it:
+        ``dtype``: float64, float32, bfloat16, float16 or int8 (these with scales); by default as computed.
         ``fisher``: a kind, or an empty `Fisher`, built in the same pass and kept with the index.
         ``ids(batch) -> [str]``: what to call a batch's samples.
-        ``append``: add these batches to those of a finished index.
+        ``append``: add these batches to those of a finished index, unless a run in it has the same ones throughout.
         ``group``: ranks of ``torch.distributed`` that share the work, each calling this with the same batches in the
         same order; they need one file system. None: this process alone.
         ``progress`` shows a bar on standard error.
@@ -218,28 +237,38 @@ class Compressor:
             check_ids(ids)
             made = Fisher(fisher) if isinstance(fisher, str) else fisher
             return write_index(
-                self, batches, out, dtype=dtype, fisher=made, ids=ids, append=append, group=group, progress=progress
+                self,
+                batches,
+                out,
+                dtype=dtype,
+                fisher=made,
+                ids=ids,
+                order=order,
+                append=append,
+                group=group,
+                progress=progress,
             )
         if append or any(x is not None for x in (dtype, fisher, ids, group)):
             raise ValueError(
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
-        if shuffles(batches):
-            warnings.warn(
-                "batches: a shuffling DataLoader, so rows stand in an order that nothing keeps; make it with "
-                "shuffle=False. Only an index keeps the name of each row, by out= and ids=, and it needs that too",
-                stacklevel=2,
-            )
-        builder: GradientsBuilder | None = None
+        warn_shuffled(batches)
+        places, builder = None if order is None else order_of(batches, order), None
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
+            origin = self.origin()
             for batch in bar:
                 store, n = model(batch)
                 if builder is None:
-                    builder = self._builder(store, n * len(batches) if isinstance(batches, Sized) else n)
+                    x, count = next(iter(store.values())), n * len(batches) if isinstance(batches, Sized) else n
+                    builder = GradientsBuilder(
+                        self.shapes, self.digest(), capacity=count, dtype=x.dtype, device=x.device, origin=origin
+                    )
                 builder.append(store)
         if builder is None:
             raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
-        return builder.finish()
+        if places is not None:
+            check_order(places, len(builder))
+        return builder.finish() if places is None else builder.finish()[places.argsort()]
 
     def stream(
         self,
@@ -260,11 +289,6 @@ class Compressor:
                 builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
                 builder.append(store)
                 take(builder.finish().flat)
-
-    def _builder(self, store: Mapping[str, Tensor], capacity: int) -> GradientsBuilder:
-        """Return what collects batches like `store`."""
-        like = next(iter(store.values()))
-        return GradientsBuilder(self.shapes, self.digest(), capacity=capacity, dtype=like.dtype, device=like.device)
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
@@ -333,9 +357,13 @@ class Compressor:
         """Return a checksum of the model's weights: rows made with equal weights belong together."""
         return fingerprint(self.model)
 
+    def origin(self) -> Origin:
+        """Return what makes the gradients: a checksum of the model's parameters, and the loss function's name."""
+        return Origin("" if self.is_sharded else fingerprint(self.model, buffers=False), name_of_loss(self.loss_fn))
+
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
-        return {name: _layer_digest(layer) for name, layer in self.layers.items()}
+        return {name: layer_digest(layer) for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks, and the second moments that they were drawn from, to a safetensors file."""
@@ -370,31 +398,3 @@ def compress(
             raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")
         compressor.calibrate(batches)
     return compressor.compress(batches, progress=progress)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def _layer_digest(layer: Layer) -> str:
-    h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
-    for axis in (layer.out_axis, layer.in_axis):
-        h.update(b"none" if axis is None else axis.digest())
-    return h.hexdigest()
-
-
-def check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-
-
-def check_loss(loss_fn: object) -> None:
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")

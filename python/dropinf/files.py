@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import mmap
 import os
 import re
 import uuid
@@ -25,6 +26,12 @@ TEMPORARY = ".tmp"
 _KEY = "dropinf"
 _HASH = re.compile(r"[0-9a-f]{32}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WAYS = {
+    errno.ENAMETOOLONG: "; choose a shorter name",
+    errno.EACCES: "; choose a folder that you may write to",
+    errno.EROFS: "; choose a folder that you may write to",
+    errno.ENOTDIR: "; a part of this path is a file: name another folder",
+}
 _WINDOW = 1 << 23
 
 
@@ -47,13 +54,35 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def plain_name(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a name by which libraries that take UTF-8 alone open a file that is there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        IsADirectoryError: it is a folder.
+    """
+    name = os.fsdecode(path)
+    with open(name, "rb") as file:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            name = f"/dev/fd/{file.fileno()}"
+        yield name
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside a file, no longer than one may be."""
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
+
+
 def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically: under a temporary name, renamed once its bytes are on disk.
 
     Raises:
         OSError: the disk is full, or a limit on file sizes is reached; nothing is left under either name.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -68,7 +97,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def _unwritten(error: OSError, path: Path, then: str = "") -> OSError:
-    way_out = f"; free space and run it again{then}" if error.errno in _FULL else ""
+    way_out = f"; free space and run it again{then}" if error.errno in _FULL else _WAYS.get(error.errno or 0, "")
     return OSError(error.errno, os.strerror(error.errno or 0) + way_out, str(path))
 
 
@@ -80,7 +109,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the disk is full, or a limit on file sizes is reached.
     """
     final = Path(path)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = _temporary(final)
     try:
         yield temporary
         os.replace(temporary, final)
@@ -97,6 +126,19 @@ class ArrayFile:
 
     def __init__(self, handle: int, start: int, shape: tuple[int, int], itemsize: int) -> None:
         self._handle, self._start, self._shape, self._itemsize = handle, start, shape, itemsize
+
+    def write_columns(self, at: slice | Tensor, block: Tensor) -> None:
+        """Write a block [all rows, m] to these columns."""
+        if isinstance(at, slice):
+            self.write(0, at.start, block)
+            return
+        array = block.cpu().contiguous().numpy()
+        # With its blocks allocated, a full disk is an error here and no signal below.
+        os.posix_fallocate(self._handle, 0, self._start + math.prod(self._shape) * self._itemsize)
+        with mmap.mmap(self._handle, 0) as pages:
+            whole = np.ndarray(self._shape, array.dtype, pages, self._start)
+            whole[:, at.numpy()] = array
+            del whole
 
     def write(self, row: int, column: int, block: Tensor) -> None:
         """Write a block [n, m] whose first value stands at `row`, `column`."""
@@ -135,7 +177,7 @@ def array_file(
     path: str | os.PathLike[str], header: bytes, shape: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[ArrayFile]:
     """Open a new file to write a matrix behind a header; it gets its name after the block."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "w+b") as file:
         file.write(header)
         file.truncate(len(header) + math.prod(shape) * dtype.itemsize)
         file.flush()
@@ -151,10 +193,13 @@ def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the disk is full, or no folder can be there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        what = f"a link to {os.readlink(folder)}, which is not there" if folder.is_symlink() else "a file, not a folder"
+        raise FileExistsError(error.errno, f"it is {what}; name another folder", str(folder)) from error
     except OSError as error:
         raise _unwritten(error, folder, ": it goes on from here") from error
 

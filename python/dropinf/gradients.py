@@ -7,14 +7,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Protocol, overload, runtime_checkable
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import replacing
+from .files import plain_name, replacing
 from .readonly import ReadOnly
 
 FORMAT = "dropinf.gradients"
@@ -24,6 +24,13 @@ BLOCK_BYTES = 1 << 28
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rows = int | slice | Tensor | Sequence[int] | Sequence[bool]
+
+
+class Origin(NamedTuple):
+    """What made gradients."""
+
+    model: str  # fingerprint of its parameters; empty where they were shards, of which no rank has all
+    loss: str  # name of the loss function, and a fingerprint of its source; empty where it is not known
 
 
 class Sketched(Protocol):
@@ -54,6 +61,25 @@ class Shareable(Protocol):
     def share(self, rank: int, world: int) -> GradientSource: ...
 
 
+At = slice | Tensor  # positions of samples
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A source that may keep its samples in another order than theirs."""
+
+    def placed_blocks(self, rows: int) -> Iterator[tuple[At, Gradients]]: ...
+
+
+def placed_blocks(source: GradientSource, rows: int) -> Iterator[tuple[At, Gradients]]:
+    """Yield (positions, up to `rows` samples) of a source in the order in which it is read fastest."""
+    if isinstance(source, Placed):
+        yield from source.placed_blocks(rows)
+    else:
+        for offset, part in source.blocks(rows):
+            yield slice(offset, offset + len(part)), part
+
+
 def share_of(source: GradientSource, rank: int, world: int) -> GradientSource:
     """Return what one of `world` ranks reads of a source: its own shards of an index.
 
@@ -71,6 +97,32 @@ def block_rows(source: GradientSource) -> int:
     """Return how many samples to read at a time: a bounded number of rows and of bytes."""
     sample = sum(map(math.prod, source.shapes.values())) * source.dtype.itemsize
     return max(1, min(BLOCK_ROWS, getattr(source, "block_bytes", BLOCK_BYTES) // sample))
+
+
+def check_rows(rows: int) -> None:
+    """Raise ValueError where a block would have no rows."""
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; it must be at least 1")
+
+
+def positions_of(rows: Rows, count: int) -> Tensor:
+    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
+    if isinstance(rows, slice):
+        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64, device="cpu")
+    index = torch.as_tensor(rows, device="cpu")
+    if index.dtype == torch.bool:
+        if index.shape != (count,):
+            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
+        return index.nonzero().flatten()
+    if index.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    if index.ndim > 1 or index.is_floating_point():
+        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
+    index = index.reshape(-1).long()
+    wrong = ((index < -count) | (index >= count)).nonzero()
+    if len(wrong):
+        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
+    return torch.where(index < 0, index + count, index)
 
 
 def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and train") -> None:
@@ -101,6 +153,17 @@ def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and 
             )
 
 
+def check_same_model(query: Sketched, train: Sketched) -> None:
+    """Raise ValueError where it is known that gradients are of different models."""
+    models = {origin.model for x in (query, train) if (origin := getattr(x, "origin", None)) is not None}
+    if len(models - {""}) > 1:
+        raise ValueError(
+            "query and train are of different models: the weights were others when they were compressed (or of another "
+            "dtype). Compress both with the same model, which Compressor.from_index checks, or pass other_model=True "
+            "where that is what you want, as between checkpoints"
+        )
+
+
 class Gradients:
     """Compressed per-sample gradients of N samples.
 
@@ -110,13 +173,17 @@ class Gradients:
             sum to K.
         digest: layer name -> hex digest of the sketch's tables that made it, so that gradients of different
             sketches are never compared with each other.
+        origin: the model and the loss that made it, so that gradients of different models are not scored together;
+            None where that is not known.
 
     Raises:
         ValueError: if the three do not describe one buffer.
     """
 
-    def __init__(self, flat: Tensor, shapes: Shapes, digest: Mapping[str, str]) -> None:
-        self._shapes, self._digest, self._columns = _check_layout(shapes, digest)
+    def __init__(
+        self, flat: Tensor, shapes: Shapes, digest: Mapping[str, str], origin: tuple[str, str] | None = None
+    ) -> None:
+        self._shapes, self._digest, self._columns = check_layout(shapes, digest)
         width = sum(map(math.prod, self._shapes.values()))
         if flat.ndim != 2 or flat.shape[1] != width:
             raise ValueError(f"flat is {tuple(flat.shape)}; it must be [N, {width}]: the shapes' total size")
@@ -125,6 +192,7 @@ class Gradients:
         if not flat.is_contiguous():
             raise ValueError(f"flat has strides {flat.stride()}; it must be contiguous: call flat.contiguous()")
         self._flat = flat.detach()
+        self._origin = None if origin is None else Origin(*origin)
 
     @property
     def flat(self) -> Tensor:
@@ -140,6 +208,11 @@ class Gradients:
     def digest(self) -> Mapping[str, str]:
         """Layer name -> hex digest of the tables of the sketch that made it."""
         return self._digest
+
+    @property
+    def origin(self) -> Origin | None:
+        """The model and the loss that made it; None where that is not known."""
+        return self._origin
 
     @property
     def layers(self) -> Mapping[str, Tensor]:
@@ -206,8 +279,7 @@ class Gradients:
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
         """Yield (offset of the first sample, view of up to `rows` samples), in order."""
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it must be at least 1")
+        check_rows(rows)
         for start in range(0, len(self), rows):
             yield start, self[start : start + rows]
 
@@ -222,7 +294,8 @@ class Gradients:
             raise ValueError("parts is empty; Gradients.cat needs at least one")
         for i, part in enumerate(parts[1:], start=1):
             check_same_sketch(parts[0], part, f"parts[0] and parts[{i}]")
-        return parts[0]._with(torch.cat([part.flat for part in parts]))
+        origin = parts[0].origin if len({part.origin for part in parts}) == 1 else None
+        return Gradients(torch.cat([part.flat for part in parts]), parts[0].shapes, parts[0].digest, origin)
 
     def check_same_sketch(self, other: Sketched, what: str = "query and train") -> None:
         """Raise ValueError naming the first layer in which `other` was compressed differently from self."""
@@ -235,6 +308,8 @@ class Gradients:
         """
         layers = [[name, shape, self._digest[name]] for name, shape in self._shapes.items()]
         header = {"format": FORMAT, "version": str(FORMAT_VERSION), "layers": json.dumps(layers)}
+        if self._origin is not None:
+            header["origin"] = json.dumps(self._origin)
         with replacing(path) as temporary:
             save_file({"gradients": self._flat}, temporary, metadata=header)
 
@@ -247,7 +322,7 @@ class Gradients:
             ValueError: another kind of file, one of a newer format, or one that is truncated or damaged.
         """
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with plain_name(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
                 header = file.metadata() or {}
                 _check_header(path, header)
                 flat = file.get_tensor("gradients")
@@ -256,13 +331,16 @@ class Gradients:
         try:
             layers = json.loads(header["layers"])
             shapes = {name: tuple(shape) for name, shape, _ in layers}
-            return cls(flat, shapes, {name: digest for name, _, digest in layers})
+            origin = json.loads(header.get("origin", "null"))
+            return cls(flat, shapes, {name: digest for name, _, digest in layers}, origin)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: the list of layers is damaged ({error}); write the file again") from error
 
-    def __reduce__(self) -> tuple[type[Gradients], tuple[Tensor, dict[str, tuple[int, ...]], dict[str, str]]]:
+    def __reduce__(self) -> tuple[type[Gradients], tuple[Any, ...]]:
         whole = self._flat.untyped_storage().nbytes() == self._flat.nbytes
-        return type(self), (self._flat if whole else self._flat.clone(), dict(self._shapes), dict(self._digest))
+        flat = self._flat if whole else self._flat.clone()
+        origin = None if self._origin is None else tuple(self._origin)
+        return type(self), (flat, dict(self._shapes), dict(self._digest), origin)
 
     def __repr__(self) -> str:
         names = list(self._shapes)
@@ -272,77 +350,10 @@ class Gradients:
         return f"Gradients({size}, {self.dtype}, {self.device}, {len(names)} layers: {layers})"
 
     def _with(self, flat: Tensor) -> Gradients:
-        return Gradients(flat, self._shapes, self._digest)
+        return Gradients(flat, self._shapes, self._digest, self._origin)
 
 
-class GradientsBuilder:
-    """Collects batches of compressed gradients in one growing buffer.
-
-    Args:
-        shapes: layer name -> per-sample shape, in column order.
-        digest: layer name -> hex digest of the sketch's tables.
-        capacity: expected number of samples. With the exact number nothing is ever copied twice; the buffer
-            doubles when it runs out.
-        dtype: what is stored; batches are cast as they are copied in.
-        device: where it is stored.
-    """
-
-    def __init__(
-        self,
-        shapes: Shapes,
-        digest: Mapping[str, str],
-        *,
-        capacity: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self._shapes, self._digest, self._columns = _check_layout(shapes, digest)
-        if capacity < 0:
-            raise ValueError(f"capacity is {capacity}; it must be a number of samples, 0 if unknown")
-        width = sum(map(math.prod, self._shapes.values()))
-        self._buffer = torch.empty(capacity, width, dtype=dtype, device=device)
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def append(self, layers: Mapping[str, Tensor]) -> None:
-        """Copy in a batch: layer name -> `[n, *shape]`, in any order of layers, detached.
-
-        Raises:
-            ValueError: a layer is missing or unknown, has another shape, or n differs between layers.
-        """
-        if layers.keys() != self._shapes.keys():
-            missing, unknown = self._shapes.keys() - layers.keys(), layers.keys() - self._shapes.keys()
-            raise ValueError(f"layers must be those of shapes: missing {sorted(missing)}, unknown {sorted(unknown)}")
-        rows = len(next(iter(layers.values())))
-        for name, shape in self._shapes.items():
-            if layers[name].shape != (rows, *shape):
-                found = tuple(layers[name].shape)
-                raise ValueError(f"layer {name!r} is {found}; it must be {(rows, *shape)}")
-        self._reserve(self._count + rows)
-        target = self._buffer[self._count : self._count + rows]
-        for name, columns in self._columns.items():
-            target[:, columns].copy_(layers[name].detach().flatten(1))
-        self._count += rows
-
-    def finish(self) -> Gradients:
-        """Return what was appended and let go of it; copied only if more than half of the buffer is empty."""
-        flat = self._buffer[: self._count]
-        if 2 * self._count < len(self._buffer):
-            flat = flat.clone()
-        self._buffer, self._count = self._buffer.new_empty(0, self._buffer.shape[1]), 0
-        return Gradients(flat, self._shapes, self._digest)
-
-    def _reserve(self, rows: int) -> None:
-        if rows <= len(self._buffer):
-            return
-        grown = self._buffer.new_empty(max(rows, 2 * len(self._buffer)), self._buffer.shape[1])
-        grown[: self._count].copy_(self._buffer[: self._count])
-        self._buffer = grown
-
-
-def _check_layout(shapes: Shapes, digest: Mapping[str, str]) -> tuple[Shapes, Mapping[str, str], dict[str, slice]]:
+def check_layout(shapes: Shapes, digest: Mapping[str, str]) -> tuple[Shapes, Mapping[str, str], dict[str, slice]]:
     """Return read-only copies of both, and the columns of each layer."""
     if not shapes:
         raise ValueError("shapes is empty; gradients need at least one layer")

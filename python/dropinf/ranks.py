@@ -58,7 +58,7 @@ class Ranks:
         """Return every rank's tensor, in rank order; they may differ in their leading size."""
         if self.world == 1:
             return [x]
-        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes = torch.zeros(self.world, dtype=torch.int64, device="cpu")
         sizes[self.rank] = len(x)
         sizes = self.sum(sizes)
         padded = x.new_zeros(int(sizes.max()), *x.shape[1:], device=self.device)
@@ -171,11 +171,20 @@ class Ranks:
             if self._lost is None:
                 with suppress(RuntimeError):  # the store may be gone
                     store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+                    self._await_told(store)
             raise
         finally:
             self._store = None
             done.set()
             listener.join()
+
+    def _await_told(self, store: c10d.Store) -> None:
+        """Wait until the others know what ended this rank, as the store may go with it; not for ranks that are gone."""
+        end = time.monotonic() + 4 * BEAT
+        unaware = set(range(self.world)) - {self.rank}
+        while unaware and time.monotonic() < end:
+            time.sleep(BEAT / 20)
+            unaware = {r for r in unaware if not store.check([f"told/{r}"]) and not store.check([f"failed/{r}"])}
 
     def _listen(self, store: c10d.Store, done: threading.Event) -> None:
         try:
@@ -192,7 +201,9 @@ class Ranks:
         store.set(f"alive/{self.rank}", json.dumps([now, state]))
         for other in range(self.world):
             if store.check([f"failed/{other}"]):
-                return f"rank {other} failed: {store.get(f'failed/{other}').decode()}"
+                failed = f"rank {other} failed: {store.get(f'failed/{other}').decode()}"
+                store.set(f"told/{self.rank}", "")
+                return failed
             if store.check([f"alive/{other}"]):
                 beat = store.get(f"alive/{other}")
                 if self._heard.get(other, (b"", 0.0))[0] != beat:

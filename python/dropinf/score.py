@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args, overload
@@ -11,11 +12,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dropinf_kernels import score_topk
-from dropinf_kernels.ops.topk import dot_rows
+from dropinf_kernels.ops.plain import BUFFER_BYTES
+from dropinf_kernels.ops.topk import topk_lowest_index
 
+from .builder import GradientsBuilder
 from .files import new_array, open_array
 from .fisher.fisher import Fisher
-from .gradients import Gradients, GradientsBuilder, GradientSource, block_rows, check_same_sketch, share_of
+from .gradients import (
+    At,
+    Gradients,
+    GradientSource,
+    Sketched,
+    block_rows,
+    check_same_model,
+    check_same_sketch,
+    placed_blocks,
+    share_of,
+)
+from .index.products import Products, Stored
 from .index.reader import Index
 from .ranks import Ranks
 
@@ -40,6 +54,7 @@ def score(
     largest: bool = ...,
     out: str | os.PathLike[str] | None = ...,
     group: dist.ProcessGroup | None = ...,
+    other_model: bool = ...,
 ) -> Tensor: ...
 
 
@@ -53,6 +68,7 @@ def score(
     top: int,
     largest: bool = ...,
     group: dist.ProcessGroup | None = ...,
+    other_model: bool = ...,
 ) -> TopK: ...
 
 
@@ -66,6 +82,7 @@ def score(
     largest: bool = True,
     out: str | os.PathLike[str] | None = None,
     group: dist.ProcessGroup | None = None,
+    other_model: bool = False,
 ) -> Tensor | TopK:
     """Score every training sample for every query. Positive: training on the sample lowers the query's loss.
 
@@ -85,6 +102,7 @@ def score(
             it nor `train` need fit in memory.
         group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
             reads its own shards); every rank gets all. None: this process alone.
+        other_model: let query and train be of models with different weights, such as two checkpoints.
 
     Returns:
         `[Q, N]`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the device of
@@ -92,12 +110,14 @@ def score(
 
     Raises:
         ValueError: unknown kind, missing fisher, `top` below 1, gradients or Fisher of different sketches,
-            or a Fisher matrix that is singular with its damping.
+            gradients of different models, or a Fisher matrix that is singular with its damping.
     """
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None):
         raise ValueError("out is for the whole matrix from one process; pass neither top nor group with it")
     check_same_sketch(query, train, "query and train")
+    if not other_model:
+        check_same_model(query, train)
     reads_fisher = kind in ("influence", "relative")
     if fisher is not None and reads_fisher:
         fisher.check(train, "fisher and train")
@@ -111,12 +131,12 @@ def score(
         return TopK(values if largest else -values, best.indices)
     if out is not None:
         with new_array(out, (len(q), len(train)), dtype) as file:
-            for offset, block in _columns(q, train, fisher, kind, ranks):
-                file.write(0, offset, block.to(dtype))
+            for at, block in _columns(q, train, fisher, kind, ranks):
+                file.write_columns(at, block.to(dtype))
         return open_array(out)
     matrix = q.new_zeros(len(q), len(train), dtype=dtype)
-    for offset, block in _columns(q, train, fisher, kind, ranks):
-        matrix[:, offset : offset + block.shape[1]] = block
+    for at, block in _columns(q, train, fisher, kind, ranks):
+        matrix[:, at] = block.to(matrix)
     return ranks.sum(matrix)
 
 
@@ -136,24 +156,23 @@ def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.Process
 
 def _columns(
     q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (offset, scores [Q, n]) of this rank's samples, block by block."""
+) -> Iterator[tuple[At, Tensor]]:
+    """Yield (positions, scores [Q, n]) of this rank's samples, block by block."""
     q, blocks = _blocks(q, train, fisher, kind, ranks)
-    for offset, part, values, scale in blocks:
-        block = dot_rows(q, values.to(q.device))
-        for factor in (scale, _train_scale(part, fisher, kind, q)):
-            if factor is not None:
-                block *= factor.to(block)
-        yield offset, block
+    products = Products(q, _widths(train))
+    for at, part, rows in blocks:
+        block = products.dot(rows)
+        factor = _train_scale(part, fisher, kind, q)
+        yield at, block if factor is None else block.mul_(factor.to(block))
 
 
-Part = tuple[int, "Gradients | None", Tensor, "Tensor | None"]
+Part = tuple[At, "Gradients | None", Stored]
 
 
 def _blocks(
     q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
 ) -> tuple[Tensor, Iterator[Part]]:
-    """Return the queries to multiply with, and (offset, gradients, rows [n, K], what each is multiplied by) of blocks.
+    """Return the queries to multiply with, and (positions, gradients, rows as they are stored) of blocks.
 
     Where nothing but the product reads them, an index's rows are taken as they are stored: without the gradients.
     Where the Fisher asks for fp64, they are not: its products need the very rows it was built from, rounding and all.
@@ -162,9 +181,13 @@ def _blocks(
     exact = kind == "influence" and fisher is not None and fisher.result_dtype(torch.float32) == torch.float64
     if isinstance(mine, Index) and kind in ("influence", "dot") and not exact:
         factors = mine.factors()
-        stored = ((offset, None, x.values, x.scale) for offset, x in mine.stored_blocks())
+        stored = ((at, None, rows) for at, rows in mine.stored_blocks())
         return (q if factors is None else q * factors.to(q)), stored
-    return q, ((offset, part, part.flat, None) for offset, part in mine.blocks(block_rows(train)))
+    return q, ((at, part, Stored(part.flat, None)) for at, part in placed_blocks(mine, block_rows(train)))
+
+
+def _widths(train: Sketched) -> tuple[int, ...]:
+    return tuple(map(math.prod, train.shapes.values()))
 
 
 def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest: bool) -> None:
@@ -226,16 +249,41 @@ def _stream_top(
     """Merge the best of each row block into a running best; ties keep the earlier block: the lowest index."""
     best = TopK(q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device))
     q, blocks = _blocks(q, train, fisher, kind, ranks)
-    for offset, part, values, scale in blocks:
-        flat, scale = values.to(q.device), scale if part is None else _train_scale(part, fisher, kind, q)
+    products = Products(q, _widths(train))
+    for at, part, rows in blocks:
+        if part is not None:
+            rows = Stored(rows.values, _train_scale(part, fisher, kind, q))
+        if isinstance(at, Tensor) or (rows.scale is not None and rows.scale.ndim > 1):
+            best = _merge([best, *_top_of_parts(products, rows, top, at)], top)
+            continue
+        flat, scale = rows.values.to(q.device), rows.scale
         if scale is not None and q.dtype == torch.float64:
             flat, scale = flat * scale.unsqueeze(1), None  # the op takes fp32 scales
         scale = None if scale is None else scale.to(q.device)
-        best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=offset))], top)
+        best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=at.start))], top)
     if ranks.world > 1:
         parts = zip(ranks.gather(best.values.T), ranks.gather(best.indices.T), strict=True)
         best = _merge([TopK(values.T, indices.T) for values, indices in parts], top)
     return best
+
+
+def _top_of_parts(products: Products, rows: Stored, top: int, at: At) -> Iterator[TopK]:
+    """Yield the best of rows that the op does not take: with a scale for each layer, or in another order than theirs.
+
+    Part by part, so that few scores are held.
+    """
+    step = max(1, BUFFER_BYTES // (products.q.itemsize * max(1, len(products.q))))
+    for start in range(0, len(rows.values), step):
+        scale = None if rows.scale is None else rows.scale[start : start + step]
+        part = Stored(rows.values[start : start + step], scale)
+        scores = products.dot(part)
+        if isinstance(at, Tensor):
+            positions, order = at[start : start + step].sort()
+            positions, scores = positions.to(scores.device), scores[:, order.to(scores.device)]  # ties: lowest first
+        else:
+            positions = torch.arange(at.start + start, at.start + start + scores.shape[1], device=scores.device)
+        values, indices = topk_lowest_index(scores, min(top, scores.shape[1]))
+        yield TopK(values, positions[indices])
 
 
 def _merge(parts: list[TopK], top: int) -> TopK:

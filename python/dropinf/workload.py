@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import itertools
+import random
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from .files import checksum
 
+_DRAWN = 256  # samples that show whether a sampler draws another order
 LossFn = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> losses [N]
 Ids = Callable[[Any], Sequence[str]]  # of a batch's samples, in the order of its losses
 CuSeqlens = Callable[[Any], Tensor]  # of a packed batch: int [N + 1]
@@ -76,6 +92,43 @@ def replace_tensors(batch: Any, values: Iterator[Tensor]) -> Any:
     return map_tensors(lambda _: next(values), batch)
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError where a model is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def name_of_loss(loss_fn: object) -> str:
+    """Return the qualified name of a loss function and a fingerprint of its source, where there is one."""
+    if isinstance(loss_fn, functools.partial):
+        bound = re.sub(r" at 0x[0-9a-f]+", "", repr((loss_fn.args, loss_fn.keywords)))
+        return f"{name_of_loss(loss_fn.func)}, bound {checksum(bound.encode())[:8]}"
+    about: Any = inspect.unwrap(loss_fn) if inspect.isroutine(loss_fn) else type(loss_fn)
+    try:
+        source = inspect.getsource(about).encode()
+    except (OSError, TypeError):
+        source = getattr(getattr(about, "__code__", None), "co_code", b"")
+    name = f"{getattr(about, '__module__', '')}.{getattr(about, '__qualname__', type(about).__name__)}"
+    return f"{name} {checksum(source)[:8]}" if source else name
+
+
+def check_loss(loss_fn: object) -> None:
+    """Raise TypeError where a loss is no function."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")
+
+
 def check_ids(ids: object) -> None:
     """Raise TypeError where ids are not a function: a list of them belongs to no batch."""
     if ids is not None and not callable(ids):
@@ -121,13 +174,59 @@ def is_one_batch(batches: object) -> bool:
 
 
 def shuffles(batches: object) -> bool:
-    """Return whether batches are of a DataLoader that draws another order each time."""
-    if not isinstance(batches, DataLoader):
+    """Return whether batches are of a loader that draws another order each time, or gives each rank a part of one."""
+    return any(_shuffles(sampler) for sampler in _samplers(batches))
+
+
+def _samplers(loader: object) -> Iterator[object]:
+    """Yield the samplers of a DataLoader, and those that they draw from: a batch sampler's own, say."""
+    if not isinstance(loader, DataLoader):
+        return
+    left, seen = [loader.sampler, loader.batch_sampler], list[object]()
+    while left:
+        sampler = left.pop()
+        if sampler is None or any(sampler is other for other in seen):
+            continue
+        seen.append(sampler)
+        left += [x for x in getattr(sampler, "__dict__", {}).values() if isinstance(x, Sampler)]
+        yield sampler
+
+
+def _shuffles(sampler: object) -> bool:
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+        return True
+    if isinstance(sampler, SequentialSampler) or not isinstance(sampler, Sampler):
         return False
-    inner = getattr(batches.batch_sampler, "sampler", None)
-    return any(
-        isinstance(s, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for s in (batches.sampler, inner)
-    )
+    flag = getattr(sampler, "shuffle", None)
+    if isinstance(flag, bool):  # DistributedSampler, and others that follow it
+        return flag
+    if type(sampler) is BatchSampler or isinstance(sampler, Iterator):
+        return False
+    with untouched_random():  # one of the user's own: it says what it does by doing it twice
+        twice = [list(itertools.islice(iter(sampler), _DRAWN)) for _ in range(2)]
+    return twice[0] != twice[1]
+
+
+@contextmanager
+def untouched_random() -> Iterator[None]:
+    """Keep the random states of Python, NumPy and torch as they were."""
+    state, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        torch.set_rng_state(of_torch)
+
+
+def warn_shuffled(batches: object) -> None:
+    """Raise a UserWarning where rows stand in an order that nothing keeps."""
+    if shuffles(batches):
+        warnings.warn(
+            "batches: a shuffling DataLoader, so rows stand in an order that nothing keeps; make it with "
+            "shuffle=False. Only an index keeps the name of each row, by out= and ids=, and it needs that too",
+            stacklevel=3,
+        )
 
 
 def _shapes(parts: Iterable[Any]) -> str:
@@ -145,6 +244,34 @@ def samples_of(batch: Any) -> int | None:
         return len(batch)
     kinds = {(s.ndim, s.is_floating_point()) if isinstance(s, Tensor) and s.ndim else None for s in batch}
     return len(batch) if len(batch) > 1 and len(kinds) == 1 and None not in kinds else None
+
+
+def order_of(batches: object, order: Sequence[int] | Tensor | None = None) -> Tensor | None:
+    """Return where each sample stands among all, in the order of the batches, int64 [N]; None: in just that order.
+
+    `order`: a number for each sample, which rise as the samples are to stand; by default what batches have as `order`.
+
+    Raises:
+        TypeError: it is not a list of whole numbers.
+        ValueError: a number is there twice.
+    """
+    given = order if order is not None else getattr(batches, "order", None)
+    if given is None or callable(given):
+        return None
+    numbers = torch.as_tensor(given, device="cpu")
+    if numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"order is {type(given).__name__}; it must be whole numbers, one for each sample: [N]")
+    found = numbers.long().argsort()
+    if len(found) > 1 and not bool((numbers[found].diff() > 0).all()):
+        raise ValueError("order has a number twice; each sample stands somewhere else")
+    places: Tensor = found.argsort()
+    return None if bool((places.diff() == 1).all()) else places
+
+
+def check_order(order: Tensor, rows: int) -> None:
+    """Raise ValueError unless an order is of so many samples."""
+    if len(order) != rows:
+        raise ValueError(f"order: it is of {len(order)} samples, and the batches have {rows}; it needs one number each")
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -7,12 +7,13 @@ import dropinf
 import dropinf_kernels
 
 VERBS = {
-    "Add", "Allocate", "Backpropagate", "Bind", "Build", "Cache", "Calibrate", "Call", "Check", "Choose",
-    "Compare", "Compress", "Compute", "Connect", "Copy", "Correct", "Cut", "Declare", "Draw", "End", "Exchange", "Expand", "Factor",
-    "Fill", "Find", "Finish", "Forget", "Freeze", "Gather", "Give", "Hand", "Have", "Hook", "Import", "Keep", "Launch", "Lay",
-    "Let", "Learn", "Lower", "Load", "Look", "Make", "Map", "Merge", "Move", "Multiply", "Note", "Open", "Prepare", "Print", "Put", "Quantize", "Raise",
-    "Read", "Remember", "Remove", "Resolve", "Return", "Run", "Say", "Score", "Show", "Shuffle", "Wait", "Sketch", "Store", "Sum", "Take",
-    "Tokenize", "Train", "Turn", "Write", "Yield",
+    "Add", "Allocate", "Backpropagate", "Bind", "Build", "Cache", "Calibrate", "Call", "Check", "Choose", "Compare",
+    "Compress", "Compute", "Connect", "Copy", "Correct", "Cut", "Declare", "Draw", "End", "Exchange", "Expand",
+    "Factor", "Fill", "Find", "Finish", "Forget", "Freeze", "Gather", "Give", "Hand", "Have", "Hook", "Import",
+    "Keep", "Launch", "Lay", "Learn", "Let", "Load", "Look", "Lower", "Make", "Map", "Merge", "Move", "Multiply",
+    "Note", "Open", "Prepare", "Print", "Put", "Quantize", "Raise", "Read", "Remember", "Remove", "Resolve", "Return",
+    "Run", "Say", "Score", "Show", "Shuffle", "Sketch", "Store", "Sum", "Take", "Tokenize", "Train", "Turn", "Wait",
+    "Write", "Yield",
 }  # fmt: skip
 NOT_CALLED = {"property", "cached_property", "setter", "overload"}  # these read as attributes: noun phrases
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dropinf.gradients import Gradients, GradientsBuilder, block_rows
+from dropinf.builder import GradientsBuilder
+from dropinf.gradients import Gradients, block_rows
 
 SHAPES = {"fc": (3, 4), "bias": (3,), "head": (2, 5)}
 DIGEST = {"fc": "aa", "bias": "bb", "head": "cc"}

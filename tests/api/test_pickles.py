@@ -140,7 +140,7 @@ def test_layers_and_axes(way, name):
 
 def test_a_pickle_of_gradients_that_do_not_fit_is_refused():
     """As where they are made: a file may come from elsewhere."""
-    kind, (flat, shapes, digest) = make()[1].__reduce__()
+    kind, (flat, shapes, digest, _) = make()[1].__reduce__()
     with pytest.raises(ValueError, match="the shapes' total size"):
         kind(flat[:, 1:].contiguous(), shapes, digest)
 

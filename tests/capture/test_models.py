@@ -9,8 +9,7 @@ from torch import nn
 import dropinf
 from dropinf.capture.modules import LinearUse
 from dropinf.capture.samples import Samples
-from dropinf.compressor import unwrap
-from dropinf.workload import map_tensors
+from dropinf.workload import map_tensors, unwrap
 from tests.api.models import HUGGING_FACE, PLAIN, N, build
 from tests.api.oracle import assert_equal_gradients, oracle
 

@@ -42,7 +42,7 @@ def made(tmp_path_factory, common):
     model = TextModel(common[1])
     work = model.workload(make_passages(50), tokens_per_batch=32)
     compressor = dropinf.Compressor(work.model, dropinf.Dropout(3), work.loss_fn)
-    return folder, done, compressor, model, compressor.compress(work.batches)
+    return folder, done, compressor, model, compressor.compress(work.batches, order=work.batches.order)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_an_interrupted_index_goes_on(common, how, tmp_path, monkeypatch):
         stop_at(patch, 8)
         done = run("index", *options, "--out", tmp_path / "idx", code=130)
     assert done.stderr.splitlines()[-1] == "dropinf: stopped; run the same command again to go on"
-    assert "not finished; run the same compress again" in error_of("info", tmp_path / "idx")
+    assert f"no, 8 of {count} batches are done: run the same command again" in run("info", tmp_path / "idx").stdout
     assert "not finished" in run("verify", tmp_path / "idx", code=1).stdout
     with monkeypatch.context() as patch:
         patch.setattr(dropinf.Compressor, "calibrate", lambda *_, **__: pytest.fail("it calibrates again"))
@@ -107,8 +107,8 @@ def test_appended_passages(common, made, named, tmp_path):
     assert [(p.id, p.text) for p in kept] == [(p.id, p.text) for p in every]
     assert torch.equal(index[:50].flat, made[4].flat)
     added = made[3].workload(every[50:], tokens_per_batch=32)
-    assert torch.equal(index[50:].flat, made[2].compress(added.batches).flat)
-    assert index.ids(slice(50, None)) == [i for batch in added.batches for i in batch["ids"]]
+    assert torch.equal(index[50:].flat, made[2].compress(added.batches, order=added.batches.order).flat)
+    assert index.ids(slice(50, None)) == [p.id for p in every[50:]]
     assert index.fisher().count == 61
     samples = query_json(folder, "--text", QUERIES[0], "--top", 61)["queries"][0]["proponents"]
     texts = {p.id: p.text for p in every}
@@ -132,3 +132,38 @@ def test_appended_passages(common, made, named, tmp_path):
             "index", *options, "--data", clash, *second[2:]
         )
         assert files(folder) == whole
+
+
+def but_sums(folder):
+    """Without the Fisher matrix, which rounds otherwise where rows come in other shards, and what names it."""
+    return {name: x for name, x in files(folder).items() if name not in ("fisher.safetensors", "manifest.json")}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_appended_passages_in_merged_shards(common, named, tmp_path):
+    folder, more = tmp_path / "idx", make_passages(11, 3, "q")
+    options = common if named else [x for x in common if x not in ("--id-field", "id")]
+    second = ["--data", write_jsonl(tmp_path / "more.jsonl", more), "--append"]
+    run("index", *options, "--out", folder)
+    run("index", *options, *second, "--out", folder)
+    index = dropinf.Index.open(folder)
+    before = index.ids(), index[:].flat
+    assert run("compact", folder).stderr == f"{folder}: {index.info()['shards']} shards, now 1\n"
+    merged = dropinf.Index.open(folder)
+    assert merged.ids() == before[0]
+    assert torch.equal(merged[:].flat, before[1])
+    assert run("verify", folder).stdout == "sound\n"
+    whole = but_sums(folder)
+    for again in ([], second):
+        assert "nothing was left to compress" in run("index", *options, *again, "--out", folder).stderr
+        assert but_sums(folder) == whole
+    run(
+        "index",
+        *options,
+        *second,
+        "--data",
+        write_jsonl(tmp_path / "third.jsonl", make_passages(5, 4, "r")),
+        "--out",
+        folder,
+    )
+    assert len(dropinf.Index.open(folder)) == 66

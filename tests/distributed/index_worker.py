@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dropinf
 from dropinf import ranks
@@ -118,11 +119,21 @@ def stop(kind: str, folder: Path) -> None:
         time.sleep({"fail": 0.5, "slow": 2}.get(kind, 0.01))
         return loss_fn(model, batch)
 
-    fisher = None if kind == "differs" and rank == 1 else "block"
+    odd = rank == 1
+    fisher = None if kind == "fisher" and odd else "block"
+    model, batches = make_model(), make_batches()
+    if kind == "model" and odd:
+        model[0].weight.data += 0.1
+    if kind == "sampler":
+        data = TensorDataset(torch.randn(48, 12).double(), torch.randint(4, (48,)))
+        batches = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=False))
+    if kind == "batch" and odd:
+        batches[9] = make_batches(23, 2)[9]
+    scale = 2 if kind == "loss" and odd else 1
     try:
-        index = dropinf.Compressor(make_model(), dropinf.Dropout(6), losses).compress(
-            make_batches(), out=folder, fisher=fisher, group=dist.group.WORLD
-        )
+        index = dropinf.Compressor(
+            model, dropinf.Dropout(6, seed=kind == "sketch" and odd), lambda m, b: scale * losses(m, b)
+        ).compress(batches, out=folder, fisher=fisher, group=dist.group.WORLD)
         print(f"rank {rank} ends with {len(index)} samples", flush=True)
     except (ValueError, RuntimeError) as error:
         print(f"rank {rank} ends: {type(error).__name__}: {error}", flush=True)

@@ -86,12 +86,28 @@ def test_a_killed_rank_ends_the_others(tmp_path):
     [
         ("hangs", "rank 0 ends: RuntimeError: rank 1 was not heard of for 3 s"),
         ("waits", "rank 0 ends: RuntimeError: rank 1 waits in torch.distributed's barrier"),
-        ("differs", "rank 0 ends: RuntimeError: rank 1 is at"),
     ],
 )
 def test_a_rank_that_others_would_wait_for_in_vain_ends_them(kind, says, tmp_path):
     with started(2, kind, tmp_path / "index") as ranks:
         assert says in said(ranks[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("model", "group: rank 1 has another model than rank 0"),
+        ("sketch", "group: rank 1 has another sketch than rank 0"),
+        ("fisher", "group: rank 1 has another fisher than rank 0 (None, not ('block', 0.1, False))"),
+        ("loss", "group: rank 1 has other losses of the first batch than rank 0"),
+        ("sampler", "group: rank 1 has another first batch than rank 0"),
+        ("batch", "batches: batch 9 is another one on rank 1 than on rank 0"),
+    ],
+)
+def test_ranks_that_do_not_agree_are_told_so(kind, says, tmp_path):
+    with started(2, kind, tmp_path / "index") as ranks:
+        assert all(f"ends: ValueError: {says}" in said(rank) for rank in ranks)
+    assert not (tmp_path / "index" / "manifest.json").exists() or kind == "batch"
 
 
 def test_a_rank_that_computes_for_long_is_waited_for(tmp_path):

@@ -208,6 +208,21 @@ def export(folder: str, what: str, out: str) -> None:
         made.save_fisher(dropinf.build_fisher(made))
 
 
+def fails(rank: int) -> None:
+    """Fail on a rank, whose process is gone the next moment, while the others compute."""
+    dist.init_process_group("gloo")
+    together = ranks.Ranks(dist.group.WORLD)
+    try:
+        with together.watched():
+            if together.rank == rank:
+                raise OSError("no room")
+            while True:
+                time.sleep(0.01)
+                together.check()
+    except OSError:
+        os._exit(1)
+
+
 def fuzz(*arguments) -> None:
     from tests.faults import fuzz
 
@@ -218,3 +233,9 @@ def forge(*arguments) -> None:
     from tests.faults import forgeries
 
     forgeries.forge(*arguments)
+
+
+def act(*arguments) -> None:
+    from tests.faults import model
+
+    model.act(*arguments)

@@ -114,3 +114,12 @@ def test_a_rank_that_is_killed_at_once_is_missed(forks, place):
     assert ranks[0].wait() == 1
     assert "RuntimeError: rank 1 was not heard of for 2 s; this rank (0) stops too" in ranks[0].text
     assert len(list((place / "idx" / "shards").iterdir())) < 16  # of the 22 that are its own
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_others_hear_of_the_error_of_a_rank_that_is_gone(rank, forks):
+    """Though the store goes with rank 0."""
+    ranks = forks.ranks(3, "fails", rank)
+    assert [process.wait() for process in ranks] == [1, 1, 1]
+    for other in {0, 1, 2} - {rank}:
+        assert f"RuntimeError: rank {rank} failed: OSError: no room; this rank ({other}) stops too" in ranks[other].text

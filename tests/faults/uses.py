@@ -121,8 +121,8 @@ def valid_rows(data: bytes, index: dropinf.Index, rows: int) -> torch.Tensor | N
         values = found["gradients"]
         if index.manifest.dtype == "int8":
             assert values.dtype == torch.int8
-            assert found["scale"].dtype == torch.float32
-            values = values * found["scale"].unsqueeze(1) * index.factors()
+            assert found["scale"].dtype == torch.bfloat16
+            values = index._codec.decode(values, found["scale"])
         assert values.dtype == torch.float32
         assert values.shape == (rows, index._codec.width)
         return values

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import dropinf
+from dropinf.files import write_whole
+from dropinf.index.kept import settle_fisher
 from tests.index.small import files, make_batches, make_compressor
 
 MORE = make_batches(3, 5)
@@ -86,6 +88,54 @@ def test_a_damaged_fisher_is_said_to_be_damaged(tmp_path):
     index.save_fisher(dropinf.build_fisher(index))
     assert index.fisher().count == len(index)
     assert index.verify() == []
+
+
+@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("how", ["append", "save"])
+def test_a_fisher_matrix_that_is_ended_while_it_is_kept(how, step, tmp_path, monkeypatch):
+    """Before the matrix is written, before the manifest names it, or before it has its place: it is of what is there."""
+    index = make_compressor().compress(make_batches(), out=tmp_path / "idx", fisher="block")
+    calls = []
+
+    def stopping(real):
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) > step:
+                raise SystemExit
+            real(*arguments)
+
+        return call
+
+    def change():
+        if how == "save":
+            index.save_fisher(dropinf.build_fisher(index, "diagonal"))
+        else:
+            make_compressor().compress(MORE, out=index.path, append=True, fisher="block")
+
+    if how == "append":
+        with pytest.raises(ValueError, match="sample 0 of batch 2"):
+            make_compressor().compress(
+                [*MORE[:2], (MORE[2][0] * float("nan"), MORE[2][1])], out=index.path, append=True
+            )
+    with monkeypatch.context() as patch:
+        patch.setattr("dropinf.index.manifest.write_whole", stopping(write_whole))
+        patch.setattr("dropinf.index.kept.write_whole", stopping(write_whole))
+        patch.setattr("dropinf.index.kept.settle_fisher", stopping(settle_fisher))
+        patch.setattr("dropinf.index.writer.settle_fisher", stopping(settle_fisher))
+        with pytest.raises(SystemExit):
+            change()
+    now = dropinf.Index.open(index.path)
+    assert [line for line in now.verify() if "not finished" not in line] == []
+    assert (
+        now.fisher().count
+        == len(now)
+        == (len(index) + sum(len(x) for x, _ in MORE) if how == "append" and step == 2 else len(index))
+    )
+    assert (now.fisher().kind == "diagonal") == (how == "save" and step == 2)
+    change()
+    index = dropinf.Index.open(index.path)
+    assert index.fisher().count == len(index)
+    assert [path.name for path in index.path.glob("fisher*")] == ["fisher.safetensors"]
 
 
 @pytest.mark.parametrize("what", ["same", "model", "data"])

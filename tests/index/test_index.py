@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.index.reader import read_ahead
-from dropinf.index.shards import Codec
+from dropinf.index.ahead import read_ahead
+from dropinf.index.codec import Codec
 from tests.index.small import KINDS, make_batches, make_compressor, names
 
 
@@ -131,12 +131,12 @@ def test_stored_dtypes(train, query, dtype, error, tmp_path):
 def test_scales_hold_rows_and_layers_of_any_size():
     torch.manual_seed(0)
     flat = torch.randn(6, 7, dtype=torch.float64) * torch.tensor([1e-12, 1e-6, 1, 1e3, 1e9, 0]).double().unsqueeze(1)
-    half = Codec("float16", (7,), (1.0,))
+    half = Codec("float16", ("a",), (7,))
     kept = half.encode(flat)
     assert torch.allclose(half.decode(kept["gradients"], kept["scale"]).double(), flat, rtol=1e-3, atol=0)
     # One layer a million times smaller than its neighbour keeps its own seven bits.
     flat[:, 3:] *= 1e-6
-    int8 = Codec("int8", (3, 4), (1.0, 1e-6))
+    int8 = Codec("int8", ("a", "b"), (3, 4))
     kept = int8.encode(flat)
     back = int8.decode(kept["gradients"], kept["scale"]).double()
     for columns in (slice(0, 3), slice(3, 7)):

@@ -102,8 +102,8 @@ def sketched(layer: Layer, g: Tensor) -> Tensor:
 def _weights(losses: Tensor, sizes: Tensor | None) -> Tensor:
     """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same."""
     generator = torch.Generator().manual_seed(len(losses))
-    signs = torch.randint(0, 2, (len(losses),), generator=generator) * 2 - 1
-    r = ((torch.rand(len(losses), generator=generator) + 0.5) * signs).to(losses)
+    signs = torch.randint(0, 2, (len(losses),), generator=generator, device="cpu") * 2 - 1
+    r = ((torch.rand(len(losses), generator=generator, device="cpu") + 0.5) * signs).to(losses)
     if sizes is None or not bool(sizes.max() > 0):
         return r
     sizes = sizes.to(losses) / sizes.max()

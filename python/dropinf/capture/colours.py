@@ -28,12 +28,12 @@ class _Rows:
     seen: Tensor
     lead: torch.Size
     sample: Tensor
-    scale: Tensor = field(default_factory=lambda: torch.ones(()))  # of the last pass
+    scale: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))  # of the last pass
 
 
 @functools.lru_cache(256)
 def _directions(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(2, d, generator=torch.Generator().manual_seed(d)).to(device, dtype)
+    return torch.randn(2, d, generator=torch.Generator().manual_seed(d), device="cpu").to(device, dtype)
 
 
 def _projected(rows: Tensor) -> Tensor:

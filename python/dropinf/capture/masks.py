@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..files import checksum, read_header, serialize, write_whole
+from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from ..workload import tensor_bytes
@@ -55,10 +57,65 @@ def masked_layers(path: str | os.PathLike[str]) -> list[str]:
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Any]]:
     """Open a file of masks, and yield its header and the file."""
     try:
-        with safe_open(os.fspath(path), "pt") as file:
-            yield read_header(file.metadata(), Path(path), FORMAT), file
+        with plain_name(path) as name, safe_open(name, "pt") as file:
+            header = read_header(file.metadata(), Path(path), FORMAT)
+            _check_header(header)
+            yield header, file
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"path: {path} is not a file of masks that Compressor.save wrote ({error})") from None
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file's plan is not one of layers with one or two axes."""
+    plan = header.get("plan")
+    if not isinstance(plan, dict) or not plan:
+        raise ValueError(f"its plan is {_shown(plan)}")
+    whole_number(header.get("samples"), "its number of samples", 0)
+    for name, sides in plan.items():
+        if not isinstance(sides, dict) or sides.keys() not in ({"out"}, {"out", "in"}):
+            raise ValueError(f"layer {name!r} is {_shown(sides)}")
+        for side, axis in sides.items():
+            if not isinstance(axis, dict) or axis.keys() != {"size", "group"}:
+                raise ValueError(f"the {side} axis of layer {name!r} is {_shown(axis)}")
+            for field, number in axis.items():
+                whole_number(number, f"the {field} of the {side} axis of layer {name!r}", 1)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _checked(axis: Axis, place: str) -> Axis:
+    """Return an axis that was read; raise ValueError where its tables are not those of one."""
+    index, weight, matrix, kept = axis.index, axis.weight, axis.matrix, axis.size
+    if index is not None:
+        if index.dtype != torch.int32 or index.ndim != 2 or not index.numel():
+            raise ValueError(f"{place}/index is {index.dtype} {list(index.shape)}; it must be int32 [fan_in, dim]")
+        if int(index.min()) < 0 or int(index.max()) >= axis.size:
+            raise ValueError(f"{place}/index goes from {index.min()} to {index.max()}, of {axis.size} coordinates")
+        kept = index.shape[1]
+        if not _aligned(index, axis.group):
+            raise ValueError(f"{place}/index does not consist of aligned runs of {axis.group}")
+    for field, table in (("weight", weight), ("matrix", matrix)):
+        if table is not None and not (table.dtype == torch.float32 and table.ndim == 2 and table.isfinite().all()):
+            raise ValueError(f"{place}/{field} is {table.dtype} {list(table.shape)}; it must be finite float32, [n, m]")
+    if index is not None and weight is not None and weight.shape != index.shape:
+        raise ValueError(f"{place}/weight is {list(weight.shape)}; it must be {list(index.shape)}, as its index")
+    if (index is None and matrix is None) or (matrix is not None and (matrix.shape[1] != kept or not len(matrix))):
+        raise ValueError(f"{place} has no table of {kept} coordinates")
+    return axis
+
+
+def _aligned(index: Tensor, group: int) -> bool:
+    """Return whether an index consists of runs of `group`, each from a multiple of it on."""
+    if group == 1:
+        return True
+    if index.shape[1] % group:
+        return False
+    runs = index.view(-1, group)
+    steps = torch.arange(group, dtype=index.dtype, device="cpu")
+    return bool((runs[:, :1] % group == 0).all() and (runs - runs[:, :1] == steps).all())
 
 
 def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tuple[dict[str, Layer], Sums, int]:
@@ -76,7 +133,10 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
             return None
         entry = plan[name][side]
         index, weight, matrix = (tables.get(f"{name}/{side}/{field}") for field in ("index", "weight", "matrix"))
-        return Axis(entry["size"], index, weight, matrix, entry["group"])
+        try:
+            return _checked(Axis(entry["size"], index, weight, matrix, entry["group"]), f"{name}/{side}")
+        except ValueError as error:
+            raise ValueError(f"path: the masks in {path} are damaged: {error}; restore the file") from None
 
     loaded = {}
     for name, layer in layers.items():
@@ -85,9 +145,9 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
         loaded[name] = replace(layer, out_axis=out_axis, in_axis=axis(name, "in"))
     sums = {}
     for key, table in tables.items():
-        name, side, field = key.rsplit("/", 2)
-        if field == _SUM:
-            sums[Place(name, side)] = table
+        *place, field = key.rsplit("/", 2)
+        if field == _SUM and len(place) == 2:
+            sums[Place(*place)] = table
     return loaded, sums, header["samples"]
 
 
@@ -106,14 +166,25 @@ def _check_model(layers: Mapping[str, Layer], plan: Mapping[str, Any], path: str
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone."""
+def layer_digest(layer: Layer) -> str:
+    """Return a fingerprint of a layer's tables."""
+    h = hashlib.blake2b(repr((layer.name, layer.shape, layer.transposed)).encode(), digest_size=16)
+    for axis in (layer.out_axis, layer.in_axis):
+        h.update(b"none" if axis is None else axis.digest())
+    return h.hexdigest()
+
+
+def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
+    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone.
+
+    Without buffers it is that of what training changes: some models count their calls in buffers.
+    """
     parts = []
     for prefix, module in model.named_modules():
         kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        for name, x in (*module.named_parameters(recurse=False), *kept.items()):
+        for name, x in (*module.named_parameters(recurse=False), *(kept.items() if buffers else ())):
             about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
-            parts.append(about + (b"" if is_sharded(x) else checksum(tensor_bytes(x)).encode()))
+            parts.append(about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode()))
     return checksum(b"\n".join(sorted(parts)))
 
 

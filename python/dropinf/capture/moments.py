@@ -117,4 +117,6 @@ class Moments:
 
 
 def _zeros(need: Need) -> Tensor:
-    return torch.zeros((need.size,) if need.kind == "energy" else (need.size, need.size), dtype=torch.float64)
+    return torch.zeros(
+        (need.size,) if need.kind == "energy" else (need.size, need.size), dtype=torch.float64, device="cpu"
+    )

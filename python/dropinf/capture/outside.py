@@ -330,7 +330,7 @@ def _placed(g: Tensor, first: int, n: int) -> Tensor:
     if g.numel() * n * g.element_size() > CHUNK_BYTES:
         raise Untied("its op does not have the samples in its leading dimension")
     placed = g.new_zeros(len(g), n, *g.shape[1:])
-    placed[torch.arange(len(g)), torch.arange(first, first + len(g))] = g
+    placed[torch.arange(len(g), device="cpu"), torch.arange(first, first + len(g), device="cpu")] = g
     return placed.flatten(1, 2)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,13 +17,20 @@ from .attempt import Hooked
 from .checks import check_batchnorm, check_current, check_surroundings, explain_batch
 from .knowledge import Knowledge
 from .layer import Layer
-from .preserved import preserved
+from .preserved import RandomState, preserved
 from .recorders import Compression, Recorder
 from .run import Run
 
 
 class Sweep(Knowledge):
     """A model over all batches of all calls."""
+
+    def losses(self, batch: Any) -> list[float]:
+        """Return the losses of a batch, and leave the model as it was; none where it draws random numbers."""
+        with preserved(self.model) as (_, attributes), torch.no_grad():
+            random = RandomState(attributes.devices)
+            found: list[float] = self.loss_fn(self.model, batch).double().tolist()
+            return [] if random.moved() else found
 
     @contextmanager
     def hooked(

@@ -198,8 +198,9 @@ def _axes(target: Target, sketch: Sketch) -> dict[str, AxisPlan]:
 
 def make_layer(target: Target, sketch: Sketch, statistics: Mapping[str, Tensor]) -> Layer:
     """Draw a target's sketches, and return its plan."""
-    axes = {
-        name: sketch.make(plan.size, plan.dim, plan.place, statistics.get(name))
-        for name, plan in _axes(target, sketch).items()
-    }
+    with torch.device("cpu"):  # whatever the default is: masks are the same everywhere
+        axes = {
+            name: sketch.make(plan.size, plan.dim, plan.place, statistics.get(name))
+            for name, plan in _axes(target, sketch).items()
+        }
     return target.plan(axes.get("flat") or axes["out"], axes.get("in"))

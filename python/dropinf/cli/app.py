@@ -84,7 +84,7 @@ def build_app() -> "typer.Typer":
 
     for command in (
         demo, index.index, query.query, query.report, query.self_influence, query.fisher,
-        query.verify, query.info, query.export, doctor.doctor,
+        query.verify, query.compact, query.info, query.export, doctor.doctor,
     ):  # fmt: skip
         name = command.__name__.replace("_", "-")
         app.command(name)(_guarded(command, lambda: chosen["debug"]))
@@ -142,6 +142,7 @@ def missing(error: ModuleNotFoundError) -> str:
 def _with_options(message: str) -> str:
     """Return a message of the library with its arguments named as options."""
     message = message.replace("pass append=True", "pass --append").replace("pass packed=False", "leave --packed out")
+    message = message.replace("Index.discard()", "dropinf index --discard")
 
     def option(found: re.Match[str]) -> str:
         return "--" + found[1].replace("_", "-") + (" " if found[2] else "")

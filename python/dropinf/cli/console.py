@@ -6,10 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from ..workload import Ids
 
 _EVERY = 30.0  # seconds between two lines where there is no terminal for a bar
 _WIDTH = 120  # of tables that are not shown by a terminal
@@ -43,19 +41,17 @@ def size_text(size: float) -> str:
 
 
 class Meter:
-    """Counts the samples of the batches that it names; says how many from time to time where there is no bar."""
+    """Counts the samples that are compressed; says how many from time to time where there is no bar."""
 
-    def __init__(self, ids: Ids) -> None:
-        self._ids, self.done = ids, 0
+    def __init__(self) -> None:
+        self.done = 0
         self._start = self._said = time.monotonic()
 
-    def __call__(self, batch: Any) -> Sequence[str]:
-        found = self._ids(batch)
-        self.done += len(found)
+    def __call__(self, count: int) -> None:
+        self.done += count
         if not sys.stderr.isatty() and time.monotonic() - self._said > _EVERY:
             self._said = time.monotonic()
             note(self.summary(self.done))
-        return found
 
     def summary(self, done: int) -> str:
         """Return how many samples were compressed in how many seconds, as text."""

@@ -20,17 +20,20 @@ from ..budget import choose
 from ..capture.masks import check_weights
 from ..compressor import Compressor
 from ..fisher.fisher import Fisher, FisherKind
+from ..index.choice import choose_run
+from ..index.codec import DTYPES, Codec
+from ..index.discard import discard as give_up
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
-from ..index.manifest import Manifest, find_run
+from ..index.manifest import Manifest
 from ..index.reader import Index
-from ..index.shards import DTYPES, Codec
+from ..index.runs import Plan
 from ..index.writer import write_index
 from ..ranks import Ranks
 from ..sketch.sketch import Dropout
 from ..text.passage_file import PassageFile, passage_line
 from ..text.passages import Passage, read_passages
 from ..text.transformer import Reduction, Task
-from ..workload import Ids, Workload, batch_checksum
+from ..workload import Ids, Workload
 from .console import Meter, is_first, note, size_text
 from .recipe import (
     ModelDtype,
@@ -99,6 +102,9 @@ def index(
         str | None, Option(metavar="MODULE:FUNCTION", help="Instead of --model and --data: any model; see above.")
     ] = None,
     append: Annotated[bool, Option("--append", help="Add these passages to a finished index.")] = False,
+    discard: Annotated[
+        bool, Option("--discard", help="Give up an append that was not finished; goes with --out alone.")
+    ] = False,
 ) -> None:
     """Compress the gradient of every passage into an index; goes on where an earlier run was ended.
 
@@ -112,6 +118,11 @@ def index(
         def load():  # loss_fn(model, batch) -> losses of N samples; ids(batch) -> their N names
             return dropinf.transformer.Workload(model, loss_fn, batches, ids)
     """
+    if discard:
+        if append or any(x is not None for x in (loader, model, data)):
+            raise typer.BadParameter("it goes with --out alone", param_hint="--discard")
+        _give_up(out)
+        return
     if loader is None and (model is None or data is None):
         raise typer.BadParameter("pass --model and --data, or --loader")
     if loader is not None and (model is not None or data is not None):
@@ -155,6 +166,15 @@ def index(
             )
             source = _read(recipe, passages, id_field is None, place)
         _compress(source, out, ranks, empty, append)
+
+
+def _give_up(out: Path) -> None:
+    """Remove what was appended and not finished, and say what is left."""
+    unfinished = Manifest.load(out).unfinished
+    with locked(out, Ranks(None)):
+        left = give_up(out, Manifest.load(out))
+    samples = sum(shard.rows for shard in left.shards)
+    note(f"{out}: {'gave up what was appended last' if unfinished else 'nothing to give up'}; {samples:,} samples")
 
 
 def _begun(out: Path) -> Manifest | None:
@@ -225,20 +245,21 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             _draw(source, out / SKETCH, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
-    row = Codec(recipe.dtype, widths, (1.0,) * len(widths)).row_bytes
+    row = Codec(recipe.dtype, tuple(compressor.layers), widths).row_bytes
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
-    meter = Meter(ids)
+    meter = Meter()
     made = write_index(
         compressor,
         work.batches,
         out,
         dtype=DTYPES[recipe.dtype],
         fisher=fisher,
-        ids=meter,
+        ids=ids,
         append=append,
         group=ranks.group,
         about=recipe.about(),
         progress=progress,
+        wrote=meter,
     )
     note(meter.summary(sum(ranks.everyone(meter.done))))
     if is_first():
@@ -291,20 +312,21 @@ def _keep_passages(folder: Path, manifest: Manifest | None, source: Source, appe
     if manifest is None:
         file.begin(_lines(source, 0))
         return 0
-    number = find_run(manifest, batch_checksum(source.work.batches[0]), len(source.work.batches))
-    if number is None:
-        if manifest.unfinished or not append:
-            return 0  # the writer says what is wrong
-        number = len(manifest.runs)
-    start = sum(shard.rows for run in manifest.runs[:number] for shard in run.shards or ())
+    batches = source.work.batches
+    chosen = choose_run(folder, manifest, batches, batches[0], lambda start: _ids(source, start), append)
+    if isinstance(chosen, Plan):
+        start, count = chosen.first_sample, chosen.samples
+    elif manifest.unfinished or not append:
+        return 0  # the writer says what is wrong
+    else:
+        start, count = sum(run.rows for run in manifest.runs), None
     known = manifest.files.get(PASSAGES)
     if source.passages is None or known is None:
         if (source.passages is None) != (known is None):
             raise ValueError(f"{folder} was made {'with' if known is None else 'without'} --loader; do the same again")
         return start
     # Those of a run that is finished are as many as its samples; others stand at the end.
-    shards = manifest.runs[number].shards if number < len(manifest.runs) else None
-    stop = None if shards is None else start + sum(shard.rows for shard in shards)
+    stop = None if count is None else start + count
     changed = file.hold(_lines(source, start), start, stop, known)
     if changed is not None:
         manifest.with_file(PASSAGES, changed).save(folder)

@@ -18,8 +18,8 @@ from ..files import replacing
 from ..fisher.fisher import Fisher, FisherKind, build_fisher
 from ..gradients import Gradients
 from ..index import verify as problems_of
-from ..index.folder import FISHER, PASSAGES
-from ..index.manifest import NAME
+from ..index.folder import FISHER, PARTS, PASSAGES, SHARDS
+from ..index.manifest import NAME, Manifest
 from ..index.reader import MEMORY_BYTES, Index
 from ..score import ScoreKind, TopK, score
 from ..score import self_influence as self_influence_of
@@ -168,8 +168,21 @@ def verify(index: IndexFolder) -> None:
         raise typer.Exit(1)
 
 
+def compact(index: IndexFolder) -> None:
+    """Merge small shards, as many appends leave them; rows, ids and their order stay."""
+    found = open_index(index)
+    before = found.info()["shards"]
+    found.compact()
+    note(f"{index}: {before:,} shards, now {found.info()['shards']:,}")
+
+
 def info(index: IndexFolder, as_json: AsJson = False) -> None:
     """Show what an index holds and how it was made."""
+    _check_there(index)
+    manifest = Manifest.load(index)
+    if not manifest.shards:
+        _show_begun(index, manifest, as_json)
+        return
     found = open_index(index).info()
     if as_json:
         print_json(found)
@@ -183,6 +196,35 @@ def info(index: IndexFolder, as_json: AsJson = False) -> None:
         "finished": "yes" if found["finished"] else "no, an append was ended: run it again",
         "files": ", ".join(found["files"]),
         **{name.replace("_", " "): value for name, value in found["about"].items()},
+    }
+    for name, value in rows.items():
+        print(plain(f"{name:<17}{value}"))
+
+
+def _show_begun(index: Path, manifest: Manifest, as_json: bool) -> None:
+    """Show what is known of an index whose first run was ended."""
+    run, codec = manifest.runs[-1], manifest.codec
+    parts = len(list((index / PARTS).glob("*-*"))) + run.shard_batches * len(list((index / SHARDS).glob("*-*")))
+    done = parts if run.batches is None else min(parts, run.batches)
+    found = {
+        "path": str(index),
+        "finished": False,
+        "batches_done": done,
+        "batches": run.batches,
+        "bytes_per_sample": codec.row_bytes,
+        "dtype": manifest.dtype,
+        "layers": {layer.name: list(layer.shape) for layer in manifest.layers},
+        "about": dict(manifest.about),
+    }
+    if as_json:
+        print_json(found)
+        return
+    of = "" if run.batches is None else f" of {run.batches:,}"
+    rows = {
+        "index": found["path"],
+        "finished": f"no, {done:,}{of} batches are done: run the same command again, which goes on from there",
+        "a sample": f"{codec.width:,} numbers of {len(manifest.layers)} layers, {size_text(codec.row_bytes)}",
+        **{name.replace("_", " "): value for name, value in manifest.about.items()},
     }
     for name, value in rows.items():
         print(plain(f"{name:<17}{value}"))

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,13 @@ from ..workload import Workload
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16", "int8"]
 _TEXT = ("model", "loader", "task", "model_dtype", "loss", "sampling", "dtype")  # kept as they are, the rest as JSON
+_CHOICES = {
+    "task": get_args(Task),
+    "model_dtype": get_args(ModelDtype),
+    "loss": get_args(Reduction),
+    "sampling": ("uniform", "energy"),
+    "dtype": get_args(StoredDtype),
+}
 _FREE = ("model", "loader")  # may be elsewhere by now: weights and batches are compared themselves
 
 
@@ -58,10 +65,33 @@ class Recipe:
         if not {"model", "loader"} & about.keys():
             return None
         known = {field.name for field in fields(cls)}
-        found: dict[str, Any] = {n: v if n in _TEXT else json.loads(v) for n, v in about.items() if n in known}
-        if found.get("layers") is not None:
-            found["layers"] = tuple(found["layers"])
+        found = {name: cls._read(name, text) for name, text in about.items() if name in known}
         return cls(**found)
+
+    @staticmethod
+    def _read(name: str, text: str) -> Any:
+        """Return one entry of a manifest's `about`.
+
+        Raises:
+            ValueError: it is none that `about` writes.
+        """
+        try:
+            value: Any = text if name in _TEXT else json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if name == "layers":
+            value = tuple(value) if isinstance(value, list) else None
+            fits = value is not None and all(isinstance(pattern, str) for pattern in value)
+        elif name in _CHOICES:
+            fits = value in _CHOICES[name]
+        else:
+            kind = str if name in _TEXT else bool if name == "packed" else int
+            fits = type(value) is kind and not text.startswith("-")
+        if not fits:
+            raise ValueError(
+                f"manifest: about has {name!r}: {text[:60]!r}, which dropinf index does not write; restore the manifest"
+            )
+        return value
 
     def check_same(self, before: Recipe, folder: object) -> None:
         """Raise ValueError where an index was begun with another recipe."""

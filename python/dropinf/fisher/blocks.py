@@ -147,9 +147,9 @@ class Block(ABC):
 
     def all_reduce(self, ranks: Ranks, dtype: torch.dtype) -> None:
         """Add up the sums of all ranks in place, each of its own samples; all ranks then hold the same."""
-        self.count = int(ranks.sum(torch.tensor(self.count)))
+        self.count = int(ranks.sum(torch.tensor(self.count, device="cpu")))
         self._reduce_sums(ranks, dtype)
-        self.fourths = float(ranks.sum(torch.tensor(self.fourths, dtype=torch.float64)))
+        self.fourths = float(ranks.sum(torch.tensor(self.fourths, dtype=torch.float64, device="cpu")))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file keeps: plain numbers, with how many tensors there are by name, and the tensors."""
@@ -361,4 +361,4 @@ def _norms(c: Tensor, width: int) -> Tensor:
 
 def total(x: Tensor | None, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> Tensor:
     """Return the sum of `x` over all ranks; a rank that has none counts as zeros of `shape`."""
-    return ranks.sum(torch.zeros(shape, dtype=dtype) if x is None else x)
+    return ranks.sum(torch.zeros(shape, dtype=dtype, device="cpu") if x is None else x)

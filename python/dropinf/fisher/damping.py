@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,23 @@ class Damping:
             return (self.value if self.absolute else self.value * mean_diagonal), 1.0
         value = chosen()
         return value * mean_diagonal, 1 + value
+
+
+def damping_number(damping: object) -> float:
+    """Return a damping that is a finite number of at least 0.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        number = math.nan if isinstance(damping, bool | str) else float(damping)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(
+            f'damping is {damping!r}; it must be a finite number of at least 0, for instance 0.1, or "auto"'
+        )
+    return damping if isinstance(damping, int | float) else number
 
 
 def ledoit_wolf(count: int, width: int, mean: float, squares: float, fourths: float) -> float:

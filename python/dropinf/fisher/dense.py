@@ -86,7 +86,7 @@ class DenseBlock(Block):
 
     def _reduce_sums(self, ranks: Ranks, dtype: torch.dtype) -> None:
         self._factor, self._inner = None, {}
-        folded = int(ranks.sum(torch.tensor(int(self.gram is not None))))
+        folded = int(ranks.sum(torch.tensor(int(self.gram is not None), device="cpu")))
         if folded or self.count >= self.width:
             ledger = Ledger()
             if self.gram is not None:
@@ -95,7 +95,7 @@ class DenseBlock(Block):
             self._agree(ranks)
             self.gram = total(self.gram, (self.width, self.width), ranks, dtype)
         else:  # fewer rows than columns, of all ranks together
-            rows = torch.cat([torch.empty(0, self.width, dtype=dtype), *self.rows])
+            rows = torch.cat([torch.empty(0, self.width, dtype=dtype, device="cpu"), *self.rows])
             self.rows = [torch.cat(ranks.gather(rows))]
 
     def _sizes(self) -> dict[str, list[tuple[int, ...]]]:

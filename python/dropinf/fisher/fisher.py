@@ -15,12 +15,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import checksum, read_header, serialize, whole_number, write_whole
-from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, share_of
+from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
+from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, placed_blocks, share_of
 from ..ranks import Ranks
 from .blocks import Block, DiagonalBlock, Product
 from .cholesky import solver_dtype
-from .damping import Damping
+from .damping import Damping, damping_number
 from .dense import DenseBlock, Form
 from .kronecker import KroneckerBlock
 from .ledger import Ledger, all_or_none
@@ -64,10 +64,8 @@ class Fisher:
         if damping == "auto":
             if absolute:
                 raise ValueError('damping is "auto" and absolute is True; "auto" chooses a share of mean(diag F)')
-        elif isinstance(damping, str) or not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(
-                f'damping is {damping!r}; it must be a finite number of at least 0, for instance 0.1, or "auto"'
-            )
+        else:
+            damping = damping_number(damping)
         self.kind: FisherKind = kind
         self.damping = damping
         self.absolute = absolute
@@ -171,7 +169,7 @@ class Fisher:
         if ranks.world == 1:
             return self
         self._adopt(like, "fisher and index")
-        self._count = int(ranks.sum(torch.tensor(self._count)))
+        self._count = int(ranks.sum(torch.tensor(self._count, device="cpu")))
         for _, block in self._blocks:
             block.all_reduce(ranks, solver_dtype(like.dtype))
         return self
@@ -218,7 +216,7 @@ class Fisher:
         solved = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "solve"))
         for columns, block in self._blocks:
             solved[:, columns] = block.solve(flat[:, columns])
-        return Gradients(solved, gradients.shapes, gradients.digest)
+        return Gradients(solved, gradients.shapes, gradients.digest, gradients.origin)
 
     def quadratic(self, gradients: GradientSource) -> Tensor:
         """Return `c^T (F + lambda I)^{-1} c` for every sample, `[n]` in at least fp32.
@@ -227,9 +225,9 @@ class Fisher:
         """
         self.check(gradients)
         out = torch.zeros(len(gradients), dtype=solver_dtype(gradients.dtype), device=self._device)
-        for offset, part in gradients.blocks(block_rows(gradients)):
+        for at, part in placed_blocks(gradients, block_rows(gradients)):
             for columns, block in self._blocks:
-                out[offset : offset + len(part)] += block.quadratic(part.flat[:, columns].to(self._device))
+                out[at] += block.quadratic(part.flat[:, columns].to(self._device))
         return out
 
     def whiten(self, gradients: Gradients) -> Gradients:
@@ -242,24 +240,17 @@ class Fisher:
         white = torch.empty_like(flat, dtype=self.result_dtype(flat.dtype, "whiten"))
         for columns, block in self._blocks:
             white[:, columns] = block.whiten(flat[:, columns])
-        return Gradients(white, gradients.shapes, gradients.digest)
+        return Gradients(white, gradients.shapes, gradients.digest, gradients.origin)
 
     def result_dtype(self, dtype: torch.dtype, what: Product = "solve") -> torch.dtype:
         """Return the dtype that `solve` or `whiten` gives for gradients of a dtype."""
         return reduce(torch.promote_types, (b.result_dtype(dtype, what) for _, b in self._blocks), solver_dtype(dtype))
 
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the sums to a safetensors file, complete once it has its name, and return its checksum.
-
-        A dense block of N < K samples is written as its N rows.
-        """
+    def to_bytes(self) -> bytes:
+        """Return the sums as a safetensors file; a dense block of N < K samples is written as its N rows."""
         self._check_whole()
-        tensors: dict[str, Tensor] = {}
-        blocks = []
-        for i, (_, block) in enumerate(self._blocks):
-            plain, held = block.state()
-            tensors |= {f"{i}.{name}": tensor for name, tensor in held.items()}
-            blocks.append(plain)
+        states = [block.state() for _, block in self._blocks]
+        tensors = {f"{i}.{name}": tensor for i, (_, held) in enumerate(states) for name, tensor in held.items()}
         header = {
             "format": FORMAT,
             "kind": self.kind,
@@ -267,9 +258,13 @@ class Fisher:
             "absolute": self.absolute,
             "count": self.count,
             "layers": [[name, shape, self.digest[name]] for name, shape in self.shapes.items()],
-            "blocks": blocks,
+            "blocks": [plain for plain, _ in states],
         }
-        data = serialize(tensors, header)
+        return serialize(tensors, header)
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write the sums to a safetensors file, complete once it has its name, and return its checksum."""
+        data = self.to_bytes()
         write_whole(Path(path), data)
         return checksum(data)
 
@@ -283,7 +278,7 @@ class Fisher:
         """
         path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with plain_name(path) as name, safe_open(name, framework="pt") as file:
                 header = read_header(file.metadata(), path, FORMAT)
                 try:
                     return cls._read(header, file.get_tensor)
@@ -397,4 +392,4 @@ def _parts(source: GradientSource) -> Iterator[Gradients]:
     if isinstance(source, Gradients):
         yield source
     else:
-        yield from (part for _, part in source.blocks(block_rows(source)))
+        yield from (part for _, part in placed_blocks(source, block_rows(source)))

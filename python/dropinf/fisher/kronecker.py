@@ -105,7 +105,7 @@ class KroneckerBlock(Block):
         self._agree(ranks)
         moments = torch.zeros_like(self._eigen()[2]) if self.moments is None else self.moments
         self.moments = ranks.sum(moments)
-        self.corrected = int(ranks.sum(torch.tensor(self.corrected)))
+        self.corrected = int(ranks.sum(torch.tensor(self.corrected, device="cpu")))
 
     def _reduce_sums(self, ranks: Ranks, dtype: torch.dtype) -> None:
         self._changed()

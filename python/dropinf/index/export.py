@@ -12,7 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import SUFFIX, array_file, new_array, replacing
+from ..files import SUFFIX, array_file, new_array, plain_name, replacing
+from ..fisher.fisher import Fisher
+from ..gradients import Gradients, GradientSource, block_rows
+from ..gradients import Rows as Selected
 
 FAISS = ".faiss"
 IDS = ".ids"
@@ -77,9 +80,13 @@ class Export:
             return bytes(empty)
 
         two = faiss.IndexFlatIP(self.width)
-        two.add(torch.ones(2, self.width).numpy())
+        two.add(torch.ones(2, self.width, device="cpu").numpy())
         expected = faiss.serialize_index(two).tobytes()
-        return header(self.count) if header(2) + torch.ones(2, self.width).numpy().tobytes() == expected else None
+        return (
+            header(self.count)
+            if header(2) + torch.ones(2, self.width, device="cpu").numpy().tobytes() == expected
+            else None
+        )
 
     def _write_coded(self, rows: Rows) -> None:
         """Train an index on a random part of the rows, add all of them, and write it."""
@@ -99,7 +106,9 @@ class Export:
         for _, block in rows.blocks():
             coded.add(block.float().numpy())
         with replacing(self.out) as temporary:
-            faiss.write_index(coded, str(temporary))
+            temporary.touch()
+            with plain_name(temporary) as name:
+                faiss.write_index(coded, name)
 
     def _made(self) -> Any:
         faiss = _faiss()
@@ -131,10 +140,33 @@ class Export:
         useful = _ROWS_PER_CENTROID * max(_CENTROIDS, 0 if ivf is None else ivf.nlist)
         most = max(1, min(useful, self.memory_bytes // 8 // (4 * self.width)))
         if most >= self.count:
-            return torch.arange(self.count)
+            return torch.arange(self.count, device="cpu")
         chosen = torch.randint(self.count, (most,), generator=torch.Generator().manual_seed(0), device="cpu")
         ordered: Tensor = torch.unique(chosen, sorted=True)
         return ordered
+
+
+class Indexed(GradientSource, Protocol):
+    """Samples that are also read by their positions."""
+
+    def __getitem__(self, rows: Selected) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class White:
+    """The rows of an index, whitened."""
+
+    index: Indexed
+    fisher: Fisher
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for offset, part in self.index.blocks(block_rows(self.index)):
+            yield offset, self.fisher.whiten(part).flat
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Return the rows at ordered positions."""
+        parts = near(positions, block_rows(self.index))
+        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
 
 
 def near(positions: Tensor, rows: int) -> Iterator[Tensor]:

@@ -16,10 +16,13 @@ SHARDS, PARTS = "shards", "parts"
 SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
 
 
-def shard_path(folder: Path, i: int, checksum: str) -> Path:
-    return folder / SHARDS / f"{i:06d}-{checksum}{SUFFIX}"
+def shard_path(folder: Path, number: int, checksum: str) -> Path:
+    return folder / SHARDS / f"{number:06d}-{checksum}{SUFFIX}"
 
 
+# Files that are numbered: their numbers, and their checksums.
+PART_NAME = re.compile(r"(\d{9,})-([0-9a-f]{32})" + re.escape(SUFFIX))
+SHARD_NAME = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
 
 
@@ -29,7 +32,12 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def acquire() -> int:
         make_folder(folder)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{os.strerror(error.errno or 0)}; out must be a folder that you may write to", str(folder)
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -45,6 +53,12 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if ranks.rank == 0:
             os.close(handle)
+
+
+def names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """Yield the names in a folder that match, in order; none where there is no such folder."""
+    if folder.is_dir():
+        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)) and (folder / n).exists())
 
 
 def check_free(folder: Path) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..files import checksum, is_checksum, whole_number, write_whole
-from .shards import DTYPES, Codec
+from .codec import DTYPES, Codec
+from .folder import FISHER, PASSAGES, SKETCH
 
 NAME = "manifest.json"
 FORMAT = "dropinf.index"
-VERSION = 1
-FILES = ("sketch.safetensors", "fisher.safetensors", "passages.jsonl")
+# Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale.
+VERSION = 2
+FILES = (SKETCH, FISHER, PASSAGES)
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
 
@@ -24,23 +27,42 @@ class LayerEntry:
     name: str
     shape: tuple[int, ...]
     digest: str  # of its sketch's tables
-    size: float = 1.0  # divided out of int8 rows
+    size: float | None = None  # divided out of the int8 rows of version 1
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     checksum: str
     rows: int
+    number: int  # in its file's name
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of compress whose rows were merged with those of others."""
+
+    first: str
+    batches: int
+    rows: int
+    printed: bool
 
 
 @dataclass(frozen=True)
 class Run:
-    """One compression into the index; `shards` is None until it is finished."""
+    """One compression into the index, or several that were merged; `shards` is None until it is finished."""
 
-    first: str  # checksum of the first batch's tensors
+    first: str  # fingerprint of the first batch; where not `printed`, the checksum of its tensors
     batches: int | None  # None: not known before
     shard_batches: int
+    key: str  # what its files are known by
     shards: tuple[ShardEntry, ...] | None = None
+    printed: bool = True  # whether every batch has its fingerprint; not in a run that an earlier version began
+    calls: tuple[Call, ...] = ()  # that were merged
+    replaces: tuple[str, ...] = ()  # keys of the runs that were merged last, whose files it replaces
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards or ())
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,8 @@ class Manifest:
     runs: tuple[Run, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)  # name -> checksum
     about: Mapping[str, str] = field(default_factory=dict)  # what the command line wants to know again
+    origin: tuple[str, str] | None = None  # the model and the loss, as `Gradients.origin`
+    order: str | None = None  # checksum of the file that says where each row's sample stands; None: as the rows do
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -59,11 +83,9 @@ class Manifest:
 
     @property
     def codec(self) -> Codec:
-        return Codec(
-            self.dtype,
-            tuple(math.prod(layer.shape) for layer in self.layers),
-            tuple(layer.size for layer in self.layers),
-        )
+        sizes = tuple(layer.size for layer in self.layers if layer.size is not None)
+        widths = tuple(math.prod(layer.shape) for layer in self.layers)
+        return Codec(self.dtype, tuple(self.shapes), widths, sizes or None)
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
@@ -73,6 +95,28 @@ class Manifest:
     @property
     def unfinished(self) -> bool:
         return not self.runs or self.runs[-1].shards is None
+
+    @property
+    def next_number(self) -> int:
+        """The number of the first shard of a run that begins now."""
+        return 1 + max((shard.number for shard in self.shards), default=-1)
+
+    def begun(self, first: str, batches: int | None, shard_batches: int) -> Manifest:
+        """Return the manifest with another run, which has no shards yet."""
+        key = self.key(len(self.runs), self.next_number, first, batches, shard_batches)
+        return replace(self, runs=(*self.runs, Run(first, batches, shard_batches, key)))
+
+    def key(self, *run: object) -> str:
+        """Return what the files of a run are known by: a checksum of all that is fixed before its first batch."""
+        body = {
+            "layers": [asdict(layer) for layer in self.layers],
+            "dtype": self.dtype,
+            "sketch": self.files.get(SKETCH),
+            "model": self.model,
+            "ids": self.ids,
+            "run": run,
+        }
+        return checksum(_canonical(body))
 
     def with_file(self, name: str, found: str) -> Manifest:
         return replace(self, files={**self.files, name: found})
@@ -99,6 +143,9 @@ class Manifest:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a manifest")
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            for link in (folder, path):
+                if link.is_symlink() and not link.exists():
+                    raise FileNotFoundError(f"{link}: a link to {os.readlink(link)}, which is not there") from None
             raise FileNotFoundError(
                 f"{folder}: no index (it has no {NAME}); make one with compressor.compress(batches, out=...)"
             ) from None
@@ -139,9 +186,19 @@ def _refuse(text: str) -> None:
 
 
 def _parse(body: Mapping[str, Any]) -> Manifest:
-    if body["version"] != VERSION:
-        raise ValueError(f"version is {body['version']!r}")
+    version = body["version"]
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"version is {version!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
+    order = origin = None
+    if version > 1:
+        expected |= {"order", "origin"}
+        order, origin = body["order"], body["origin"]
+        if origin is not None:
+            model, loss = map(_string, _list(origin, "origin"))
+            origin = model, loss
+        if order is not None and not is_checksum(order):
+            raise ValueError(f"order is {order!r}")
     if body.keys() != expected:
         raise ValueError(f"its fields are {sorted(body)}")
     if body["dtype"] not in DTYPES:
@@ -151,14 +208,44 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     layers = tuple(_layer(entry) for entry in _list(body["layers"], "layers"))
     if not layers or len({layer.name for layer in layers}) != len(layers):
         raise ValueError("layers are none, or named twice")
+    if len({layer.size is None for layer in layers}) > 1 or (version == 1 and layers[0].size is None):
+        raise ValueError("some layers have a size and others none")
     for name, found in _strings(body["files"], "files").items():
         if name not in FILES or not is_checksum(found):
             raise ValueError(f"files has {name!r}: {found!r}")
-    runs = tuple(_parse_run(entry) for entry in _list(body["runs"], "runs"))
+    entries = _list(body["runs"], "runs")
+    if version == 1:
+        _bring_forward(entries)
+    runs = tuple(_parse_run(entry) for entry in entries)
     if not runs or any(run.shards is None for run in runs[:-1]):
         raise ValueError("runs are none, or one that is not the last is not finished")
+    numbers = [shard.number for run in runs for shard in run.shards or ()]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("two shards have one number")
     about = _strings(body["about"], "about")
-    return Manifest(layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about)
+    made = Manifest(
+        layers, body["dtype"], _string(body["model"]), body["ids"], runs, body["files"], about, origin, order
+    )
+    return _with_keys(made) if version == 1 else made
+
+
+def _bring_forward(runs: list[Any]) -> None:
+    """Say what version 1 did not: that batches have no fingerprints, and that shards are numbered one by one."""
+    number = 0
+    for run in runs:
+        run |= {"printed": False, "key": 32 * "0", "calls": [], "replaces": []}
+        for shard in run["shards"] or ():
+            shard["number"] = number
+            number += 1
+
+
+def _with_keys(manifest: Manifest) -> Manifest:
+    """Return the manifest with the keys that its runs would have begun with."""
+    known = replace(manifest, runs=())
+    for run in manifest.runs:
+        key = known.begun(run.first, run.batches, run.shard_batches).runs[-1].key
+        known = replace(known, runs=(*known.runs, replace(run, key=key)))
+    return known
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerEntry:
@@ -166,7 +253,7 @@ def _layer(entry: Mapping[str, Any]) -> LayerEntry:
     if len(shape) not in (1, 2) or math.prod(shape) > 1 << 40:
         raise ValueError(f"a layer's shape is {shape}")
     size = entry["size"]
-    if type(size) is not float or not (math.isfinite(size) and size > 0):
+    if size is not None and (type(size) is not float or not (math.isfinite(size) and size > 0)):
         raise ValueError(f"a layer's size is {size!r}")
     return LayerEntry(_string(entry["name"]), shape, _string(entry["digest"]), size)
 
@@ -175,19 +262,50 @@ def _parse_run(entry: Mapping[str, Any]) -> Run:
     shards = entry["shards"]
     if shards is not None:
         shards = tuple(_shard(shard) for shard in _list(shards, "shards"))
-    batches = entry["batches"]
-    return Run(
+    calls = tuple(_call(call) for call in _list(entry["calls"], "calls"))
+    if shards is not None and [s.number for s in shards] != [shards[0].number + i for i in range(len(shards))]:
+        raise ValueError("shards of a run are not numbered one by one")
+    run = Run(
         _string(entry["first"]),
-        None if batches is None else whole_number(batches, "batches", 1),
+        _count(entry["batches"]),
         whole_number(entry["shard_batches"], "shard_batches", 1),
+        _key(entry["key"]),
         shards,
+        _flag(entry["printed"]),
+        calls,
+        tuple(_key(key) for key in _list(entry["replaces"], "replaces")),
     )
+    if calls and (shards is None or sum(call.rows for call in calls) != run.rows):
+        raise ValueError("calls have not the rows of their run")
+    return run
+
+
+def _call(entry: Mapping[str, Any]) -> Call:
+    batches, rows = (whole_number(entry[name], name, 1) for name in ("batches", "rows"))
+    return Call(_string(entry["first"]), batches, rows, _flag(entry["printed"]))
+
+
+def _count(value: object) -> int | None:
+    return None if value is None else whole_number(value, "batches", 1)
+
+
+def _key(value: object) -> str:
+    if not is_checksum(value):
+        raise ValueError(f"key is {value!r}")
+    return str(value)
+
+
+def _flag(value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"printed is {value!r}")
+    return value
 
 
 def _shard(entry: Mapping[str, Any]) -> ShardEntry:
     if not is_checksum(entry["checksum"]):
         raise ValueError(f"a shard's checksum is {entry['checksum']!r}")
-    return ShardEntry(entry["checksum"], whole_number(entry["rows"], "rows", 1))
+    number = whole_number(entry["number"], "a shard's number", 0)
+    return ShardEntry(entry["checksum"], whole_number(entry["rows"], "rows", 1), number)
 
 
 def _list(value: object, what: str) -> list[Any]:
@@ -206,14 +324,3 @@ def _strings(value: object, what: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} is {value!r}")
     return {key: _string(text) for key, text in value.items()}
-
-
-def find_run(manifest: Manifest, first: str, count: int | None) -> int | None:
-    """Return the number of the run whose first batch has this checksum, or None.
-
-    Where both numbers of batches are known, they must be equal too.
-    """
-    for number, run in enumerate(manifest.runs):
-        if run.first == first and (None in (count, run.batches) or count == run.batches):
-            return number
-    return None

@@ -1,29 +1,29 @@
-"""How a run into an index begins: what stands in the folder, and what is left to do."""
+"""How a run into an index begins: which run it is, or what a new one is like."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..files import SUFFIX, TEMPORARY, file_checksum, make_folder
+from ..files import TEMPORARY, file_checksum, make_folder
+from ..gradients import Origin
 from ..ranks import Ranks
-from ..workload import Ids, batch_checksum
+from ..workload import Ids
+from .choice import choose_run, runs_alike
+from .codec import DTYPES
+from .compact import sweep_merged
 from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
-from .manifest import LayerEntry, Manifest, Run, ShardEntry, find_run
-from .shards import DTYPES, read_shard_header
+from .manifest import LayerEntry, Manifest
+from .runs import Plan
+from .shards import SHARD_BYTES
 
-_PART = re.compile(r"(\d{9,})-([0-9a-f]{32})" + re.escape(SUFFIX))
-_SHARD = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
-_SHARD_BYTES = 1 << 26
 _LEAST_SHARDS = 64  # if there are as many batches: what ranks share
 
 
@@ -37,6 +37,8 @@ class RowSource(Protocol):
 
     def digest(self) -> Mapping[str, str]: ...
     def fingerprint(self) -> str: ...
+    def origin(self) -> Origin: ...
+    def losses(self, batch: Any) -> list[float]: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
     def stream(
         self,
@@ -48,81 +50,27 @@ class RowSource(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One run into a folder, as it stands before its first batch."""
-
-    folder: Path
-    manifest: Manifest
-    number: int  # of the run
-
-    @property
-    def run(self) -> Run:
-        return self.manifest.runs[self.number]
-
-    @cached_property
-    def earlier(self) -> list[ShardEntry]:
-        """The shards of the runs before."""
-        return [shard for run in self.manifest.runs[: self.number] for shard in run.shards or ()]
-
-    @cached_property
-    def later(self) -> list[ShardEntry]:
-        """The shards of the runs after."""
-        return [shard for run in self.manifest.runs[self.number + 1 :] for shard in run.shards or ()]
-
-    @property
-    def base(self) -> int:
-        """The number of the run's first shard."""
-        return len(self.earlier)
-
-    @property
-    def first_part(self) -> int:
-        """The number of the run's first batch: all runs' batches are counted, so that none is taken for another's."""
-        return self.base * self.run.shard_batches
-
-    def shards(self) -> dict[int, ShardEntry]:
-        """Return the shards that are there, by number; those of a run that is not finished, by their files."""
-        own = self.run.shards
-        stop = self.base + len(own or ())
-        found = dict(enumerate(self.earlier)) | dict(enumerate(self.later, stop))
-        for match in _names(self.folder / SHARDS, _SHARD):
-            if self.base <= int(match[1]) and (own is None or int(match[1]) < stop):
-                counts = read_shard_header(self.folder / SHARDS / match[0])
-                found[int(match[1])] = ShardEntry(match[2], sum(counts))
-        return found
-
-    def parts(self) -> dict[int, str]:
-        """Return the files of finished batches that no shard holds yet, by the batch's number within the run."""
-        own = self.run.shards
-        most = None if own is None else len(own) * self.run.shard_batches
-        found = {int(match[1]) - self.first_part: match[0] for match in _names(self.folder / PARTS, _PART)}
-        return {b: name for b, name in found.items() if b >= 0 and (most is None or b < most)}
-
-
-def _names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    if folder.is_dir():
-        yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)))
-
-
 class Opening:
     """Finds the run that a call goes on with, or begins one."""
 
     def __init__(self, source: RowSource, batches: Iterable[Any], folder: Path, ranks: Ranks, ids: Ids | None) -> None:
-        self.source, self.folder, self.ranks, self.ids = source, folder, ranks, ids
+        self.source, self.batches, self.folder, self.ranks, self.ids = source, batches, folder, ranks, ids
         self.count = len(batches) if isinstance(batches, Sized) else None
 
-    def plan(self, first: Any, dtype: torch.dtype | None, append: bool, about: Mapping[str, str]) -> Plan:
+    def plan(self, first: Any, found: str, dtype: torch.dtype | None, append: bool, about: Mapping[str, str]) -> Plan:
         """Return what is to be done for batches that begin with `first`; the same on all ranks.
+
+        `found` is its fingerprint.
 
         Raises:
             ValueError: the folder holds another index, or something else.
         """
-        begun = self.ranks.first(lambda: self._begin(first, dtype, append))
-        manifest, number = begun or (self._create(first, dtype, about), 0)
-        return Plan(self.folder, manifest, number)
+        return self.ranks.first(lambda: self._begin(first, found, dtype, append)) or Plan(
+            self.folder, self._create(first, found, dtype, about), 0
+        )
 
-    def _begin(self, first: Any, dtype: torch.dtype | None, append: bool) -> tuple[Manifest, int] | None:
-        """Return the manifest to go on with and the number of its run, or None for a new index. Rank 0 alone."""
+    def _begin(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan | None:
+        """Return the run to go on with, or None for a new index. Rank 0 alone."""
         try:
             manifest = Manifest.load(self.folder)
         except FileNotFoundError:
@@ -130,26 +78,32 @@ class Opening:
             self._sweep()
             return None
         self._sweep()
+        sweep_merged(self.folder, manifest)
         self._check_same(manifest, dtype)
-        found = batch_checksum(first)
-        number = find_run(manifest, found, self.count)
-        if number is not None:
+        manifest = self._with_origin(manifest, append)
+        chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
+        if isinstance(chosen, Plan):
             make_folder(self.folder / PARTS)
-            return manifest, number
+            return chosen
         last = manifest.runs[-1]
         if last.shards is None:
+            give_up = "; to give up what was appended of them: Index.discard()" if manifest.shards else ""
             raise ValueError(
-                f"batches: {self.folder} was begun with others ({last.batches} of them, and {self.count} now, or the "
-                "first differs); finish it with the same ones, or delete the folder"
+                f"batches: {self.folder} was begun with others ({last.batches} of them, and {self.count} now, or "
+                f"{chosen or 'the first differs'}); finish it with the same ones, or delete the folder{give_up}"
             )
         if not append:
+            why = f" ({chosen})" if chosen else ""
             raise ValueError(
-                f"batches: {self.folder} holds others' gradients; pass append=True to add these, or name another folder"
+                f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
+                "folder"
             )
-        manifest = replace(manifest, runs=(*manifest.runs, Run(found, self.count, last.shard_batches)))
+        self._warn_of_loss(manifest)
+        alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
+        manifest = manifest.begun(found, self.count, last.shard_batches)
         manifest.save(self.folder)
         make_folder(self.folder / PARTS)
-        return manifest, len(manifest.runs) - 1
+        return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
 
     def _sweep(self) -> None:
         """Remove the files that a run was writing as it was killed."""
@@ -180,10 +134,31 @@ class Opening:
                 f"ids: {self.folder} was begun {'with' if manifest.ids else 'without'} ids; do the same again"
             )
 
-    def _create(self, first: Any, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
+    def _with_origin(self, manifest: Manifest, append: bool) -> Manifest:
+        """Return the manifest with the origin of its rows, which the first format version did not have.
+
+        The model was compared, and so will be rows of the loss; but not where others are appended.
+        """
+        if manifest.origin is not None:
+            return manifest
+        origin = self.source.origin()
+        return replace(manifest, origin=origin._replace(loss="") if append else origin)
+
+    def _warn_of_loss(self, manifest: Manifest) -> None:
+        """Say where the rows of an append may be of another loss: none of those before can be computed again."""
+        assert manifest.origin is not None
+        before, now = manifest.origin[1], self.source.origin().loss
+        if before not in ("", now):
+            warnings.warn(
+                f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in "
+                "one index: unless both give the same, name another folder",
+                stacklevel=2,
+            )
+
+    def _create(self, first: Any, found: str, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
         flat = self._rows(first) if self.source.is_sharded or self.ranks.rank == 0 else None
-        return self.ranks.first(lambda: self._write_first(first, flat, dtype, about))
+        return self.ranks.first(lambda: self._write_first(found, flat, dtype, about))
 
     def _rows(self, batch: Any) -> Tensor:
         found: list[Tensor] = []
@@ -191,19 +166,16 @@ class Opening:
         return found[0]
 
     def _write_first(
-        self, first: Any, flat: Tensor | None, dtype: torch.dtype | None, about: Mapping[str, str]
+        self, found: str, flat: Tensor | None, dtype: torch.dtype | None, about: Mapping[str, str]
     ) -> Manifest:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
         shapes = self.source.shapes
-        sizes = [1.0] * len(shapes)
-        if name == "int8":
-            parts = flat.split([math.prod(s) for s in shapes.values()], 1)
-            sizes = [float(part.square().mean().sqrt()) or 1.0 for part in parts]
         digest = self.source.digest()
-        layers = [LayerEntry(n, s, digest[n], size) for (n, s), size in zip(shapes.items(), sizes, strict=True)]
+        layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
-        a_shard = max(1, _SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
+        manifest = replace(manifest, origin=self.source.origin())
+        a_shard = max(1, SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if self.count is not None:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))
         self.source.save(self.folder / SKETCH)
@@ -212,6 +184,6 @@ class Opening:
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))
         make_folder(self.folder / SHARDS)
         make_folder(self.folder / PARTS)
-        manifest = replace(manifest, runs=(Run(batch_checksum(first), self.count, a_shard),))
+        manifest = manifest.begun(found, self.count, a_shard)
         manifest.save(self.folder)
         return manifest

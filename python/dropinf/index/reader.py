@@ -7,33 +7,29 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..files import file_checksum
 from ..fisher.fisher import Fisher
-from ..gradients import Gradients, Rows, Shapes, block_rows
+from ..gradients import At, Gradients, Origin, Rows, Shapes, check_rows, positions_of
 from ..ranks import Ranks
-from .export import Export, check_out, near
-from .folder import FISHER, locked, shard_path
+from .ahead import one_ahead, read_ahead
+from .compact import compact
+from .discard import discard
+from .export import Export, White, check_out
+from .folder import locked, shard_path
+from .kept import load_fisher, save_fisher
 from .manifest import Manifest, ShardEntry
+from .order import opened, runs_of
+from .products import Stored
 from .shards import SMALL_BYTES, ShardFile, Stamp
 from .sound import verify
 
 MEMORY_BYTES = 1 << 28
 T = TypeVar("T")
-
-
-class Stored(NamedTuple):
-    """Rows as they are stored: their values [n, K], and what each is multiplied by [n] or None for 1."""
-
-    values: Tensor
-    scale: Tensor | None
 
 
 class Index:
@@ -53,14 +49,17 @@ class Index:
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
         folder = Path(path)
-        manifest = Manifest.load(folder)
-        if not manifest.shards:
-            raise ValueError(
-                f"{folder}: the index is not finished; run the same compress again, which goes on where it stopped"
-            )
-        self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes)
-        for file in self._files:
-            file.check_size()
+        manifest, order = opened(folder)
+        while True:
+            self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes, order)
+            try:
+                for file in self._files:
+                    file.check_size()
+                return
+            except ValueError:
+                before, (manifest, order) = manifest, opened(folder)
+                if manifest == before:  # or else shards were merged meanwhile
+                    raise
 
     @classmethod
     def of_shards(cls, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry]) -> Index:
@@ -69,17 +68,28 @@ class Index:
         index._hold(folder, manifest, shards, MEMORY_BYTES)
         return index
 
-    def _hold(self, folder: Path, manifest: Manifest, shards: Mapping[int, ShardEntry], memory_bytes: int) -> None:
+    def _hold(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shards: Mapping[int, ShardEntry],
+        memory_bytes: int,
+        order: Tensor | None = None,
+    ) -> None:
         self.path, self.manifest, self._codec = folder, manifest, manifest.codec
         least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
             raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
+        self._memory_bytes = memory_bytes
         self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
         self._entries = [shards[i] for i in sorted(shards)]
         self._files = [
-            ShardFile(shard_path(folder, i, shards[i].checksum), self._codec, shards[i].rows) for i in sorted(shards)
+            ShardFile(shard_path(folder, shard.number, shard.checksum), self._codec, shard.rows)
+            for shard in self._entries
         ]
         self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
+        self._order = order  # the position of each stored row; None: as they are stored
+        self._places = None if order is None else order.argsort()  # the stored row of each position
         self._mine: Sequence[int] = range(len(self._files))
         self._layouts: dict[int, tuple[Stamp, Mapping[str, tuple[int, int]]]] = {}  # of the files that were checked
 
@@ -97,6 +107,11 @@ class Index:
     def digest(self) -> Mapping[str, str]:
         """Layer name -> hex digest of the tables of the sketch that made it."""
         return {layer.name: layer.digest for layer in self.manifest.layers}
+
+    @property
+    def origin(self) -> Origin | None:
+        """The model and the loss that made it; None for an index of the first format version."""
+        return None if self.manifest.origin is None else Origin(*self.manifest.origin)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,9 +138,9 @@ class Index:
         """
         if isinstance(rows, str):
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
-        chosen = _positions(rows, len(self))
-        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype)
-        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:]), right=True)
+        chosen = self._stored_rows(positions_of(rows, len(self)))
+        out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype, device="cpu")
+        shard = torch.bucketize(chosen, torch.tensor(self._starts[1:], device="cpu"), right=True)
         for i in shard.unique().tolist():
             at = (shard == i).nonzero().flatten()
             local = chosen[at] - self._starts[i]
@@ -133,43 +148,65 @@ class Index:
             values, scale = self._window(i, first, int(local.max()) + 1 - first)
             local = local - first
             out[at] = self._codec.decode(values[local], None if scale is None else scale[local])
-        return Gradients(out, self.shapes, self.digest)
+        return Gradients(out, self.shapes, self.digest, self.origin)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
         """Yield (offset of the first sample, up to `rows` samples), in order; the next block is read meanwhile."""
-        shapes, digest = self.shapes, self.digest
-        for offset, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
-            yield offset, Gradients(values, shapes, digest)
+        if self._order is None:
+            for at, part in self.placed_blocks(rows):
+                assert isinstance(at, slice)
+                yield at.start, part
+        elif len(self._mine) < len(self._files):  # a share's samples are no neighbours
+            for at, part in self.placed_blocks(rows):
+                assert isinstance(at, Tensor)
+                yield from ((offset, part[local]) for offset, local in runs_of(at))
+        else:
+            check_rows(rows)
+            spans = (slice(start, start + rows) for start in range(0, len(self), rows))
+            yield from read_ahead(lambda span: (span.start, self[span]), spans)
 
-    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[int, Stored]]:
-        """Yield (offset, rows as they are stored). With `factors()` multiplied into queries, no row is decoded."""
+    def placed_blocks(self, rows: int) -> Iterator[tuple[At, Gradients]]:
+        """Yield (positions, up to `rows` samples) in the order in which rows are stored, which is the fastest."""
+        about = self.shapes, self.digest, self.origin
+        for first, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
+            yield self._at(first, len(values)), Gradients(values, *about)
+
+    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[At, Stored]]:
+        """Yield (positions, rows as they are stored), which `products.Products` multiplies without decoding them.
+
+        Queries must be multiplied with `factors()` first.
+        """
         rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
-        for pieces, block in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
-            yield block
+        for pieces, (first, stored) in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
+            scales = self._codec.scales(*stored)
+            yield self._at(first, len(stored.values)), Stored(stored.values, scales)
             self._check_again(pieces)
 
     def factors(self) -> Tensor | None:
-        """Return what each stored column is multiplied by, [K], or None for 1."""
+        """Return what each stored column is multiplied by beside the scales of `stored_blocks`, [K], or None for 1."""
         return self._codec.factors()
 
     def ids(self, rows: Rows = slice(None)) -> list[str]:
         """Return the ids of the samples that `rows` selects; their positions where none were given."""
-        chosen = _positions(rows, len(self)).tolist()
+        chosen = positions_of(rows, len(self))
         if not self.manifest.ids:
-            return [str(position) for position in chosen]
+            return [str(position) for position in chosen.tolist()]
         texts: dict[int, list[str]] = {}
         found = []
-        for position in chosen:
-            i = bisect.bisect_right(self._starts, position) - 1
+        for row in self._stored_rows(chosen).tolist():
+            i = bisect.bisect_right(self._starts, row) - 1
             if i not in texts:
                 texts[i] = self._files[i].texts(self._checked(i)[1])
-            found.append(texts[i][position - self._starts[i]])
+            found.append(texts[i][row - self._starts[i]])
         return found
 
     def _every_id(self) -> Iterator[str]:
         if not self.manifest.ids:
             yield from map(str, range(len(self)))
+            return
+        if self._order is not None:
+            yield from self.ids()
             return
         for i, file in enumerate(self._files):
             yield from file.texts(self._checked(i)[1])
@@ -181,24 +218,7 @@ class Index:
             FileNotFoundError: there is none.
             ValueError: its file is damaged, replaced since the index was opened, or stale: samples were appended.
         """
-        if FISHER not in self.manifest.files:
-            raise FileNotFoundError(f"{self.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
-        path = self.path / FISHER
-        if file_checksum(path) != self.manifest.files[FISHER]:
-            if Manifest.load(self.path) != self.manifest:
-                raise ValueError(f"{path}: replaced since this index was opened; open it again")
-            raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
-        fisher = Fisher.load(path)
-        try:
-            fisher.check(self, "fisher and index")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        if fisher.count != len(self):
-            raise ValueError(
-                f"{path}: stale, of {fisher.count} samples where the index has {len(self)}; build it again: "
-                "index.save_fisher(dropinf.build_fisher(index)), or append with fisher="
-            )
-        return fisher
+        return load_fisher(self)
 
     def save_fisher(self, fisher: Fisher) -> None:
         """Keep a Fisher matrix with the index, in place of the one before.
@@ -207,22 +227,32 @@ class Index:
             ValueError: compressed differently, not of as many samples as the index, or the index is not what it was
                 when it was opened: others were appended, or are being appended now. Nothing is changed then.
         """
-        fisher.check(self, "fisher and index")
-        if fisher.count != len(self):
-            raise ValueError(
-                f"fisher: it is of {fisher.count} samples, and the index has {len(self)}; use build_fisher(index), or "
-                "fisher.save(path) for one of a part"
-            )
+        self.manifest = save_fisher(self, fisher)
+
+    def discard(self) -> None:
+        """Remove the rows of an append that was not finished, so that others can be appended; all else stays.
+
+        Raises:
+            ValueError: it is being written now.
+        """
+        self._rewrite(discard)
+
+    def compact(self) -> None:
+        """Merge small shards, as many appends leave them, into large ones; no row, id or order of them changes.
+
+        Handles that were opened before are told to open the index again.
+
+        Raises:
+            ValueError: it is being written now, an append is not finished, or a shard is damaged.
+        """
+        self._rewrite(compact)
+
+    def _rewrite(self, change: Callable[[Path, Manifest], Manifest]) -> None:
         with locked(self.path, Ranks(None)):
-            now = Manifest.load(self.path)
-            if replace(now, files={}) != replace(self.manifest, files={}):
-                raise ValueError(
-                    f"{self.path}: it has changed since it was opened (from {len(self)} samples to "
-                    f"{sum(shard.rows for shard in now.shards)}, or a run was begun); open it again and build the "
-                    "Fisher matrix of what is there now"
-                )
-            self.manifest = now.with_file(FISHER, fisher.save(self.path / FISHER))
-            self.manifest.save(self.path)
+            before = Manifest.load(self.path)
+            manifest = change(self.path, before)
+        if before.shards == self.manifest.shards:
+            self._hold(self.path, manifest, dict(enumerate(manifest.shards)), self._memory_bytes, self._order)
 
     def whitened(
         self, out: str | os.PathLike[str], fisher: Fisher | None = None, *, factory: str | None = None
@@ -246,7 +276,7 @@ class Index:
         fisher.check(self, "fisher and index")
         dtype = fisher.result_dtype(self.dtype, "whiten")
         export = Export(out, len(self), self._codec.width, dtype, 16 * self.block_bytes, factory)
-        export.write(_White(self, fisher), self._every_id())
+        export.write(White(self, fisher), self._every_id())
 
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: every `world`-th shard from `rank` on. Offsets stay."""
@@ -276,12 +306,26 @@ class Index:
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
 
+    def _stored_rows(self, positions: Tensor) -> Tensor:
+        return positions if self._places is None else self._places[positions]
+
+    def _at(self, first: int, count: int) -> At:
+        """Return the positions of stored rows."""
+        rows = slice(first, first + count)
+        return rows if self._order is None else self._order[rows]
+
     def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
         """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
-        stamp = self._files[i].stamp()
-        if i not in self._layouts or self._layouts[i][0] != stamp:
-            self._files[i].verify(self._entries[i].checksum)
-            self._layouts[i] = stamp, self._files[i].layout()
+        try:
+            stamp = self._files[i].stamp()
+            if i not in self._layouts or self._layouts[i][0] != stamp:
+                self._files[i].verify(self._entries[i].checksum)
+                self._layouts[i] = stamp, self._files[i].layout()
+        except (ValueError, FileNotFoundError):
+            now = Manifest.load(self.path).shards
+            if self._entries[i] in now or now == self.manifest.shards:
+                raise
+            raise ValueError(f"{self.path}: its shards were merged since it was opened; open it again") from None
         return self._layouts[i]
 
     def _check_again(self, pieces: list[tuple[int, int, int]]) -> None:
@@ -291,7 +335,11 @@ class Index:
 
     def _window(self, i: int, first: int, count: int) -> Stored:
         stamp, layout = self._checked(i)
-        return Stored(*self._files[i].window(layout, first, count, stamp))
+        try:
+            return Stored(*self._files[i].window(layout, first, count, stamp))
+        except FileNotFoundError:
+            self._checked(i)  # which says why it is gone
+            raise
 
     def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
         def read(pieces: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], tuple[int, T]]:
@@ -315,8 +363,7 @@ class Index:
 
     def _pieces(self, rows: int) -> Iterator[list[tuple[int, int, int]]]:
         """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it must be at least 1")
+        check_rows(rows)
         small = min(rows, SMALL_BYTES // self._codec.row_bytes)
         block: list[tuple[int, int, int]] = []
         for i in self._mine:
@@ -331,62 +378,3 @@ class Index:
                 yield [(i, first, min(rows, count - first))]
         if block:
             yield block
-
-
-def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
-    """Yield the blocks, each once the next is mapped."""
-    block = next(blocks, None)
-    while block is not None:
-        following = next(blocks, None)
-        yield block
-        block = following
-
-
-def read_ahead(read: Callable[[Any], T], jobs: Iterator[Any]) -> Iterator[T]:
-    """Yield what `read` makes of each job, in order; a thread reads the next while one is used."""
-    with ThreadPoolExecutor(1, "dropinf-read-ahead") as pool:
-        pending = None
-        for job in jobs:
-            following = pool.submit(read, job)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-
-
-@dataclass(frozen=True)
-class _White:
-    """The rows of an index, whitened."""
-
-    index: Index
-    fisher: Fisher
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for offset, part in self.index.blocks(block_rows(self.index)):
-            yield offset, self.fisher.whiten(part).flat
-
-    def at(self, positions: Tensor) -> Tensor:
-        """Return the rows at ordered positions."""
-        parts = near(positions, block_rows(self.index))
-        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
-
-
-def _positions(rows: Rows, count: int) -> Tensor:
-    """Return the positions, int64 [n], that `rows` selects of `count` samples."""
-    if isinstance(rows, slice):
-        return torch.tensor(range(*rows.indices(count)), dtype=torch.int64)
-    index = torch.as_tensor(rows)
-    if index.dtype == torch.bool:
-        if index.shape != (count,):
-            raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
-        return index.nonzero().flatten()
-    if index.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if index.ndim > 1 or index.is_floating_point():
-        raise IndexError(f"samples are selected by whole numbers, not by {index.dtype} {tuple(index.shape)}")
-    index = index.reshape(-1).long()
-    wrong = ((index < -count) | (index >= count)).nonzero()
-    if len(wrong):
-        raise IndexError(f"sample {int(index[wrong[0]])} is out of range for {count} samples")
-    return torch.where(index < 0, index + count, index)

@@ -1,4 +1,4 @@
-"""Files of stored rows: how rows are encoded, and how a window of a file is read."""
+"""Files of stored rows: where their tensors lie, and how a window of a file is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -15,93 +15,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dropinf_kernels import quantize_rows
+from ..files import _KEY, file_checksum, is_checksum
+from .codec import Codec
 
-from ..files import _KEY, file_checksum
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
+_TAGS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
 }
-_TAGS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
-_SCALED = ("float16", "int8")
 _HEADER_BYTES = 1 << 26
+SHARD_BYTES = 1 << 26  # of a large shard
 SMALL_BYTES = 1 << 21  # of rows that are read rather than mapped
 Stamp = tuple[int, int, int]
 
 
 def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return the texts as UTF-8 bytes uint8 [B], and where each starts and ends, int64 [n + 1]."""
-    encoded = [text.encode() for text in texts]
-    offsets = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    try:
+        encoded = [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise ValueError(f"ids: {error.object!r} is no text: UTF-8 cannot hold it; give another id") from None
+    offsets = torch.tensor([0, *map(len, encoded)], device="cpu").cumsum(0)
     joined = bytearray(b"".join(encoded))
-    return (torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)), offsets
+    return (
+        torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8, device="cpu")
+    ), offsets
 
 
 def unpack_texts(data: Tensor, offsets: Tensor) -> list[str]:
     raw, edges = bytes(data.numpy()), offsets.tolist()
     return [raw[a:b].decode() for a, b in pairwise(edges)]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How rows are stored: their dtype and, for int8, the size of each layer that is divided out first.
-
-    float16 rows are divided by a power of two each, so that small gradients do not underflow; int8 rows by the size of
-    each layer, from the first batch, and then by a scale each (`quantize_rows`), so that no layer is lost beside a
-    larger one.
-    """
-
-    dtype: str
-    widths: tuple[int, ...]  # columns of each layer
-    sizes: tuple[float, ...]  # of each layer; 1 where nothing is divided out
-
-    @property
-    def width(self) -> int:
-        return sum(self.widths)
-
-    @property
-    def scaled(self) -> bool:
-        return self.dtype in _SCALED
-
-    @property
-    def row_bytes(self) -> int:
-        """The bytes that a stored row takes."""
-        return self.width * DTYPES[self.dtype].itemsize + (4 if self.scaled else 0)
-
-    @property
-    def decoded(self) -> torch.dtype:
-        """The dtype that rows are read in."""
-        return torch.float32 if self.scaled else DTYPES[self.dtype]
-
-    def factors(self) -> Tensor | None:
-        """Return what each stored column is multiplied by, [K], or None for 1."""
-        if self.dtype != "int8":
-            return None
-        return torch.repeat_interleave(torch.tensor(self.sizes), torch.tensor(self.widths))
-
-    def encode(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return what is stored of the rows [n, K]: `gradients` [n, K] and, where rows are scaled, `scale` [n]."""
-        factors = self.factors()
-        if factors is not None:
-            values, scale = quantize_rows(flat / factors.to(flat))
-            return {"gradients": values.contiguous(), "scale": scale}
-        if self.dtype == "float16":
-            largest = flat.abs().amax(1).float()
-            scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-            return {"gradients": (flat / scale.to(flat).unsqueeze(1)).half(), "scale": scale}
-        return {"gradients": flat.to(DTYPES[self.dtype])}
-
-    def decode(self, values: Tensor, scale: Tensor | None) -> Tensor:
-        """Return rows [n, K] in `decoded`."""
-        if scale is None:
-            return values
-        rows = values.float().mul_(scale.unsqueeze(1))
-        factors = self.factors()
-        return rows if factors is None else rows.mul_(factors)
 
 
 @dataclass(frozen=True)
@@ -145,9 +90,7 @@ class ShardFile:
     def layout(self) -> dict[str, tuple[int, int]]:
         """Return tensor name -> where its bytes start in the file, and how many there are."""
         header, start, size = _read_header(self.path)
-        need = {"gradients": (_TAGS[self.codec.dtype], [self.rows, self.codec.width])}
-        if self.codec.scaled:
-            need["scale"] = ("F32", [self.rows])
+        need = {name: (_TAGS[dtype], [self.rows, *shape]) for name, (dtype, shape) in self.codec.tensors.items()}
         for name, (tag, shape) in need.items():
             entry = header.get(name)
             if not isinstance(entry, dict) or entry.get("dtype") != tag or entry.get("shape") != shape:
@@ -159,7 +102,7 @@ class ShardFile:
             first, last = _offsets(self.path, name, entry, size - start)
             found[name] = (start + first, last - first)
         for name, (_, shape) in need.items():
-            item = 4 if name == "scale" else DTYPES[self.codec.dtype].itemsize
+            item = self.codec.tensors[name][0].itemsize
             if found[name][1] != math.prod(shape) * item:
                 raise ValueError(f"{self.path}: its {name} take {found[name][1]} bytes, not {math.prod(shape) * item}")
         at = start
@@ -190,17 +133,16 @@ class ShardFile:
         Raises:
             ValueError: the file is no longer what it was at `stamp`.
         """
-        width, item = self.codec.width, DTYPES[self.codec.dtype].itemsize
         found = _read if count * self.codec.row_bytes <= SMALL_BYTES else _mapped
         with open(self.path, "rb", buffering=0) as file:
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
-            start = layout["gradients"][0] + first * width * item
-            values = found(file, start, count * width, DTYPES[self.codec.dtype]).view(count, width)
-            scale = None
-            if self.codec.scaled:
-                scale = found(file, layout["scale"][0] + 4 * first, count, torch.float32)
-        return values, scale
+            parts = {}
+            for name, (dtype, shape) in self.codec.tensors.items():
+                width = math.prod(shape)
+                start = layout[name][0] + first * width * dtype.itemsize
+                parts[name] = found(file, start, count * width, dtype).view(count, *shape)
+        return parts["gradients"], parts.get("scale")
 
     def texts(self, layout: Mapping[str, tuple[int, int]]) -> list[str]:
         """Return the ids of the rows."""
@@ -237,20 +179,59 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     return header, 8 + length, size
 
 
-def read_shard_header(path: Path) -> list[int]:
-    """Return the rows of each batch in a shard's file.
+def join_rows(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what is stored of the rows of several files, in their order."""
+    kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0] if name != "id_offsets"}
+    if "id_offsets" in pieces[0]:
+        sizes = torch.cat([piece["id_offsets"].diff() for piece in pieces])
+        kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.cumsum(0)])
+    return kept
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard, or a part of one, says of itself."""
+
+    batches: tuple[int, ...]  # rows of each
+    prints: tuple[str | None, ...]  # fingerprint of each; None where an earlier version computed it
+    run: str | None  # key of the run that it is of
+
+    def plain(self) -> dict[str, object]:
+        """Return it as it is stored; the run of one that an earlier version wrote is not."""
+        if self.run is None:
+            return {"batches": self.batches}
+        return {"batches": self.batches, "prints": self.prints, "run": self.run}
+
+
+def read_shard_header(path: Path) -> ShardHeader:
+    """Return what the file of a shard says of itself.
 
     Raises:
         ValueError: not a shard.
     """
     metadata = _read_header(path)[0].get("__metadata__")
     try:
-        counts = json.loads(metadata[_KEY])["batches"]  # type: ignore[index]
-        if counts and all(type(n) is int and n > 0 for n in counts):
-            return list(counts)
+        return parse_shard_header(metadata)
     except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise ValueError(f"{path}: damaged, its header is not a shard's; delete it and run it again to make it again")
+        raise ValueError(
+            f"{path}: damaged, its header is not a shard's; delete it and run it again to make it again"
+        ) from None
+
+
+def parse_shard_header(metadata: object) -> ShardHeader:
+    """Return what a shard says of itself; raises KeyError, TypeError or ValueError where it says nothing."""
+    found = json.loads(metadata[_KEY])  # type: ignore[index]
+    counts, run = found["batches"], found.get("run")
+    if not (isinstance(counts, list) and counts and all(type(n) is int and n > 0 for n in counts)):
+        raise ValueError(f"batches are {counts!r}")
+    if run is None:
+        return ShardHeader(tuple(counts), (None,) * len(counts), None)
+    prints = found["prints"]
+    if not (is_checksum(run) and isinstance(prints, list) and len(prints) == len(counts)):
+        raise ValueError(f"prints are {prints!r}")
+    if not all(p is None or is_checksum(p) for p in prints):
+        raise ValueError(f"prints are {prints!r}")
+    return ShardHeader(tuple(counts), tuple(prints), run)
 
 
 def _offsets(path: Path, name: str, entry: object, size: int) -> tuple[int, int]:

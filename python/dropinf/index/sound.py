@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import file_checksum
-from .folder import shard_path
+from .folder import FISHER, shard_path
+from .kept import fisher_paths
 from .manifest import Manifest
+from .order import order_path, read_order
+from .runs import Plan
 from .shards import ShardFile
 
 
@@ -26,17 +30,51 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     if manifest.unfinished:
         problems.append(f"{folder}: not finished; run the same compress again, which goes on where it stopped")
     for name, expected in manifest.files.items():
-        if not (folder / name).is_file():
+        paths = fisher_paths(folder, expected) if name == FISHER else [folder / name]
+        found = [file_checksum(path) for path in paths if path.is_file()]
+        if not found:
             problems.append(f"{folder / name}: missing")
-        elif file_checksum(folder / name) != expected:
+        elif expected not in found:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
-    for i, shard in enumerate(manifest.shards):
-        file = ShardFile(shard_path(folder, i, shard.checksum), manifest.codec, shard.rows)
+    problems += _problems_of_order(folder, manifest)
+    for number in range(len(manifest.runs)):
+        problems += _problems(Plan(folder, manifest, number))
+    if problems and _changed(folder, manifest):
+        return verify(folder)  # while another process appended, or merged shards
+    return problems
+
+
+def _changed(folder: Path, manifest: Manifest) -> bool:
+    with suppress(ValueError):
+        return Manifest.load(folder) != manifest
+    return False
+
+
+def _problems_of_order(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the file of the samples' order."""
+    if manifest.order is not None:
+        try:
+            read_order(folder, manifest.order, sum(shard.rows for shard in manifest.shards))
+        except FileNotFoundError:
+            return [f"{order_path(folder, manifest.order)}: missing"]
+        except ValueError as error:
+            return [str(error)]
+    return []
+
+
+def _problems(plan: Plan) -> list[str]:
+    """Return what is wrong with the shards of a finished run."""
+    problems = []
+    for shard in plan.run.shards or ():
+        file = ShardFile(shard_path(plan.folder, shard.number, shard.checksum), plan.manifest.codec, shard.rows)
         try:
             file.verify(shard.checksum)
             layout = file.layout()
-            if manifest.ids:
+            if plan.manifest.ids:
                 file.texts(layout)
+            counts = plan.own_header(file.path).batches
+            if sum(counts) != shard.rows:
+                problems.append(f"{file.path}: its batches have {sum(counts)} rows, and it has {shard.rows}")
         except ValueError as error:
             problems.append(str(error))
     return problems

@@ -15,29 +15,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
-from ..workload import Ids, first_batch, shuffles
+from ..workload import Ids, check_order, first_batch, order_of, shuffles
+from .agreement import LOOKS, agree, compare_batches, looks
+from .codec import DTYPES
+from .compact import compact_gathered
+from .discard import discard
+from .fingerprint import fingerprint
+from .finished import Finished
 from .folder import FISHER, PARTS, locked, shard_path
+from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
-from .plan import Opening, Plan, RowSource
+from .order import check_kept, joined, read_order, remove_others, write_order
+from .plan import Opening, RowSource
 from .reader import Index
-from .shards import DTYPES, pack_texts
+from .runs import Plan, plans_of
+from .shards import ShardHeader, join_rows, pack_texts
 
 
 class Work:
-    """The batches that a rank computes, in order; `at` is the number of the one that is being computed."""
+    """The batches that a rank computes, in order; `at` is the number of the one that is being computed.
 
-    def __init__(self, batches: Iterable[Any], wanted: Callable[[int], bool], rounds: int | None = None) -> None:
-        self.batches, self.wanted, self.rounds = batches, wanted, rounds
+    Those that are finished are compared as they come; where batches can be had in any order, before any is computed.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], first: str, finished: Finished, share: Callable[[int], bool], ids: Ids | None
+    ) -> None:
+        self.batches, self.first, self.finished, self.share, self.ids = batches, first, finished, share, ids
+        mine = [b for b in finished if share(b)]
+        # What no fingerprint is of, such as the loss, shows in the rows of the first and of the last.
+        self.again = set(mine if finished.plan.every else mine[:1] + mine[-1:])
         self.at: int | None = None  # None: computed only so that other ranks need not wait
         self.batch: Any = None
+        self.print = ""  # fingerprint of the batch, as it was before loss_fn had it
         self.count: int | None = len(batches) if isinstance(batches, Sized) else None
+        self.prints: dict[int, str] = {}  # of batches that other ranks may have looked at too
+        self.rounds = 0  # computed by each rank, where all must compute together
 
     def __iter__(self) -> Iterator[Any]:
         done = 0
@@ -46,23 +65,70 @@ class Work:
             done += 1
             yield batch
         self.at = None
-        for _ in range((self.rounds or 0) - done):
+        for _ in range(self.rounds - done):
             yield first_batch(self.batches)[0]
 
     def __len__(self) -> int:
         if self.count is None:
             raise TypeError("the number of batches is not known")
-        return max(self.rounds or 0, sum(map(self.wanted, range(self.count))))
+        return max(self.rounds, len(self.again) + sum(map(self.wanted, range(self.count))))
+
+    def wanted(self, b: int) -> bool:
+        """Return whether a batch is this rank's, and is not finished.
+
+        Raises:
+            ValueError: more batches than were stored.
+        """
+        if self.share(b) and b not in self.finished:
+            self.finished.check_missing(b)
+            return True
+        return False
 
     def _all(self) -> Iterator[tuple[int, Any]]:
         if isinstance(self.batches, Sequence):
-            yield from ((b, self.batches[b]) for b in range(len(self.batches)) if self.wanted(b))
+            count = len(self.batches)
+            for b in self.finished:
+                if self.share(b) and self.finished.tells(b):
+                    self._compare(b, self.batches[b])
+            for b in (*sorted(self.again), *filter(self.wanted, range(count))):
+                batch = self.batches[b]
+                self.print = self._print(b, batch)
+                yield b, batch
             return
         b = -1
         for b, batch in enumerate(self.batches):
-            if self.wanted(b):
+            if not self.share(b):
+                if b < LOOKS or b & (b - 1) == 0:
+                    self._print(b, batch)
+                continue
+            if b in self.finished:
+                self._compare(b, batch)
+            if b in self.again or self.wanted(b):
+                self.print = self._print(b, batch)
                 yield b, batch
         self.count = b + 1
+
+    def _print(self, b: int, batch: Any) -> str:
+        # loss_fn may have had the first batch already, and changed it.
+        found = self.first if b == 0 else fingerprint(batch, named=self.ids is not None)
+        self.prints[b] = found
+        return found
+
+    def looked_at(self) -> Mapping[int, str]:
+        """Return the fingerprints of batches that are known here, with some of other ranks'."""
+        if isinstance(self.batches, Sequence):
+            for b in looks(len(self.batches)):
+                if b not in self.prints:
+                    self._print(b, self.batches[b])
+        return self.prints
+
+    def _compare(self, b: int, batch: Any) -> None:
+        difference = self.finished.difference(b, self._print(b, batch), None if self.ids is None else self.ids(batch))
+        if difference is not None:
+            raise ValueError(
+                f"{difference}; go on with the batches of then, pass append=True to add others to a finished index, "
+                "or name another folder"
+            )
 
 
 class Writer:
@@ -72,41 +138,54 @@ class Writer:
         self,
         source: RowSource,
         batches: Iterable[Any],
+        first: str,
         plan: Plan,
         ranks: Ranks,
         ids: Ids | None,
         fisher: Fisher | None,
+        places: Tensor | None = None,
+        wrote: Callable[[int], None] | None = None,
     ) -> None:
         self.source, self.batches, self.plan, self.ranks, self.ids = source, batches, plan, ranks, ids
-        self.fisher, self.folder, self.codec = fisher, plan.folder, plan.manifest.codec
-        self.done, self.parts = plan.shards(), plan.parts()
+        self.fisher, self.folder, self.codec, self.wrote = fisher, plan.folder, plan.manifest.codec, wrote
+        self.places = places  # of the run's samples
+        self.finished = Finished(plan)
+        self.done, self.parts = self.finished.shards, self.finished.parts
         # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
         self.next = ranks.rank
-        if fisher is None:
+        if fisher is None or plan.undecided:
             self.next += max(0, -(-(plan.base - ranks.rank) // ranks.world)) * ranks.world
-        self.work = self._work()
+        self.work = self._work(first)
 
     def write(self, progress: bool) -> None:
-        """Compress what is missing, and finish the run."""
-        self._advance()
+        """Compare what is finished, compress what is missing, and finish the run."""
+        self._check_count()
         self.source.stream(self.work, self._take, progress=progress, where=self._where)
+        self._check_count()
+        self._check_order(self.plan)
         self._advance()
         self._finish()
 
-    def _work(self) -> Work:
+    def _work(self, first: str) -> Work:
         world, size, base = self.ranks.world, self.plan.run.shard_batches, self.plan.base
 
-        def wanted(b: int) -> bool:
-            shard = base + b // size
-            return shard % world == self.ranks.rank and shard not in self.done and b not in self.parts
+        def share(b: int) -> bool:
+            return (base + b // size) % world == self.ranks.rank
 
-        rounds = None
+        work = Work(self.batches, first, self.finished, share, self.ids)
         if world > 1 and self.source.is_sharded:
             if not isinstance(self.batches, Sized):
                 raise ValueError("batches: a sharded model needs a list or a DataLoader, whose length is known")
-            mine = sum(map(wanted, range(len(self.batches))))
-            rounds = max(self.ranks.everyone(mine))
-        return Work(self.batches, wanted, rounds)
+            work.rounds = max(self.ranks.everyone(len(work)))
+        return work
+
+    def _check_count(self) -> None:
+        """Raise ValueError where more batches are finished than there are."""
+        last = max(self.finished, default=-1)
+        if self.work.count is not None and last >= self.work.count:
+            raise ValueError(
+                f"batches: not as many as before: {self.folder} has batch {last}, and there are {self.work.count} now"
+            )
 
     def _where(self, row: int) -> str:
         return f"sample {row} of batch {self.work.at}"
@@ -117,13 +196,18 @@ class Writer:
         b = self.work.at
         if b is None:
             return
-        kept = self.codec.encode(flat)
+        if b in self.finished:
+            self.finished.check_rows(b, flat)
+            return
+        kept = self.codec.encode(flat, self._where)
         if self.ids is not None:
             kept["ids"], kept["id_offsets"] = pack_texts(self._ids_of(self.work.batch, len(flat)))
-        data = serialize(kept, {"batches": [len(flat)]})
+        data = serialize(kept, ShardHeader((len(flat),), (self.work.print,), self.plan.run.key).plain())
         name = f"{self.plan.first_part + b:09d}-{checksum(data)}{SUFFIX}"
         write_whole(self.folder / PARTS / name, data)
         self.parts[b] = name
+        if self.wrote is not None:
+            self.wrote(len(flat))
         self._advance()
 
     def _ids_of(self, batch: Any, count: int) -> list[str]:
@@ -147,32 +231,54 @@ class Writer:
                     return
                 self._seal(self.next, range(start, stop))
             entry = self.done[self.next]
-            if self.fisher is not None:
-                self.fisher.update(Index.of_shards(self.folder, self.plan.manifest, {self.next: entry}))
+            if not self.plan.undecided:
+                self._add_to_fisher(self.plan.manifest, self.next, entry)
             self.next += self.ranks.world
+
+    def _add_to_fisher(self, manifest: Manifest, number: int, shard: ShardEntry) -> None:
+        if self.fisher is not None:
+            self.fisher.update(Index.of_shards(self.folder, manifest, {number: shard}))
 
     def _seal(self, shard: int, batches: range) -> None:
         pieces: list[dict[str, Tensor]] = []
+        headers: list[ShardHeader] = []
         for b in batches:
-            path = self.folder / PARTS / self.parts[b]
-            data = path.read_bytes()
-            if checksum(data) not in self.parts[b]:
-                path.unlink()
-                raise ValueError(f"{path}: damaged, and deleted; run it again to make it again")
-            pieces.append(safetensors.torch.load(data))
-        kept = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0] if name != "id_offsets"}
-        if self.ids is not None:
-            sizes = torch.cat([p["id_offsets"].diff() for p in pieces])
-            kept["id_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        counts = [len(p["gradients"]) for p in pieces]
-        data = serialize(kept, {"batches": counts})
-        entry = ShardEntry(checksum(data), sum(counts))
-        write_whole(shard_path(self.folder, shard, entry.checksum), data)
+            piece, header = self.finished.part(b)
+            pieces.append(piece)
+            headers.append(header)
+        kept = join_rows(pieces)
+        counts = tuple(len(p["gradients"]) for p in pieces)
+        header = ShardHeader(counts, tuple(header.prints[0] for header in headers), self.plan.run.key)
+        data = serialize(kept, header.plain())
+        number = self.plan.first_number + shard - self.plan.base
+        entry = ShardEntry(checksum(data), sum(counts), number)
+        write_whole(shard_path(self.folder, number, entry.checksum), data)
+        self.done[shard] = entry
+        self.finished.move(shard, dict(zip(batches, counts, strict=True)))
         for b in batches:
             (self.folder / PARTS / self.parts[b]).unlink()
-        self.done[shard] = entry
 
     def _finish(self) -> None:
+        if self.ranks.world > 1:
+            compare_batches(self.ranks, self.work.looked_at())
+        manifest = self._finished_manifest()
+        every = dict(enumerate(manifest.shards))
+        if self.plan.undecided:
+            manifest = self.ranks.first(lambda: self._decide(manifest))
+            every = dict(enumerate(manifest.shards))
+            for i in range(self.ranks.rank, len(every), self.ranks.world):
+                self._add_to_fisher(manifest, i, every[i])
+        if self.fisher is not None:
+            index = Index.of_shards(self.folder, manifest, every).share(self.ranks.rank, self.ranks.world)
+            self.fisher.all_reduce(index, self.ranks)
+            if self.fisher.kind == "kronecker":
+                self.fisher.correct_together(index, self.ranks)
+        self.ranks.first(lambda: self._conclude(manifest))
+
+    def _finished_manifest(self) -> Manifest:
+        """Return the manifest with all shards of the run."""
+        if self.plan.call is not None:
+            return self.plan.manifest
         mine = {i: s for i, s in self.done.items() if i % self.ranks.world == self.ranks.rank}
         every = {i: s for part in self.ranks.everyone(mine) for i, s in part.items()}
         assert self.work.count is not None
@@ -185,20 +291,66 @@ class Writer:
         finished = replace(self.plan.run, shards=tuple(every[i] for i in range(self.plan.base, stop)))
         runs = list(self.plan.manifest.runs)
         runs[self.plan.number] = finished
-        manifest = replace(self.plan.manifest, runs=tuple(runs))
-        if self.fisher is not None:
-            index = Index.of_shards(self.folder, manifest, every).share(self.ranks.rank, self.ranks.world)
-            self.fisher.all_reduce(index, self.ranks)
-            if self.fisher.kind == "kronecker":
-                self.fisher.correct_together(index, self.ranks)
-        self.ranks.first(lambda: self._conclude(manifest))
+        return replace(self.plan.manifest, runs=tuple(runs))
+
+    def _decide(self, manifest: Manifest) -> Manifest:
+        """Return the manifest with the run, or without it where an earlier one has the same batches, all of them."""
+        plan = replace(self.plan, manifest=manifest)
+        for other in plans_of(self.folder, manifest):
+            alike = other.number < plan.number and other.began.first == plan.run.first
+            if alike and Finished(plan).twin(Finished(other)):
+                self._check_order(other)
+                return discard(self.folder, self.plan.manifest)
+        return manifest
+
+    def _check_order(self, plan: Plan) -> None:
+        """Raise ValueError where the samples of a finished call stand in another order than is asked for."""
+        if plan.samples is not None and plan.began.printed:  # earlier versions had no order
+            check_kept(self.folder, self.plan.manifest, plan.first_sample, plan.samples, self.places)
 
     def _conclude(self, manifest: Manifest) -> None:
+        if self.plan.run.shards is None and len(manifest.runs) > self.plan.number:
+            manifest = replace(manifest, order=self._order(manifest))
         if self.fisher is not None:
-            manifest = manifest.with_file(FISHER, self.fisher.save(self.folder / FISHER))
+            manifest = manifest.with_file(FISHER, write_fisher(self.folder, self.fisher))
         manifest.save(self.folder)
+        settle_fisher(self.folder, manifest)
+        remove_others(self.folder, manifest.order)
         if not manifest.unfinished:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+            compact_gathered(self.folder, manifest)
+
+    def _order(self, manifest: Manifest) -> str | None:
+        """Write the order of all samples, those of this run the last ones; return its checksum, or None for none."""
+        rows = sum(shard.rows for shard in self.plan.earlier)
+        count = sum(shard.rows for shard in manifest.shards) - rows
+        if self.places is not None:
+            check_order(self.places, count)
+        before = None if manifest.order is None else read_order(self.folder, manifest.order, rows)
+        order = joined(before, rows, self.places, count)
+        return None if order is None else write_order(self.folder, order)
+
+
+def _facts(
+    source: RowSource,
+    batches: Iterable[Any],
+    first: str,
+    dtype: torch.dtype | None,
+    fisher: Fisher | None,
+    ids: Ids | None,
+    append: bool,
+) -> dict[str, object]:
+    """Return what must be the same on all ranks, by name."""
+    return {
+        "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
+        "sketch": dict(source.digest()),
+        "number of batches": len(batches) if isinstance(batches, Sized) else None,
+        "first batch": first,
+        "dtype": dtype,
+        "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
+        "choice of ids": ids is not None,
+        "append": append,
+    }
 
 
 def write_index(
@@ -209,21 +361,29 @@ def write_index(
     dtype: torch.dtype | None = None,
     fisher: Fisher | None = None,
     ids: Ids | None = None,
+    order: Sequence[int] | Tensor | None = None,
     append: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     about: Mapping[str, str] | None = None,
     progress: bool = False,
+    wrote: Callable[[int], None] | None = None,
 ) -> Index:
-    """Compress into a folder; see `Compressor.compress`."""
+    """Compress into a folder; see `Compressor.compress`. `wrote` is told how many samples each batch added."""
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
     if shuffles(batches):
-        raise ValueError("batches: a shuffling DataLoader gives another order each time; make it with shuffle=False")
+        raise ValueError(
+            "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
+            "sampler of a fixed order. Ranks share the work by group=, each with all batches"
+        )
     if fisher is not None and fisher.count:
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
-    ranks, folder = Ranks(group), Path(path)
+    ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
     with ranks.watched(), locked(folder, ranks):
         first, batches = first_batch(batches)
-        plan = Opening(source, batches, folder, ranks, ids).plan(first, dtype, append, about or {})
-        Writer(source, batches, plan, ranks, ids, fisher).write(progress)
+        found = fingerprint(first, named=ids is not None)
+        if ranks.world > 1:
+            agree(ranks, _facts(source, batches, found, dtype, fisher, ids, append), source.losses(first))
+        plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
+        Writer(source, batches, found, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)

@@ -61,7 +61,9 @@ class _Compressed:
 
     def _query(self, inputs: Any, loss_fn: Any, aggregate: bool, progress: bool) -> Gradients:
         found = self._compress(inputs if isinstance(inputs, DataLoader) else [inputs], loss_fn, progress)
-        return Gradients(found.flat.sum(0, keepdim=True), found.shapes, found.digest) if aggregate else found
+        return (
+            Gradients(found.flat.sum(0, keepdim=True), found.shapes, found.digest, found.origin) if aggregate else found
+        )
 
     def influence(
         self,

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..builder import GradientsBuilder
 from ..capture.convolution import ConvUse
 from ..capture.hooks import _Tap
 from ..capture.kinds import USES
@@ -31,7 +32,7 @@ from ..capture.layer import Layer
 from ..capture.modules import Use
 from ..capture.samples import Samples
 from ..compressor import Compressor
-from ..gradients import Gradients, GradientsBuilder
+from ..gradients import Gradients
 from ..sketch.sketch import Sketch
 from . import require
 

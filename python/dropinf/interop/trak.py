@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.layer import Layer, clean_name
-from ..compressor import Compressor, unwrap
+from ..compressor import Compressor
 from ..gradients import Gradients
 from ..sketch.sketch import Sketch
+from ..workload import unwrap
 from . import require
 
 _projectors: Any = require("trak.projectors", "traker", "0.3.2")

@@ -32,7 +32,7 @@ class Axis:
     @classmethod
     def identity(cls, size: int) -> Axis:
         """Return an axis of ``size`` that is kept whole."""
-        return cls(size, torch.arange(size, dtype=torch.int32)[None], group=size)
+        return cls(size, torch.arange(size, dtype=torch.int32, device="cpu")[None], group=size)
 
     @property
     def dim(self) -> int:

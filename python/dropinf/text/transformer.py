@@ -232,13 +232,21 @@ class TextModel:
 
 
 class TextBatches(Sequence[Any]):
-    """Batches that are made when they are asked for; a slice is TextBatches too."""
+    """Batches that are made when they are asked for; a slice is TextBatches too.
+
+    `order` has compressed rows stand as the samples do, whatever batches these are in.
+    """
 
     def __init__(self, groups: list[list[int]], build: Callable[[list[int]], Batch]) -> None:
         self.groups, self.build = groups, build
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def order(self) -> list[int]:
+        """The number of each sample among all, in the order of the batches."""
+        return [position for group in self.groups for position in group]
 
     def __getitem__(self, index: Any) -> Any:
         found = self.groups[index]

@@ -1,0 +1,69 @@
+"""What ranks must agree on that share a run: what they compress, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..ranks import Ranks
+
+LOOKS = 64  # batches of other ranks that each rank looks at
+_CLOSE = 1e-2  # of losses that are computed on other devices
+_WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
+
+
+def agree(ranks: Ranks, facts: Mapping[str, object], losses: Sequence[float]) -> None:
+    """Compare what every rank is about to do. `losses`: of the first batch.
+
+    Raises:
+        ValueError: it names what is different, and on which rank.
+    """
+    every = ranks.everyone(({name: str(value) for name, value in facts.items()}, list(losses)))
+    first, its_losses = every[0]
+    for rank, (theirs, probe) in enumerate(every):
+        for name, value in first.items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"group: rank {rank} has another {name} than rank 0 ({_short(theirs[name])}, not {_short(value)}); "
+                    f"{_WAY_OUT}{_sampler(name)}"
+                )
+        a, b = torch.tensor(probe).double(), torch.tensor(its_losses).double()
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
+            raise ValueError(
+                f"group: rank {rank} has other losses of the first batch than rank 0 ({probe[:3]}, not "
+                f"{its_losses[:3]}); {_WAY_OUT}"
+            )
+
+
+def compare_batches(ranks: Ranks, prints: Mapping[int, str]) -> None:
+    """Compare the fingerprints of the batches that more than one rank has looked at.
+
+    Raises:
+        ValueError: a batch that is not the same on two ranks.
+    """
+    known: dict[int, tuple[int, str]] = {}
+    for rank, theirs in enumerate(ranks.everyone(dict(prints))):
+        for b, found in sorted(theirs.items()):
+            other, expected = known.setdefault(b, (rank, found))
+            if found != expected:
+                raise ValueError(
+                    f"batches: batch {b} is another one on rank {rank} than on rank {other}; {_WAY_OUT}"
+                    f"{_sampler('first batch')}"
+                )
+
+
+def looks(count: int) -> range:
+    """Return the numbers of the batches that every rank looks at, spread over all of them."""
+    return range(0, count, max(1, -(-count // LOOKS)))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _sampler(name: str) -> str:
+    shares = " (no DistributedSampler: the ranks share the work themselves)"
+    return shares if name in ("first batch", "number of batches") else ""

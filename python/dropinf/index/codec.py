@@ -1,0 +1,240 @@
+"""How rows are stored: their dtype, and scales that keep small values beside large ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate, groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dropinf_kernels import quantize_rows
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+CARRIERS = 16  # numbers whose lowest bits are a scale's bits
+_BESIDE = 256  # numbers of a layer from which on its scale stands beside them
+_BITS = 64  # smallest steps of a dtype that a layer's largest number must have: as precise as int8
+_MOST = 0.99 * torch.finfo(torch.float32).max  # what rounding up a scale still leaves finite
+Where = Callable[[int], str]
+
+
+def _of_batch(row: int) -> str:
+    return f"sample {row}"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How rows are stored: their dtype, and the layers that they are of.
+
+    float16 rows are divided by a power of two each, so that small gradients do not underflow. int8 rows are divided by
+    a scale for each of their layers, so that no layer depends on another, on other samples or on the first batch.
+
+    Such a scale is a bfloat16, rounded up: 2 bytes. Beside a layer of 256 numbers or more this is 0.8 % of their bytes
+    at most. Beside 16 numbers it would be 13 %: there, and up to 255, the 16 bits of the scale are the lowest bits of
+    the layer's first 16 values, each rounded to the nearest value of that parity. These are right to one step, where
+    others are right to half a step, and the layer takes no byte more. Smaller layers have their scales beside them.
+
+    ``sizes``: of int8 rows of the first format version alone, what each layer was divided by before the row had one
+    scale for all its layers.
+    """
+
+    dtype: str
+    names: tuple[str, ...]  # of the layers
+    widths: tuple[int, ...]  # columns of each layer
+    sizes: tuple[float, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a row has a scale for each layer."""
+        return self.dtype == "int8" and self.sizes is None
+
+    @property
+    def scaled(self) -> bool:
+        return self.dtype in ("float16", "int8")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The name of each tensor of stored rows -> its dtype, and its shape but for the number of rows."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"gradients": (DTYPES[self.dtype], (self.width,))}
+        if self.scaled and not self.by_layer:
+            found["scale"] = (torch.float32, ())
+        elif self._beside:
+            found["scale"] = (torch.bfloat16, (len(self._beside),))
+        return found
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes that a stored row takes."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors.values())
+
+    @property
+    def decoded(self) -> torch.dtype:
+        """The dtype that rows are read in."""
+        return torch.float32 if self.scaled else DTYPES[self.dtype]
+
+    def factors(self) -> Tensor | None:
+        """Return what each stored column is multiplied by, [K], or None for 1."""
+        if self.dtype != "int8" or self.sizes is None:
+            return None
+        return torch.repeat_interleave(torch.tensor(self.sizes, device="cpu"), torch.tensor(self.widths, device="cpu"))
+
+    def encode(self, flat: Tensor, where: Where = _of_batch) -> dict[str, Tensor]:
+        """Return what is stored of the rows [n, K], by the names of `tensors`.
+
+        Raises:
+            ValueError: values that the dtype cannot hold; it names sample and layer, the sample by `where`.
+        """
+        if flat.dtype == DTYPES[self.dtype]:
+            return self._scaled_half(flat, where) if self.dtype == "float16" else {"gradients": flat}
+        if self.dtype == "float16":
+            return self._scaled_half(flat, where)
+        if self.by_layer:
+            return self._by_layer(flat, where)
+        if self.dtype == "int8":
+            return self._by_row(flat, where)
+        limits = torch.finfo(DTYPES[self.dtype])
+        if limits.max < torch.finfo(flat.dtype).max:
+            self._check(flat, self._largest(flat), _BITS * limits.smallest_normal * limits.eps, limits.max, where)
+        return {"gradients": flat.to(DTYPES[self.dtype])}
+
+    def decode(self, values: Tensor, scale: Tensor | None) -> Tensor:
+        """Return rows [n, K] in `decoded`; `scale` as it is stored."""
+        if not self.scaled:
+            return values
+        scales, rows = self.scales(values, scale), values.float()
+        if not self.by_layer:
+            assert scales is not None
+            rows.mul_(scales.unsqueeze(1))
+            factors = self.factors()
+            return rows if factors is None else rows.mul_(factors)
+        assert scales is not None
+        return by_layers(rows, scales.view(len(rows), -1), self.widths)
+
+    def scales(self, values: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Return what rows are multiplied by, float32: [n], [n, layers] or None for 1."""
+        if not self.by_layer:
+            return scale
+        found = torch.empty(len(values), len(self.widths), device="cpu")
+        if scale is not None:
+            found[:, self._beside] = scale.float()
+        if self._within:
+            bits = (values.index_select(1, self._carrying) & 1).numpy()
+            codes = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")).view(torch.int16)
+            found[:, self._within] = (codes.int() << 16).view(torch.float32)
+        return found if len(self.widths) > 1 else found[:, 0]
+
+    @cached_property
+    def _beside(self) -> list[int]:
+        """The layers whose scales stand beside their numbers, by position."""
+        return [i for i, k in enumerate(self.widths) if self.by_layer and not CARRIERS <= k < _BESIDE]
+
+    @cached_property
+    def _within(self) -> list[int]:
+        """The layers whose scales are the lowest bits of their first numbers, by position."""
+        return [i for i, k in enumerate(self.widths) if self.by_layer and CARRIERS <= k < _BESIDE]
+
+    @cached_property
+    def _carrying(self) -> Tensor:
+        """The columns whose lowest bits are scales', layer by layer."""
+        starts = list(accumulate(self.widths, initial=0))
+        return torch.cat([torch.arange(starts[i], starts[i] + CARRIERS, device="cpu") for i in self._within])
+
+    def _largest(self, flat: Tensor) -> Tensor:
+        """Return the largest absolute value of each row and layer, [n, layers], in flat's dtype."""
+        found = [
+            torch.linalg.vector_norm(flat[:, column : column + count * width].view(-1, count, width), math.inf, 2)
+            for column, _, count, width in layer_runs(self.widths)
+        ]
+        return torch.cat(found, 1)
+
+    def _check(self, flat: Tensor, largest: Tensor, least: float | Tensor, most: float, where: Where) -> None:
+        """Raise ValueError for the first layer whose largest number lies below `least`, or above `most`.
+
+        What is below the normal numbers of the dtype that it was computed in counts as zero.
+        """
+        small = (largest < least) & (largest >= torch.finfo(flat.dtype).smallest_normal)
+        bad = (small | (largest > most)).nonzero()
+        if len(bad):
+            row, layer = bad[0].tolist()
+            value, beside = float(largest[row, layer]), float(largest[row].max())
+            why = f", beside {beside:.2g} in other layers" if isinstance(least, Tensor) and value < most else ""
+            ways = "float32, bfloat16 or int8" if value < most and flat.dtype != torch.float64 else "float64"
+            raise ValueError(
+                f"dtype: {self.dtype} cannot hold the gradient of {where(row)} in layer {self.names[layer]!r}, whose "
+                f"largest number is {value:.2g}{why}; store another dtype, {ways}, or scale the loss"
+            )
+
+    def _by_layer(self, flat: Tensor, where: Where) -> dict[str, Tensor]:
+        largest = self._largest(flat)
+        self._check(flat, largest, _BITS * 2.0**-133, _MOST, where)
+        # A bfloat16 is the upper half of a float32; rounded up, no value is beyond 127 steps.
+        codes = ((largest.double() / 127).float().view(torch.int32) + 0xFFFF) >> 16
+        scales = (codes << 16).view(torch.float32)
+        rows = by_layers(
+            flat.to(torch.float32, copy=True), torch.where(scales > 0, scales, 1.0), self.widths, divide=True
+        )
+        carried = rows.index_select(1, self._carrying) if self._within else None
+        kept = {"gradients": rows.round_().clamp_(-127, 127).to(torch.int8)}
+        if carried is not None:
+            halves = codes[:, self._within].to(torch.int16).view(torch.uint8).numpy()
+            bits = torch.from_numpy(np.unpackbits(halves, axis=1, bitorder="little"))
+            even = carried.sub_(bits).div_(2).round_().clamp_(-64, 63).to(torch.int8)
+            kept["gradients"].index_copy_(1, self._carrying, even.mul_(2).add_(bits))
+        if self._beside:
+            kept["scale"] = codes[:, self._beside].to(torch.int16).view(torch.bfloat16)
+        return kept
+
+    def _by_row(self, flat: Tensor, where: Where) -> dict[str, Tensor]:
+        """Return int8 rows of the first format version: one scale a row, after each layer was divided by its size."""
+        assert self.sizes is not None
+        largest = self._largest(flat)
+        shares = largest.double() / torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
+        least = (
+            shares.amax(1, keepdim=True) / 254 * torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
+        )  # rounded to 0
+        self._check(flat, largest, least, _MOST, where)
+        factors = self.factors()
+        assert factors is not None
+        values, scale = quantize_rows(flat / factors.to(flat))
+        return {"gradients": values.contiguous(), "scale": scale}
+
+    def _scaled_half(self, flat: Tensor, where: Where) -> dict[str, Tensor]:
+        layers = self._largest(flat)
+        largest = layers.amax(1).float()
+        scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+        self._check(flat, layers, (scale * (_BITS * 2.0**-24)).unsqueeze(1), _MOST, where)
+        return {"gradients": (flat / scale.to(flat).unsqueeze(1)).half(), "scale": scale}
+
+
+@cache
+def layer_runs(widths: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """Return the runs of neighbouring layers of one width: (first column, first layer, how many layers, width)."""
+    found, column, layer = [], 0, 0
+    for width, group in groupby(widths):
+        count = len(list(group))
+        found.append((column, layer, count, width))
+        column, layer = column + count * width, layer + count
+    return found
+
+
+def by_layers(rows: Tensor, scales: Tensor, widths: tuple[int, ...], *, divide: bool = False) -> Tensor:
+    """Multiply rows [n, K] in place by a scale for each layer, [n, layers], or divide them."""
+    for column, layer, count, width in layer_runs(widths):
+        part = rows[:, column : column + count * width].view(len(rows), count, width)
+        scale = scales[:, layer : layer + count].unsqueeze(2)
+        part.div_(scale) if divide else part.mul_(scale)
+    return rows

@@ -1,0 +1,54 @@
+"""Giving up an append that is not finished."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..files import checksum, sync_folder, write_whole
+from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, names, shard_path
+from .kept import settle_fisher
+from .manifest import Manifest
+from .order import remove_others
+
+
+def discard(folder: Path, manifest: Manifest) -> Manifest:
+    """Remove what a run has that is not finished, then the run itself, and return the manifest without it.
+
+    Rows go first: killed in between, the run still stands in the manifest, to be finished or given up again. The folder
+    must be locked.
+
+    Raises:
+        ValueError: no run is finished.
+    """
+    if not manifest.shards:
+        raise ValueError(f"{folder}: no run in it is finished, so there is nothing to go back to; delete the folder")
+    if manifest.unfinished:
+        kept = {shard_path(folder, shard.number, shard.checksum).name for shard in manifest.shards}
+        for place, pattern in ((folder / SHARDS, SHARD_NAME), (folder / PARTS, PART_NAME)):
+            for match in names(place, pattern):
+                if match[0] not in kept:
+                    (place / match[0]).unlink()
+            if place.is_dir():
+                sync_folder(place)
+        manifest = replace(manifest, runs=manifest.runs[:-1])
+    passages = _passages_left(folder, manifest)
+    if passages is not None:
+        manifest = manifest.with_file(PASSAGES, checksum(passages))
+    manifest.save(folder)
+    remove_others(folder, manifest.order)
+    settle_fisher(folder, manifest)
+    if passages is not None and passages != (folder / PASSAGES).read_bytes():
+        write_whole(folder / PASSAGES, passages)
+    return manifest
+
+
+def _passages_left(folder: Path, manifest: Manifest) -> bytes | None:
+    """Return the passages of the samples that stay, as an append begins with its own; None where there are none."""
+    known, path = manifest.files.get(PASSAGES), folder / PASSAGES
+    if known is None or not path.exists():
+        return None
+    lines = path.read_bytes().splitlines(keepends=True)
+    left = b"".join(lines[: sum(shard.rows for shard in manifest.shards)])
+    # Neither: it is damaged, and stays as it is.
+    return left if known in (checksum(left), checksum(b"".join(lines))) else None

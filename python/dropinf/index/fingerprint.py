@@ -1,0 +1,144 @@
+"""The fingerprint of a batch: of every value in it, so that a batch is told from any other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import pathlib
+import uuid
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+_TEXT = (
+    str, int, float, complex, decimal.Decimal, fractions.Fraction, uuid.UUID, pathlib.PurePath, datetime.date,
+    datetime.time, datetime.timedelta, range, slice, torch.dtype, torch.device, np.dtype,
+)  # fmt: skip
+_PLAIN = {str, int, float, bool, type(None)}
+
+
+def fingerprint(batch: Any, *, named: bool = False) -> str:
+    """Return the fingerprint of a batch, 32 hex digits: the same in every process, wherever its tensors are.
+
+    It is of all leaves: tensors and NumPy arrays (values, dtype and shape), numbers, text, bytes, None, and containers
+    of them: lists and tuples, mappings and sets in any order of their own, dataclasses.
+
+    Args:
+        named: the samples have ids; a leaf that has no fingerprint counts by its type alone.
+
+    Raises:
+        ValueError: a leaf that has no fingerprint that stays, such as an object of one's own.
+    """
+    try:
+        return _Print(named).of(batch, "").hex()
+    except RecursionError:
+        raise ValueError("batches: a batch contains itself, or is nested too deeply for a fingerprint") from None
+
+
+class _Print:
+    """Fingerprints of values; each is of a tag, which says what it is, and of its parts, whose lengths are fixed."""
+
+    def __init__(self, named: bool) -> None:
+        self.named = named
+
+    def of(self, value: Any, at: str) -> bytes:
+        """Return the fingerprint of a value that stands at `at` in the batch."""
+        if isinstance(value, Tensor):
+            return self._tensor(value, at)
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(np.asanyarray(value), at)
+        if value is None or isinstance(value, bool | enum.Enum):
+            return _digest(f"{type(value).__name__} {value}")
+        if isinstance(value, bytes | bytearray | memoryview):
+            return _digest("bytes", bytes(value))
+        if isinstance(value, Mapping):
+            pairs = (self.of(key, at) + self.of(value[key], f"{at}[{key!r}]") for key in value)
+            return _digest(f"mapping {len(value)}", *sorted(pairs))
+        if isinstance(value, Set):
+            return _digest(f"set {len(value)}", *sorted(self.of(member, at) for member in value))
+        if isinstance(value, list | tuple):
+            return self._sequence(value, at)
+        if isinstance(value, _TEXT):
+            return _digest(_tag(value), _text(value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [field.name for field in dataclasses.fields(value)]
+            found = (self.of(getattr(value, name), f"{at}.{name}") for name in names)
+            return _digest(f"fields {names}", *found)
+        return self._opaque(value, at)
+
+    def _sequence(self, value: Sequence[Any], at: str) -> bytes:
+        if set(map(type, value)) <= _PLAIN:  # a list of tokens, say, which would take long one by one
+            with contextlib.suppress(ValueError):  # a number of thousands of digits
+                return _digest(f"values {len(value)}", ascii(list(value)).encode())
+        return _digest(f"sequence {len(value)}", *(self.of(member, f"{at}[{i}]") for i, member in enumerate(value)))
+
+    def _tensor(self, x: Tensor, at: str) -> bytes:
+        if x.is_nested:
+            return _digest("nested", *(self._tensor(part, at) for part in x.unbind()))
+        if x.layout != torch.strided:
+            sparse = x.detach().to_sparse_coo().coalesce()
+            parts = (self._tensor(part, at) for part in (sparse.indices(), sparse.values()))
+            return _digest(f"sparse {list(x.shape)}", *parts)
+        if x.is_meta:
+            raise ValueError(f"batches: a batch has a tensor on the meta device{_place(at)}, which has no values")
+        if x.is_quantized:
+            return _digest("quantized", self._tensor(x.dequantize(), at))
+        plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        tag = f"tensor {plain.dtype} {list(plain.shape)}"
+        plain = torch.view_as_real(plain).contiguous() if plain.is_complex() else plain
+        return _digest(tag, plain.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _array(self, x: np.ndarray[Any, Any], at: str) -> bytes:
+        if isinstance(x, np.ma.MaskedArray):
+            parts = (self._array(part, at) for part in (np.ma.getmaskarray(x), np.asarray(x.filled())))
+            return _digest("masked", *parts)
+        tag = f"array {x.dtype.str} {list(x.shape)}"
+        if x.dtype.names:
+            return _digest(f"{tag} {x.dtype.names}", *(self._array(x[n], f"{at}[{n!r}]") for n in x.dtype.names))
+        if x.dtype.hasobject:
+            return _digest(tag, self.of(x.tolist(), at))
+        return _digest(tag, np.ascontiguousarray(x).tobytes())
+
+    def _opaque(self, value: Any, at: str) -> bytes:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if self.named:
+            return _digest(f"object {kind}")
+        raise ValueError(
+            f"batches: a batch has a {kind}{_place(at)}, which has no fingerprint, so that a later run could not tell "
+            "this batch from another; pass ids=, a function that names a batch's samples, or make it a tensor, an "
+            "array, text or numbers"
+        )
+
+
+def _place(at: str) -> str:
+    return f" at batch{at}" if at else ""
+
+
+def _tag(value: Any) -> str:
+    """Return what kind of text it is: subclasses count as what they are derived from."""
+    return next(kind.__name__ for kind in _TEXT if isinstance(value, kind))
+
+
+def _text(value: Any) -> bytes:
+    if isinstance(value, str):
+        return str.__str__(value).encode("utf-8", "surrogatepass")
+    if isinstance(value, int):
+        return hex(value).encode()
+    return repr(value).encode() if isinstance(value, float | complex) else f"{value!s}".encode("utf-8", "surrogatepass")
+
+
+def _digest(tag: str, *parts: bytes | memoryview) -> bytes:
+    """Return the digest of a tag and parts: digests, or the bytes of one value."""
+    found = xxhash.xxh3_128()
+    found.update(tag.encode("utf-8", "backslashreplace") + b"\0")
+    for part in parts:
+        found.update(part)
+    return found.digest()

@@ -1,0 +1,109 @@
+"""The Fisher matrix that is kept with an index, in place of the one before.
+
+A new file stands beside the one before, named by its checksum, until the manifest names it; then it takes its place. So
+at every instant the matrix that the manifest names is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from ..files import SUFFIX, checksum, file_checksum, sync_folder, write_whole
+from ..fisher.fisher import Fisher
+from ..gradients import GradientSource
+from ..ranks import Ranks
+from .folder import FISHER, locked, names
+from .manifest import Manifest
+
+_NEW = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
+
+
+class _Kept(GradientSource, Protocol):
+    path: Path
+    manifest: Manifest
+
+
+def fisher_paths(folder: Path, expected: str) -> list[Path]:
+    """Return where a matrix with this checksum may be: first beside the one before, and later in its place."""
+    return [folder / f"fisher-{expected}{SUFFIX}", folder / FISHER]
+
+
+def write_fisher(folder: Path, fisher: Fisher) -> str:
+    """Write a Fisher matrix beside the one before, and return its checksum, for the manifest to name."""
+    data = fisher.to_bytes()
+    found = checksum(data)
+    write_whole(fisher_paths(folder, found)[0], data)
+    return found
+
+
+def settle_fisher(folder: Path, manifest: Manifest) -> None:
+    """Put the matrix that the manifest names in place of the one before; remove one that it came not to name."""
+    for match in names(folder, _NEW):
+        if match[1] == manifest.files.get(FISHER):
+            os.replace(folder / match[0], folder / FISHER)
+        else:
+            (folder / match[0]).unlink(missing_ok=True)
+        sync_folder(folder)
+
+
+def load_fisher(index: _Kept) -> Fisher:
+    """Return the Fisher matrix in an index's folder; see `Index.fisher`."""
+    if FISHER not in index.manifest.files:
+        raise FileNotFoundError(f"{index.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
+    path, fisher = index.path / FISHER, _load(index)
+    if fisher is None:
+        if Manifest.load(index.path) != index.manifest:
+            raise ValueError(f"{path}: replaced since this index was opened; open it again")
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: missing; build it again: index.save_fisher(dropinf.build_fisher(index))")
+        raise ValueError(f"{path}: damaged; build it again: index.save_fisher(dropinf.build_fisher(index))")
+    try:
+        fisher.check(index, "fisher and index")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if fisher.count != len(index):
+        raise ValueError(
+            f"{path}: stale, of {fisher.count} samples where the index has {len(index)}; build it again: "
+            "index.save_fisher(dropinf.build_fisher(index)), or append with fisher="
+        )
+    return fisher
+
+
+def _load(index: _Kept) -> Fisher | None:
+    """Return the matrix that the manifest names; None where no file is that."""
+    expected = index.manifest.files[FISHER]
+    for path in fisher_paths(index.path, expected):
+        with suppress(FileNotFoundError):
+            before = path.stat()
+            if file_checksum(path) == expected:
+                fisher, after = Fisher.load(path), path.stat()
+                if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):  # or else it was replaced
+                    return fisher
+    return None
+
+
+def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
+    """Write it into the folder, and return the manifest that names it; see `Index.save_fisher`."""
+    fisher.check(index, "fisher and index")
+    if fisher.count != len(index):
+        raise ValueError(
+            f"fisher: it is of {fisher.count} samples, and the index has {len(index)}; use build_fisher(index), or "
+            "fisher.save(path) for one of a part"
+        )
+    with locked(index.path, Ranks(None)):
+        now = Manifest.load(index.path)
+        if replace(now, files={}) != replace(index.manifest, files={}):
+            raise ValueError(
+                f"{index.path}: it has changed since it was opened (from {len(index)} samples to "
+                f"{sum(shard.rows for shard in now.shards)}, or a run was begun); open it again and build the "
+                "Fisher matrix of what is there now"
+            )
+        manifest = now.with_file(FISHER, write_fisher(index.path, fisher))
+        manifest.save(index.path)
+        settle_fisher(index.path, manifest)
+    return manifest
