@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,8 +254,11 @@ def test_a_format_that_knows_no_merging_is_brought_forward(tmp_path):
     index.compact()
     assert (index[:].flat.equal(before[0]), index.ids(), index.verify()) == (True, before[1], [])
     assert json.loads((folder / "manifest.json").read_text())["version"] == 2
-    whole = files(folder)
+    whole, merged = files(folder), index.manifest
     for batches in (data.first, data.more):
         data.compressor().compress(batches, out=folder, append=True, ids=made.names)
-        assert files(folder) == whole
+        assert files(folder) == whole | {"manifest.json": (folder / "manifest.json").read_bytes()}
+        now = module.Manifest.load(folder)
+        assert replace(now, origin=None) == merged  # the model, which is compared, is known then
+        assert now.origin == (data.compressor().origin().model, "")
     assert len(data.compressor().compress(data.queries, out=folder, append=True, ids=made.names)) == len(index) + 3
