@@ -32,9 +32,8 @@ from .rules import RULES, Run, flat, pointwise, together
 _VIEWS_IN_PLACE = {
     f"aten::{name}_" for name in ("as_strided", "t", "transpose", "squeeze", "unsqueeze", "detach", "resize")
 }
-
-
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+# What hands a tensor's numbers to Python or NumPy.
 _LEAVE = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage}
 
 
