@@ -78,3 +78,9 @@ class GradientsBuilder:
         grown = self._buffer.new_empty(max(rows, 2 * len(self._buffer)), self._buffer.shape[1])
         grown[: self._count].copy_(self._buffer[: self._count])
         self._buffer = grown
+
+
+def kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and device of a batch's gradients; no name for one of them would keep it alive."""
+    first = next(iter(layers.values()))
+    return first.dtype, first.device

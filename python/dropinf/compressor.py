@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .builder import GradientsBuilder
+from .builder import GradientsBuilder, kind_of
 from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
@@ -259,9 +259,9 @@ class Compressor:
             for batch in bar:
                 store, n = model(batch)
                 if builder is None:
-                    x, count = next(iter(store.values())), n * len(batches) if isinstance(batches, Sized) else n
+                    (dtype, device), count = kind_of(store), n * len(batches) if isinstance(batches, Sized) else n
                     builder = GradientsBuilder(
-                        self.shapes, self.digest(), capacity=count, dtype=x.dtype, device=x.device, origin=origin
+                        self.shapes, self.digest(), capacity=count, dtype=dtype, device=device, origin=origin
                     )
                 builder.append(store)
         if builder is None:
