@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..workload import samples_of, tensors
 from . import moves  # noqa: F401  its rules
 from .colours import NONE, SEVERAL
-from .labels import Labels, Piece, compact
+from .labels import Labels, Piece, compact, unlabelled
 from .ladder import AttributionError
 from .modules import Use
 from .rules import RULES, Run, flat, pointwise, together
@@ -115,12 +115,8 @@ class Dependence(TorchDispatchMode):
             self.known.put(x, torch.tensor(SEVERAL), fixed=False)
 
     def _give(self, x: Tensor, labels: Tensor | None, fixed: bool, firm: bool) -> None:
-        if firm and not torch.is_grad_enabled():
-            self.known.add(x, fixed=False)
-            self.known.harden(x)
-        if labels is None:
-            self.known.add(x, fixed=fixed)
-        else:
+        self.known.add(x, fixed=fixed, firm=firm and not torch.is_grad_enabled())
+        if labels is not None:
             self.known.put(x, labels, fixed=fixed)
 
     def _labels(
@@ -139,12 +135,8 @@ class Dependence(TorchDispatchMode):
         except (RuntimeError, IndexError, TypeError, ValueError):  # shapes that the rule does not foresee
             found = together(run)
         labels = [found] * len(results) if isinstance(found, Tensor) else list(found)
-        alone = None
-        for i, (x, one) in enumerate(zip(results, labels, strict=True)):
-            if not _broadcasts(one, x.shape):
-                alone = together(run) if alone is None else alone
-                labels[i] = alone
-        return list(labels)
+        pairs = zip(results, labels, strict=True)
+        return [one if _broadcasts(one, x.shape) else together(run) for x, one in pairs]
 
 
 class _Leaving(TorchFunctionMode):
@@ -266,7 +258,7 @@ def _rows(use: Use, out: Tensor, labels: Tensor | None) -> Tensor:
     """Return the samples of a module's output's rows, [*lead]."""
     lead = use.rows(torch.empty(out.shape, device="meta")).shape[:-1]
     if labels is None:
-        return torch.full((), NONE, device=out.device).expand(lead)
+        return unlabelled(lead, out.device)
     for small in (compact(labels), labels):
         rows = Piece(use.rows(small), firm=True).over([-1]).labels.squeeze(-1)
         if _broadcasts(rows, lead):

@@ -28,6 +28,11 @@ def named(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a == b) | (b < 0), torch.where(a == NONE, b, a), torch.where(a < 0, b, SEVERAL))
 
 
+def unlabelled(shape: torch.Size, device: torch.device) -> Tensor:
+    """Return the labels of numbers that have none."""
+    return torch.full((), NONE, dtype=torch.int32, device=device).expand(shape)
+
+
 def compact(labels: Tensor) -> Tensor:
     """Return labels with size one wherever a dimension repeats them."""
     for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
@@ -39,10 +44,10 @@ def compact(labels: Tensor) -> Tensor:
 def over(labels: Tensor, dims: Sequence[int]) -> Tensor:
     """Return the labels of what depends on all entries along dimensions, which are kept with size one."""
     dims = [dim for dim in dims if labels.shape[dim] != 1]
-    if not dims or not labels.numel():
-        return (
-            labels if not dims else labels.new_full([1 if i in dims else s for i, s in enumerate(labels.shape)], NONE)
-        )
+    if not dims:
+        return labels
+    if not labels.numel():
+        return labels.new_full([1 if i in dims else s for i, s in enumerate(labels.shape)], NONE)
     low = torch.where(labels == NONE, _ABOVE, labels).amin(dims, keepdim=True)
     high = labels.amax(dims, keepdim=True)
     return torch.where(low == _ABOVE, NONE, torch.where(low == high, high, SEVERAL))
@@ -136,15 +141,9 @@ class Labels:
         entry = self._entry(x)
         return entry is not None and entry.firm
 
-    def harden(self, x: Tensor) -> None:
-        """Note that a tensor was made of firm ones."""
-        entry = self._entry(x)
-        if entry is not None:
-            entry.firm = True
-
-    def add(self, x: Tensor, *, fixed: bool) -> None:
-        """Take a tensor without labels; one that is known is from now on fixed only if both are."""
-        self._added(x, fixed=fixed)
+    def add(self, x: Tensor, *, fixed: bool, firm: bool = False) -> None:
+        """Take a tensor without labels; one that is known is fixed only if both are, and firm if one is."""
+        self._added(x, fixed=fixed).firm |= firm
 
     def of(self, x: Tensor) -> Tensor | None:
         """Return a tensor's labels, repeated ones with stride zero; None where no number has one."""

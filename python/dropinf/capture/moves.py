@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 
 from .colours import NONE, SEVERAL
-from .labels import Piece, joined
+from .labels import Piece, joined, unlabelled
 from .rules import Run, flat, rule, together
 
 
 def _full(run: Run, x: Tensor) -> Tensor:
     labels = run.known.of(x)
-    return _none(x) if labels is None else labels
-
-
-def _none(x: Tensor) -> Tensor:
-    return torch.full((), NONE, dtype=torch.int32, device=x.device).expand(x.shape)
+    return unlabelled(x.shape, x.device) if labels is None else labels
 
 
 @rule(
@@ -47,7 +43,7 @@ def concatenated(run: Run) -> Tensor:
     tensors = [x for x in tensors if new or x.ndim > 1 or x.numel()]  # cat takes empty vectors beside any shape
     found = []
     for firm in (True, False):
-        labels = [_full(run, x) if run.known.is_firm(x) == firm else _none(x) for x in tensors]
+        labels = [_full(run, x) if run.known.is_firm(x) == firm else unlabelled(x.shape, x.device) for x in tensors]
         labels = [one.unsqueeze(dim) for one in labels] if new else labels
         found.append(Piece(torch.cat(_narrowed(labels, dim), dim), firm))
     return joined(found)
