@@ -23,11 +23,11 @@ test: $(READY)
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(PYTEST) tests/sanitizer
 	$(COMPILED) -m "not kernels"
 	@echo "Left to make test-kernels, eight minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone),"
-	@echo "on the interpreter half precision, random shapes and offsets past two billion elements, and capture in other orders of batches."
+	@echo "on the interpreter half precision, random shapes and offsets past two billion elements, capture in other orders of batches, and other interleavings of processes."
 
-# What `test` leaves out: run it where you changed dropinf_kernels, or how gradients are captured.
+# What `test` leaves out: run it where you changed dropinf_kernels, how gradients are captured, or an index.
 test-kernels: $(READY)
-	$(PYTEST) --dist worksteal -m more tests/capture
+	$(PYTEST) --dist worksteal -m more tests/capture tests/faults
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
 

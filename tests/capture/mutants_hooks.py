@@ -9,9 +9,10 @@ import torch
 import dropinf
 from dropinf.capture import hooks, modules
 from dropinf.capture.convolution import ConvUse
-from dropinf.capture.hooks import Call, _Tap
+from dropinf.capture.hooks import Call
 from dropinf.capture.modules import EmbeddingUse, LinearUse, NormUse, Use
 from dropinf.capture.recorders import Compression
+from dropinf.capture.taps import _Tap, inserted, listen
 from tests.capture.mutants import around, fault
 
 
@@ -122,9 +123,9 @@ def listening_at_a_view(patch):
         current.calls.add(call.signature)
         current.uses[call.use.name] = call.use
         if out.grad_fn is not None and not new:
-            hooks._listen(out.grad_fn, out.output_nr, call)
+            listen(out.grad_fn, out.output_nr, call)
             return out
-        return _Tap.apply(out if out.requires_grad else current.anchor, [out], call)
+        return inserted(out, current.anchor, call)
 
     patch.setattr(hooks, "tap", tap)
 

@@ -310,7 +310,10 @@ def writes(asked: dict[str, Any]) -> bool:
     return asked["do"] in ("write", "discard", "save_fisher", "compact")
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 200), pytest.param(200, 2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 50), pytest.param(50, 150, marks=pytest.mark.more), pytest.param(200, 2000, marks=pytest.mark.long)],
+)
 def test_three_processes_on_one_folder(first, count, forks, place):
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="dropinf-") as home, socket.socket(socket.AF_UNIX) as server:

@@ -59,7 +59,7 @@ def main(folder: Path, budget: int, rows: int, dtype: str) -> None:
             "fisher": lambda: dropinf.build_fisher(index),
             "whitened": lambda: index.whitened(out / "rows.npy", fisher),
             "flat": lambda: index.whitened(out / "rows.faiss", fisher),
-            "coded": lambda: index.whitened(out / "rows.faiss", fisher, factory="IVF16,PQ64x4"),
+            "coded": lambda: index.whitened(out / "rows.faiss", fisher, factory="IVF16,PQ16x4"),
         }
 
     query = compressor.compress([Batches(1)[0]])[:4]

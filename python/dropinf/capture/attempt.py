@@ -75,7 +75,7 @@ class Attempts:
 
     def _pass(self) -> Pass:
         anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
-        return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, self.known.scales)
+        return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [target.tensor for target in self.known.targets.values()]

@@ -24,6 +24,8 @@ _SPAN = 1 << 20  # elements of the largest part of an unfold
 class ConvUse(Use):
     """Conv1d, Conv2d, Conv3d: the inputs are patches, gathered, never unfolded in memory."""
 
+    settings = ("stride", "dilation", "groups", "padding", "padding_mode", "_reversed_padding_repeated_twice")
+
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
         super().__init__(name, module, weight, bias)
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)

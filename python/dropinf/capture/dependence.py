@@ -211,7 +211,7 @@ def stay_apart(
         variants.append(_of_leaves(batch, n, cu_seqlens, cyclic=True))
     for given in variants:
         dependence = Dependence(_held(model), given)
-        with _outputs(dependence, uses or {}) as outputs:
+        with _outputs(dependence, uses or {}, n) as outputs:
             losses = _followed(dependence, losses_of)
         if dependence.states:
             again = Dependence(_held(model), given)
@@ -237,14 +237,14 @@ def _followed(dependence: Dependence, losses_of: Callable[[], Tensor]) -> Tensor
 
 
 @contextmanager
-def _outputs(dependence: Dependence, uses: Mapping[str, Use]) -> Iterator[list[tuple[str, Tensor]]]:
+def _outputs(dependence: Dependence, uses: Mapping[str, Use], n: int) -> Iterator[list[tuple[str, Tensor]]]:
     """Take the samples of the rows [*lead] of modules' outputs inside, with the modules' names."""
     found: list[tuple[str, Tensor]] = []
 
     def take(name: str, use: Use, _module: nn.Module, _args: Any, out: Any) -> None:
         if isinstance(out, Tensor) and out.ndim:
             with _disable_current_modes(), torch._C.DisableTorchFunction():  # what is done here is not the model's
-                found.append((name, _rows(use, out, dependence.known.of(out))))
+                found.append((name, _rows(use, out, dependence.known.of(out), n)))
 
     handles = [use.module.register_forward_hook(partial(take, name, use), prepend=True) for name, use in uses.items()]
     try:
@@ -254,11 +254,22 @@ def _outputs(dependence: Dependence, uses: Mapping[str, Use]) -> Iterator[list[t
             handle.remove()
 
 
-def _rows(use: Use, out: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the samples of a module's output's rows, [*lead]."""
-    lead = use.rows(torch.empty(out.shape, device="meta")).shape[:-1]
+def _rows(use: Use, out: Tensor, labels: Tensor | None, n: int) -> Tensor:
+    """Return the samples of a module's output's rows, [*lead], of a batch of n samples.
+
+    Rows of no sample that are not the same n times, a table of them say, may be of another sample in another batch.
+    """
+    rows = use.rows(out.detach())
+    found = _labels_of_rows(use, rows.shape[:-1], labels, out.device)
+    same = found >= 0
+    for dim in (dim for dim, size in enumerate(found.shape) if size == n):
+        same = same | torch.isclose(rows, rows.narrow(dim, 0, 1), 1e-3, 1e-3).all(-1)
+    return found.where(same | (found == SEVERAL), SEVERAL)
+
+
+def _labels_of_rows(use: Use, lead: torch.Size, labels: Tensor | None, device: torch.device) -> Tensor:
     if labels is None:
-        return unlabelled(lead, out.device)
+        return unlabelled(lead, device)
     for small in (compact(labels), labels):
         rows = Piece(use.rows(small), firm=True).over([-1]).labels.squeeze(-1)
         if _broadcasts(rows, lead):

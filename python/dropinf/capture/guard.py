@@ -17,6 +17,7 @@ from .movement import Movement
 from .outside import Outside
 
 _SEQUENCES = (list, tuple)
+_NODE: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
 _LOOKUPS = (F.embedding, F.embedding_bag)
 
 
@@ -36,6 +37,7 @@ class UseGuard(TorchFunctionMode):
         self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
         self.outside, self.changed = outside, changed
         self.found: set[int] = set()
+        self.hooked = False  # autograd's nodes were asked for, which may get hooks that change a weight's gradient
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
         self._gathered: dict[int, int] = {}
 
@@ -43,6 +45,8 @@ class UseGuard(TorchFunctionMode):
         self.movement.pass_by(func, args, kwargs or {})
         if func is Tensor.register_hook:
             self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
+        elif func == _NODE:  # each look makes another object of it
+            self.hooked = True
         if func in _LOOKUPS:
             self._look_up(args, kwargs or {})
         if self.outside is not None:

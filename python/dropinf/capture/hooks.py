@@ -23,33 +23,13 @@ from torch.utils.hooks import RemovableHandle
 from dropinf_kernels.op import no_autograd
 
 from .colours import SEVERAL, Colours, Key
-from .modules import NormUse, Use
+from .modules import Use
 from .recorders import Recorder, Unweighted
 from .samples import Layout, Rows, Samples, learn
+from .taps import MARK, Signature, any_true, inserted, listen, per_sample, saved_as_they_are, signature_of
 
 # What a use of a layer may raise where the module is not what its class says.
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
-MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
-Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
-
-
-class _Tap(torch.autograd.Function):
-    """An output, with ``call`` on its gradient. ``source`` is the output itself, or the anchor where the output needs
-    no gradient: backward then reaches the layer and goes no further.
-
-    A tensor hook would be lost where a view is modified in place afterwards (a ReLU behind a Linear on [N, T, d]).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, box: list[Tensor], call: Callable[[Tensor], None]) -> Tensor:
-        ctx.call, ctx.is_anchor = call, source is not box[0]
-        # .data: no view of the source, or modifying it in place would fail.
-        return box[0].data
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        ctx.call(g)
-        return g.new_zeros(()) if ctx.is_anchor else g, None, None
 
 
 @dataclass
@@ -63,7 +43,6 @@ class Pass:
     recorder: Recorder
     samples: Samples
     anchor: Tensor
-    scales: set[str] = field(default_factory=set)  # norms that were seen to do what their class says
     layouts: dict[Key, Layout] = field(default_factory=dict)
     proven: set[Key] = field(default_factory=set)
     blank: set[Key] = field(default_factory=set)
@@ -75,10 +54,12 @@ class Pass:
     uses: dict[str, Use] = field(default_factory=dict)  # by name, those that were called
     emitted: Counter[str] = field(default_factory=Counter)
     dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
+    unforeseen: str | None = None  # why it is to be audited, whatever it looks like
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
     _surprises: list[Tensor] = field(default_factory=list)
+    _waiting: list[tuple[Node, int, Call]] = field(default_factory=list)  # which listen as the first backward begins
 
     @property
     def narrow(self) -> bool:
@@ -89,11 +70,8 @@ class Pass:
     def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
         """Return what one call of a module keeps for backward."""
         try:
+            use.check()
             saved = self.recorder.save(use, x, out)
-            if isinstance(use, NormUse) and use.name not in self.scales:
-                if not use.is_scale_of(x, out):
-                    raise ValueError("it does not scale what it normalises by its weight")
-                self.scales.add(use.name)
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:
@@ -119,10 +97,15 @@ class Pass:
         except _FAILURES as error:
             self.failed[name] = _reason(error)
 
+    def listen_later(self, node: Node, output: int, call: Call) -> None:
+        """Have a call take the gradient of a node's output, behind all hooks that the forward puts on the node."""
+        self._waiting.append((node, output, call))
+
     def backward(self, losses: Tensor) -> None:
         """Backpropagate all losses into the recorder, by the layouts that are known."""
         self._run(losses, torch.ones_like(losses), None)
-        if self._surprises and bool(torch.stack(self._surprises).any()):
+        self._ask_norms()
+        if any_true(self._surprises):
             self.unproven |= self.blank
 
     def coloured_backward(self, losses: Tensor, *, follow: bool) -> None:
@@ -134,6 +117,7 @@ class Pass:
         colours = Colours(self.samples.n, narrow=self.narrow)
         before = self.layouts, self.proven
         self.layouts, self.proven, self.blank = {}, set(), set()
+        self._ask_norms()
         self._run(
             losses, torch.ones_like(losses), lambda call, key, g: colours.sign(key, call.use.rows(g)), retain=True
         )
@@ -144,6 +128,13 @@ class Pass:
             self._run(losses, weights, partial(self._read, colours, digit, before, into), retain=into is None)
         if not together and not self.several and not self.failed:
             self._run(losses, torch.ones_like(losses), None)
+
+    def _ask_norms(self) -> None:
+        """Find the norms that did something else than they did before."""
+        doubts = {name: use.doubts for name, use in self.uses.items() if use.doubts}
+        if any_true(doubt for found in doubts.values() for doubt in found):
+            wrong = [name for name, found in doubts.items() if any_true(found)]
+            self.failed |= dict.fromkeys(wrong, "it does not scale what it normalises by its weight")
 
     def rows_of(self, losses: Tensor, weights: Tensor, name: str) -> list[Tensor]:
         """Return a module's output gradients of the weighted losses, by call, as rows; the graph is kept."""
@@ -173,6 +164,9 @@ class Pass:
     ) -> None:
         self._take, self.running = take, True
         self.emitted.clear()
+        for waiting in self._waiting:
+            listen(*waiting)
+        self._waiting.clear()
         try:
             losses.backward(weights, retain_graph=retain)
         finally:
@@ -312,6 +306,8 @@ class Capture:
     def running(self, current: Pass) -> Iterator[None]:
         """Have the hooks feed ``current`` inside."""
         self.active.clear()
+        for use in self.uses.values():
+            use.doubts.clear()
         self._pass = current
         try:
             yield
@@ -351,8 +347,8 @@ class Capture:
         version = None if saved is None or saved.is_inference() else saved._version
         shared = signature in self.shared and n > 1
         if shared:
-            saved = saved if saved is None else _per_sample(saved, n, one=out.shape[0] == 1)
-            out = _per_sample(out, n, one=out.shape[0] == 1)
+            saved = saved if saved is None else per_sample(saved, n, one=out.shape[0] == 1)
+            out = per_sample(out, n, one=out.shape[0] == 1)
         mark = getattr(out, MARK, None)
         tapped = tap(current, Call(current, use, saved, version, signature), out, new=shared or out is x)
         if mark is not None:
@@ -365,31 +361,13 @@ def tap(current: Pass, call: Call, out: Tensor, *, new: bool = False) -> Tensor:
     current.calls.add(call.signature)
     current.dtypes.add(out.dtype)
     current.uses[call.use.name] = call.use
+    if not saved_as_they_are():
+        current.unforeseen = "what it saves for backward is packed"
     # Modified in place, a view loses its node to a new history; any other output keeps it.
-    if out.grad_fn is not None and not new and not out._is_view():
-        _listen(out.grad_fn, out.output_nr, call)
-        return out
-    tapped: Tensor = _Tap.apply(out if out.requires_grad else current.anchor, [out], call)
-    return tapped
-
-
-def signature_of(name: str, x: Tensor, out: Tensor, n: int) -> Signature:
-    size = out.shape[0] if out.ndim else 1
-    goes = "one" if size == 1 and n > 1 else "samples" if size == n else "multiple" if size % n == 0 else "other"
-    return name, x.ndim, out.ndim, str(out.dtype), goes, n == 1
-
-
-def _listen(node: Node, output: int, call: Callable[[Tensor], None]) -> None:
-    """Have ``call`` take the gradient of one output of a node. A node of its own for that would cost twice as much."""
-
-    def hook(gradients: tuple[Tensor | None, ...]) -> None:
-        g = gradients[output]
-        if g is not None:
-            call(g)
-
-    node.register_prehook(hook)
-
-
-def _per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
-    """Return a tensor that all samples share as one (unmaterialised) copy per sample."""
-    return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
+    if out.grad_fn is None or new or out._is_view():
+        return inserted(out, current.anchor, call)
+    if current.running:  # as a checkpoint's forward does
+        listen(out.grad_fn, out.output_nr, call)
+    else:
+        current.listen_later(out.grad_fn, out.output_nr, call)
+    return out

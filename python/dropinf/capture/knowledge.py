@@ -15,12 +15,13 @@ from . import sharded
 from .audit import Audited, When
 from .colours import Key
 from .exact import ExactGradients
-from .hooks import Capture, Signature
+from .hooks import Capture
 from .kinds import USES, module_kind
 from .ladder import Ladder, Route
 from .layer import Layer, clean_name
 from .modules import Use
 from .samples import Layout
+from .taps import Signature
 from .targets import Target
 
 
@@ -72,7 +73,6 @@ class Knowledge:
         self.audits: list[Audited] = []
         self.plans: dict[Any, Plan] = {}
         self.shared: set[Signature] = set()  # calls whose output all samples share
-        self.scales: set[str] = set()  # norms that were seen to do what their class says
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.reached: set[str] = set()  # modules that were called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from dropinf_kernels.op import no_autograd
 from dropinf_kernels.ops.linear import outer_products
 
 from ..sketch.axis import Axis
+from . import sharded
 from .layer import Layer
 from .moments import Moments
 from .samples import Samples
@@ -27,8 +29,26 @@ def rms_epsilon(module: nn.Module) -> float | None:
 class Use:
     """One module's capture. ``weight`` and ``bias`` are the plans of what is tracked of it."""
 
+    settings: tuple[str, ...] = ()  # attributes that the module's forward reads, and its capture too
+
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
         self.name, self.module, self.weight, self.bias = name, module, weight, bias
+        self.doubts: list[Tensor] = []  # truth values: whether a call did something else than it was seen to do
+        self._forward, self._read = type(module).forward, self._reads()
+        parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
+        self._held = {name: p for name, p in parameters.items() if p is not None and not sharded.is_sharded(p)}
+
+    def check(self) -> None:
+        """Raise ValueError where the module is not what it was when its capture began."""
+        if getattr(self.module.forward, "__func__", None) is not self._forward:
+            raise ValueError("its forward was replaced")
+        own = self.module._parameters
+        if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
+            raise ValueError("what its forward reads was replaced")
+
+    def _reads(self) -> list[Any]:
+        values = [getattr(self.module, name, None) for name in self.settings]
+        return [tuple(value) if isinstance(value, list) else value for value in values]
 
     @property
     def plans(self) -> list[Layer]:
@@ -153,6 +173,8 @@ class LinearUse(Use):
 class EmbeddingUse(Use):
     """Embedding: the input is the one-hot of the ids, by lookup."""
 
+    settings = ("padding_idx",)
+
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002
         return x
 
@@ -204,6 +226,10 @@ class EmbeddingUse(Use):
 class NormUse(Use):
     """LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode: the gradient of the scale is a diagonal."""
 
+    def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
+        super().__init__(name, module, weight, bias)
+        self.added: int | None = None  # to the weight, by which an RMSNorm of no common class scales: 0 or 1
+
     @property
     def channels_first(self) -> bool:
         return isinstance(self.module, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
@@ -237,26 +263,30 @@ class NormUse(Use):
             epsilon = rms_epsilon(m)
             assert epsilon is not None
             x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+            self._compare(x, out)
         return super().inputs(self.rows(x), out)
+
+    def _compare(self, normalized: Tensor, out: Tensor) -> None:
+        """Note whether an RMSNorm's output is its normalised input times weight, or 1 + weight, as it was before.
+
+        Raises ValueError where it is neither in the first call.
+        """
+        scale = self.module.get_parameter("weight").detach()
+        tolerance = 8 * torch.finfo(out.dtype).eps
+        if self.added is None:
+            for added in (0, 1):
+                if torch.allclose(out, (normalized * (added + scale)).to(out.dtype), tolerance, tolerance):
+                    self.added = added
+                    return
+            raise ValueError("it does not scale what it normalises by its weight")
+        wanted = (normalized * (self.added + scale)).to(out.dtype)
+        self.doubts.append(((out - wanted).abs_() > tolerance + tolerance * wanted.abs_()).any())
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
         if self.weight is None:
             return None
         normalized = self.inputs(x, out)
         return self.weight.out_axis.apply(normalized) if self.weight.out_axis.is_gather else normalized
-
-    def is_scale_of(self, x: Tensor, out: Tensor) -> bool:
-        """Return whether the output is normalised input times weight, or times 1 + weight: RMSNorm's variants."""
-        if self.weight is None or isinstance(self.module, nn.RMSNorm) or self.channels_first:
-            return True
-        if isinstance(self.module, nn.LayerNorm):
-            return True
-        scale = self.module.get_parameter("weight").detach()
-        tolerance = 8 * torch.finfo(out.dtype).eps
-        normalized = self.inputs(x, out)
-        return any(
-            torch.allclose(out, (normalized * s).to(out.dtype), tolerance, tolerance) for s in (scale, 1 + scale)
-        )
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         return sketched_sum(saved, self.rows(g), layer.out_axis, samples)

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .direct import LOOKUPS, MATMULS, PRODUCTS, SUMS, direct
-from .hooks import MARK, Call, Pass, signature_of, tap
+from .hooks import Call, Pass, tap
 from .layer import Layer
 from .modules import Use
 from .recorders import Recorder
 from .samples import Grid, Samples, Untied
+from .taps import MARK, signature_of
 
 # Whole gradients of one op that exist at once.
 CHUNK_BYTES = 1 << 26

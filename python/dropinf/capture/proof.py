@@ -24,8 +24,11 @@ class Proof:
         self._expected: Expected | None = None
         self._weighted = False
 
-    def why(self, plan: Plan, reached: frozenset[str]) -> str | None:
-        """Return why the batch is to be audited, or None. ``reached``: the modules that got a gradient."""
+    def why(self, plan: Plan, reached: frozenset[str], unforeseen: str | None = None) -> str | None:
+        """Return why the batch is to be audited, or None.
+
+        ``reached``: the modules that got a gradient; ``unforeseen``: why its look does not matter.
+        """
         known = self.known
         if known.audit == "never" or not self.layers:
             return None
@@ -35,6 +38,8 @@ class Proof:
             return "first batch"
         if reached not in plan.gradients:
             return "new look"
+        if unforeseen is not None:
+            return unforeseen
         if plan.unclear and (known.ladder.on("vmap") or known.ladder.on("alone")):
             return "samples may meet"  # which single samples do not show
         return f"batch {self.place} of its call" if is_due(self.place) else None

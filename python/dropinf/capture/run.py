@@ -64,6 +64,8 @@ class Run(Sharing):
         with capture.running(current), self._flags(outside):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
+            if guard.hooked:
+                current.unforeseen = "its forward reaches for autograd's nodes"
             self.movement = guard.movement.fingerprint()
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
@@ -226,7 +228,7 @@ class Run(Sharing):
         hooked, known = self.hooked, self.known
         self._keep_apart(current, plan, look)
         reached = frozenset(name for name in current.emitted if name not in known.follows)
-        self.why = self.why or self.proof.why(plan, reached)
+        self.why = self.why or self.proof.why(plan, reached, current.unforeseen)
         why = self.why
         if why and hooked.probe is not None:
             current.recorder.check(losses)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..workload import map_tensors
 from .colours import SEVERAL, Colours
-from .hooks import Pass, Signature, signature_of
+from .hooks import Pass
+from .taps import Signature, signature_of
 
 MOST_LOSSES = 64  # that are backpropagated one by one to name two samples in an error
 

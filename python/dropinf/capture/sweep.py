@@ -59,7 +59,6 @@ class Sweep(Knowledge):
         state = modules, [p.requires_grad for p in self.model.parameters()]
         if state != self._state:
             self.plans.clear()
-            self.scales.clear()
         self._state = state
 
 

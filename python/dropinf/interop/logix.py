@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from ..builder import GradientsBuilder
 from ..capture.convolution import ConvUse
-from ..capture.hooks import _Tap
 from ..capture.kinds import USES
 from ..capture.layer import Layer
 from ..capture.modules import Use
 from ..capture.samples import Samples
+from ..capture.taps import inserted
 from ..compressor import Compressor
 from ..gradients import Gradients
 from ..sketch.sketch import Sketch
@@ -135,9 +135,7 @@ class _SketchedLogger(_logger.HookLogger):
             names = {"state": self.state, "binfo": self.binfo, "module": module, "module_name": module_name}
             self.opt.grad[0].update(**names, log_type="grad", data=c, cpu_offload=self.cpu_offload)
 
-        source = outputs if outputs.requires_grad else outputs.new_zeros((), requires_grad=True)
-        tapped: Tensor = _Tap.apply(source, [outputs], backward)
-        return tapped
+        return inserted(outputs, outputs.new_zeros((), requires_grad=True), backward)
 
 
 class _Sketched(NamedTuple):

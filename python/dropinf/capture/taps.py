@@ -1,0 +1,76 @@
+"""Taps on outputs: what takes the gradient of one output of a forward when backward comes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
+Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
+Take = Callable[[Tensor], None]
+
+
+class _Tap(torch.autograd.Function):
+    """An output, with ``call`` on its gradient. ``source`` is the output itself, or the anchor where the output needs
+    no gradient: backward then reaches the layer and goes no further.
+
+    A tensor hook would be lost where a view is modified in place afterwards (a ReLU behind a Linear on [N, T, d]).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, box: list[Tensor], call: Take) -> Tensor:
+        ctx.call, ctx.is_anchor = call, source is not box[0]
+        # .data: no view of the source, or modifying it in place would fail.
+        return box[0].data
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        ctx.call(g)
+        return g.new_zeros(()) if ctx.is_anchor else g, None, None
+
+
+def inserted(out: Tensor, anchor: Tensor, call: Take) -> Tensor:
+    """Return an output with a node of its own behind it, which hands its gradient to ``call``."""
+    tapped: Tensor = _Tap.apply(out if out.requires_grad else anchor, [out], call)
+    return tapped
+
+
+def listen(node: Node, output: int, call: Take) -> None:
+    """Have ``call`` take the gradient of one output of a node. A node of its own for that would cost twice as much."""
+
+    def hook(gradients: tuple[Tensor | None, ...]) -> None:
+        g = gradients[output]
+        if g is not None:
+            call(g)
+
+    node.register_prehook(hook)
+
+
+def signature_of(name: str, x: Tensor, out: Tensor, n: int) -> Signature:
+    """Return what tells one call of a module from others: dimensions, dtype, how it goes with ``n`` samples."""
+    size = out.shape[0] if out.ndim else 1
+    goes = "one" if size == 1 and n > 1 else "samples" if size == n else "multiple" if size % n == 0 else "other"
+    return name, x.ndim, out.ndim, str(out.dtype), goes, n == 1
+
+
+def per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
+    """Return a tensor that all samples share as one (unmaterialised) copy per sample."""
+    return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
+
+
+def saved_as_they_are() -> bool:
+    """Return whether what a forward saves for backward comes back as it was: its user does not pack it himself."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or hooks[0].__module__.split(".")[0] == "torch"
+
+
+def any_true(flags: Iterable[Tensor]) -> bool:
+    """Return whether one of some truth values, on any devices, is true; wait for each device once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        by_device.setdefault(flag.device, []).append(flag)
+    return any(bool(torch.stack(found).any()) for found in by_device.values())
