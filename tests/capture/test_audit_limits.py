@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dropinf
+from dropinf.capture.modules import LinearUse
 from tests.api.models import Lambda
 from tests.api.oracle import assert_equal_gradients, oracle
 from tests.capture import mutants_hooks
@@ -229,3 +230,25 @@ def test_small_gradients_in_half_precision_are_not_taken_for_mixed_samples(dtype
         compressor.compress([x.to(dtype)])
     except dropinf.AttributionError as error:
         assert scale == 1e-6 and dtype == torch.float16 and "half precision" in str(error)  # noqa: PT017, PT018
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_of_little_gradient_is_audited_in_half_precision(dtype, monkeypatch):
+    """Its rows are the next sample's; its gradient is a hundredth of the largest."""
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype), torch.randn(2 * N, 16)
+    with torch.no_grad():
+        model[2].weight.mul_(0.02)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), squared_in_float32)
+    want = compressor.compress([x.to(dtype)])["0"]
+    right = LinearUse.emit_weight
+    monkeypatch.setattr(
+        LinearUse,
+        "emit_weight",
+        lambda use, layer, *rest: right(use, layer, *rest).roll(int(layer.name == "0"), 0),
+    )
+    faulty = dropinf.Compressor(model, dropinf.Identity(), squared_in_float32)
+    got = faulty.compress([x.to(dtype)])
+    assert float(got["0"].norm() / got["2"].norm()) < 0.02
+    assert faulty._sweep.ladder.rungs["0"] != "hook"
+    assert float((got["0"] - want).norm() / want.norm()) < 0.02

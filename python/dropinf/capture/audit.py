@@ -21,7 +21,9 @@ When = Literal["auto", "every", "never"]
 # By the coarsest dtype that gradients are computed in: the relative difference that rounding explains, and the part of
 # the largest layer's gradient below which a layer's own is rounding.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-FLOOR = {torch.float64: 1e-7, torch.float32: 3e-3, torch.float16: 0.5, torch.bfloat16: 0.5}
+FLOOR = {torch.float64: 1e-7, torch.float32: 3e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+# The same of biases and scales, whose gradients autograd may sum in half precision.
+FLOOR_OF_SUMS = FLOOR | {torch.float16: 0.5, torch.bfloat16: 0.5}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Expected:
     def __init__(self, r: Tensor, sketches: Mapping[str, Tensor], losses: Tensor) -> None:
         self.r, self.sketches, self.losses = r, sketches, losses
 
-    def errors(self, store: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    def errors(self, store: Mapping[str, Tensor], layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, float]:
         """Return the relative error of each layer that has a gradient. ``dtype``: the coarsest it is computed in."""
         apart, size = {}, {}
         for name, c in store.items():
@@ -53,8 +55,9 @@ class Expected:
             want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
             apart[name] = float(torch.linalg.vector_norm(rows.sum(0) - want))
             size[name] = math.hypot(float(torch.linalg.vector_norm(rows)), float(torch.linalg.vector_norm(want)))
-        floor = FLOOR[dtype] * max(size.values(), default=0.0)
-        return {name: apart[name] / (size[name] + floor) for name in store if size[name]}
+        largest = max(size.values(), default=0.0)
+        floors = {name: (FLOOR if len(layers[name].shape) > 1 else FLOOR_OF_SUMS)[dtype] for name in store}
+        return {name: apart[name] / (size[name] + floors[name] * largest) for name in store if size[name]}
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -71,10 +74,12 @@ def expected(
     tensors: Mapping[str, Tensor],
     flags: Flags,
     sizes: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Expected:
     """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once.
 
     ``sizes`` [N]: the norms of the rows to compare with. A sample's weight is then the larger the smaller its row.
+    ``dtype``: the coarsest that gradients are computed in.
     """
     sketches: dict[str, Tensor] = {}
 
@@ -85,7 +90,7 @@ def expected(
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model, take):
         losses = losses_of()
-        r = _weights(losses, sizes)
+        r = _weights(losses, sizes, dtype)
         if losses.requires_grad:
             losses.backward(r)
     return Expected(r, sketches, losses.detach())
@@ -99,15 +104,25 @@ def sketched(layer: Layer, g: Tensor) -> Tensor:
     return layer.out_axis.apply(layer.in_axis.apply(matrix).mT).mT
 
 
-def _weights(losses: Tensor, sizes: Tensor | None) -> Tensor:
-    """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same."""
+def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same.
+
+    In half precision they are powers of two: each gradient is then rounded as without weights, whatever is behind it.
+    """
     generator = torch.Generator().manual_seed(len(losses))
-    signs = torch.randint(0, 2, (len(losses),), generator=generator, device="cpu") * 2 - 1
-    r = ((torch.rand(len(losses), generator=generator, device="cpu") + 0.5) * signs).to(losses)
+    half = dtype.itemsize < 4
+    if half:
+        # 1/4, -1/2, 1, ... in each six samples: neighbours differ, others mostly, and like gradients do not cancel.
+        blocks = [torch.randperm(6, generator=generator, device="cpu") for _ in range(0, len(losses), 6)]
+        r = (-2.0) ** (torch.cat(blocks)[: len(losses)] - 2)
+    else:
+        signs = torch.randint(0, 2, (len(losses),), generator=generator, device="cpu") * 2 - 1
+        r = (torch.rand(len(losses), generator=generator, device="cpu") + 0.5) * signs
+    r = r.to(losses)
     if sizes is None or not bool(sizes.max() > 0):
         return r
-    sizes = sizes.to(losses) / sizes.max()
-    return r / sizes.clamp(min=torch.finfo(losses.dtype).eps ** 0.5)
+    sizes = (sizes.to(losses) / sizes.max()).clamp(min=torch.finfo(losses.dtype).eps ** 0.5)
+    return r / (sizes.log2().round().exp2() if half else sizes)
 
 
 def is_due(batch: int) -> bool:

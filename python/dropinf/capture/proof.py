@@ -44,29 +44,36 @@ class Proof:
             return "samples may meet"  # which single samples do not show
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
-    def expect(self, losses_of: Callable[[], Tensor], store: Mapping[str, Tensor] | None = None) -> Expected:
+    def expect(
+        self,
+        losses_of: Callable[[], Tensor],
+        store: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Expected:
         """Return what the batch's rows must sum to, from the model as its user has it.
 
-        ``store``: rows to compare with. Samples are weighted so that a small one's counts as much as a large one's.
+        ``store``: rows to compare with, computed in ``dtype`` at the coarsest. Samples are weighted so that a small
+        one's counts as much as a large one's.
         """
         if self._expected is None or (store is not None and not self._weighted):
             self._weighted = store is not None
             self.start.restore()
             parameters = {name: self.known.targets[name].tensor for name in self.layers}
             sizes = None if store is None else _norms([store[name] for name in self.layers])
-            self._expected = expected(self.known.model, losses_of, self.layers, parameters, self.flags, sizes)
+            self._expected = expected(self.known.model, losses_of, self.layers, parameters, self.flags, sizes, dtype)
             self.start.restore()
         return self._expected
 
+    def coarsest(self, dtypes: Set[torch.dtype]) -> torch.dtype:
+        """Return the least precise dtype of parameters and of what was seen."""
+        return coarsest({*dtypes, *(self.known.targets[name].tensor.dtype for name in self.layers)})
+
     def wrong(
-        self, store: Mapping[str, Tensor], losses: Tensor, dtypes: Set[torch.dtype], why: str, want: Expected
+        self, store: Mapping[str, Tensor], losses: Tensor, dtype: torch.dtype, why: str, want: Expected
     ) -> dict[str, float]:
         """Compare rows with plain autograd. Return the error of each layer that is wrong; record it if none is."""
-        known = self.known
-        parameters = {known.targets[name].tensor.dtype for name in self.layers}
-        dtype = coarsest({*parameters, *dtypes, losses.dtype})
-        slack = TOLERANCE[dtype]
-        errors = want.errors({name: store[name] for name in self.layers}, dtype)
+        known, slack = self.known, TOLERANCE[dtype]
+        errors = want.errors({name: store[name] for name in self.layers}, self.layers, dtype)
         wrong = {name: error for name, error in errors.items() if not error <= slack}
         apart = (want.losses - losses.to(want.losses)).nan_to_num().abs().max()
         if not apart <= slack * want.losses.nan_to_num().abs().max():  # the model does something else under hooks

@@ -297,9 +297,10 @@ class Run(Sharing):
         self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str
     ) -> None:
         """Compare the batch's rows with plain autograd. Where they differ, change what is known and run again."""
+        dtype = self.proof.coarsest(current.dtypes | {losses.dtype})
         with self.hooked.capture.removed():
-            want = self.proof.expect(self._plain_losses, store)
-        wrong = self.proof.wrong(store, losses, current.dtypes, why, want)
+            want = self.proof.expect(self._plain_losses, store, dtype)
+        wrong = self.proof.wrong(store, losses, dtype, why, want)
         if wrong:
             plan, look = known
             self._fall(wrong, look)
