@@ -22,6 +22,7 @@ _TEXT = (
     str, int, float, complex, decimal.Decimal, fractions.Fraction, uuid.UUID, pathlib.PurePath, datetime.date,
     datetime.time, datetime.timedelta, range, slice, torch.dtype, torch.device, np.dtype,
 )  # fmt: skip
+_COMMON = {torch.float32, torch.float64, torch.int64, torch.int32, torch.bool}
 _PLAIN = {str, int, float, bool, type(None)}
 
 
@@ -91,6 +92,8 @@ class _Print:
             raise ValueError(f"batches: a batch has a tensor on the meta device{_place(at)}, which has no values")
         if x.is_quantized:
             return _digest("quantized", self._tensor(x.dequantize(), at))
+        if x.dtype in _COMMON and x.is_cpu and x.is_contiguous() and not x.is_neg():  # as most are: without copies
+            return _digest(f"tensor {x.dtype} {list(x.shape)}", x.detach().numpy().data)
         plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
         tag = f"tensor {plain.dtype} {list(plain.shape)}"
         plain = torch.view_as_real(plain).contiguous() if plain.is_complex() else plain
