@@ -63,6 +63,7 @@ class Attempts:
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
+        self.unforeseen: str | None = None  # why it is to be audited, whatever it looks like
         self.random = False  # the model draws random numbers
         self.movement: int | None = None  # of its forward, by which it looks like earlier ones
         self.coloured = False  # the samples of its rows were found anew

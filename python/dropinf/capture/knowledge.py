@@ -41,6 +41,7 @@ class Plan:
     movements: set[int] = field(default_factory=set)
     apart: set[tuple[int, Any]] = field(default_factory=set)
     gradients: set[frozenset[str]] = field(default_factory=set)
+    compared: set[str] = field(default_factory=set)  # layers that had a gradient in an audit
     follow: bool = False
     unclear: bool = False
     trusted: int = 0  # batches whose rows were given out since the last audit

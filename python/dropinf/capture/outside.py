@@ -115,7 +115,7 @@ class Outside:
         name = getattr(function, "__name__", "")
         in_place = name.startswith(("__setitem__", "__i")) or (name.endswith("_") and not name.endswith("__"))
         result = function(*plain[0], **plain[1])
-        if in_place or "out" in kwargs or not isinstance(result, Tensor):
+        if in_place or "out" in kwargs or not isinstance(result, Tensor) or result.is_complex():
             self.unfit |= {layer.name for t in derived for layer in self.layers_of(t)}
             return _marked(result, _DATA)
         if not result.is_floating_point():

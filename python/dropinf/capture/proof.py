@@ -13,6 +13,7 @@ from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due
 from .knowledge import Knowledge, Plan
 from .layer import Layer
 from .preserved import Flags, Start
+from .taps import any_true
 
 
 class Proof:
@@ -23,6 +24,7 @@ class Proof:
         self.layers = {n: layer for n, layer in layers.items() if _has_gradient(known.targets[n].tensor)}
         self._expected: Expected | None = None
         self._weighted = False
+        self.says_nothing = False  # no layer had a gradient when it was audited
 
     def why(self, plan: Plan, reached: frozenset[str], unforeseen: str | None = None) -> str | None:
         """Return why the batch is to be audited, or None.
@@ -43,6 +45,12 @@ class Proof:
         if plan.unclear and (known.ladder.on("vmap") or known.ladder.on("alone")):
             return "samples may meet"  # which single samples do not show
         return f"batch {self.place} of its call" if is_due(self.place) else None
+
+    def is_first_gradient(self, plan: Plan, store: Mapping[str, Tensor]) -> bool:
+        """Return whether a layer has a gradient that had none in any audit of batches that look alike."""
+        if self.known.audit == "never":
+            return False
+        return any_true(store[name].any() for name in self.layers if name not in plan.compared)
 
     def expect(
         self,
@@ -69,7 +77,7 @@ class Proof:
         return coarsest({*dtypes, *(self.known.targets[name].tensor.dtype for name in self.layers)})
 
     def wrong(
-        self, store: Mapping[str, Tensor], losses: Tensor, dtype: torch.dtype, why: str, want: Expected
+        self, store: Mapping[str, Tensor], losses: Tensor, dtype: torch.dtype, plan: Plan, why: str, want: Expected
     ) -> dict[str, float]:
         """Compare rows with plain autograd. Return the error of each layer that is wrong; record it if none is."""
         known, slack = self.known, TOLERANCE[dtype]
@@ -78,8 +86,10 @@ class Proof:
         apart = (want.losses - losses.to(want.losses)).nan_to_num().abs().max()
         if not apart <= slack * want.losses.nan_to_num().abs().max():  # the model does something else under hooks
             wrong |= {name: math.inf for name in known.ladder.on("hook") if name not in wrong}
-        if not wrong:
+        self.says_nothing = not errors  # zeros are right in any way
+        if errors and not wrong:
             known.audits.append(Audited(self.place, why, errors))
+            plan.compared |= errors.keys()
         return wrong
 
 

@@ -65,7 +65,7 @@ class Run(Sharing):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
             if guard.hooked:
-                current.unforeseen = "its forward reaches for autograd's nodes"
+                self.unforeseen = "its forward reaches for autograd's nodes"
             self.movement = guard.movement.fingerprint()
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
@@ -149,7 +149,7 @@ class Run(Sharing):
             current.backward(losses)
             self._lower_failed(current)
             if current.unproven:
-                self.colour = True
+                self.colour, self.unforeseen = True, "gradient where none was"
                 raise Again
         return self._learn(current, plan or Plan()), look
 
@@ -228,7 +228,7 @@ class Run(Sharing):
         hooked, known = self.hooked, self.known
         self._keep_apart(current, plan, look)
         reached = frozenset(name for name in current.emitted if name not in known.follows)
-        self.why = self.why or self.proof.why(plan, reached, current.unforeseen)
+        self.why = self.why or self.proof.why(plan, reached, self.unforeseen or current.unforeseen)
         why = self.why
         if why and hooked.probe is not None:
             current.recorder.check(losses)
@@ -240,10 +240,13 @@ class Run(Sharing):
             self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
         check_finite(store, hooked.where)
+        if not why and hooked.probe is None and self.proof.is_first_gradient(plan, store):
+            why = self.why = "first gradient of a layer"
         if why and hooked.probe is None:
             self._audit(store, losses, current, (plan, look), why)
         plan.trusted = 0 if why else plan.trusted + 1
-        plan.gradients.add(reached)
+        if not self.proof.says_nothing:
+            plan.gradients.add(reached)
         known.plans[look] = plan
         return store
 
@@ -300,9 +303,9 @@ class Run(Sharing):
         dtype = self.proof.coarsest(current.dtypes | {losses.dtype})
         with self.hooked.capture.removed():
             want = self.proof.expect(self._plain_losses, store, dtype)
-        wrong = self.proof.wrong(store, losses, dtype, why, want)
+        plan, look = known
+        wrong = self.proof.wrong(store, losses, dtype, plan, why, want)
         if wrong:
-            plan, look = known
             self._fall(wrong, look)
             if plan.trusted:
                 raise AttributionError(late_message(wrong, plan.trusted))
