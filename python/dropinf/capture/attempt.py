@@ -58,7 +58,8 @@ class Attempts:
         self.model = self.known.model
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
-        self.start = Start(hooked.attributes)
+        copied = hooked.batches == 1 or self.known.writes_batches
+        self.start = Start(hooked.attributes, tensors(batch), copied=copied)
         self.begun = False
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew

@@ -68,14 +68,18 @@ class Colours:
         """Take the same gradient of the losses with the weights of a digit."""
         row = self.rows[key]
         known = row.sample != NONE
-        ratio = torch.where(known[:, None], _projected(g.reshape(-1, g.shape[-1])) / row.seen, 1)
+        seen = _projected(g.reshape(-1, g.shape[-1]))
+        # What samples with the same weight take from each other leaves nothing; with others it does.
+        least = g.shape[-1] * torch.finfo(g.dtype).tiny * 2.0 ** (self.base + 1)
+        cancelled = ~known & (seen.isfinite() & (seen.abs() > least)).any(1)
+        ratio = torch.where(known[:, None], seen / row.seen, 1)
         power = ratio[:, :1].abs().log2().round()
         exact = torch.exp2(power)
         same = ((ratio - exact).abs() <= SLACK[g.dtype] * exact).all(1)
         power, exact = power[:, 0].long() - 1, exact[:, 0]
         sample = row.sample + power * self.base**digit
         fits = same & (power >= 0) & (power < self.base) & (sample < self.n) & (row.sample != SEVERAL)
-        row.sample = torch.where(known, torch.where(fits, sample, SEVERAL), NONE)
+        row.sample = torch.where(known, torch.where(fits, sample, SEVERAL), torch.where(cancelled, SEVERAL, NONE))
         row.scale = torch.where(known & fits, 1 / exact, 1).to(g.dtype).view(row.lead)
 
     def samples(self, key: Key) -> Tensor:

@@ -34,7 +34,7 @@ _VIEWS_IN_PLACE = {
 }
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 # What hands a tensor's numbers to Python or NumPy.
-_LEAVE = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage}
+_LEAVE = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage}
 
 
 class Dependence(TorchDispatchMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from .movement import Movement
 from .outside import Outside
 
 _SEQUENCES = (list, tuple)
-_NODE: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
-_LOOKUPS = (F.embedding, F.embedding_bag)
 
 
 class UseGuard(TorchFunctionMode):
@@ -37,18 +35,16 @@ class UseGuard(TorchFunctionMode):
         self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
         self.outside, self.changed = outside, changed
         self.found: set[int] = set()
-        self.hooked = False  # autograd's nodes were asked for, which may get hooks that change a weight's gradient
+        self.unforeseen: str | None = None  # why the batch is to be audited, whatever it looks like
+        self.writes = False  # statistics were computed, and perhaps kept in buffers
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.movement.pass_by(func, args, kwargs or {})
-        if func is Tensor.register_hook:
-            self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
-        elif func == _NODE:  # each look makes another object of it
-            self.hooked = True
-        if func in _LOOKUPS:
-            self._look_up(args, kwargs or {})
+        look = _LOOKED_AT.get(func)
+        if look is not None:
+            look(self, args, kwargs or {})
         if self.outside is not None:
             result = self.outside(func, args, kwargs or {})
         else:
@@ -59,6 +55,21 @@ class UseGuard(TorchFunctionMode):
                 if id(item) in self.owners or self.shards:
                     self._note(item, result)
         return result
+
+    def _hook(self, _args: Any, _kwargs: Any) -> None:
+        self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
+
+    def _node(self, _args: Any, _kwargs: Any) -> None:
+        self.unforeseen = "its forward reaches for autograd's nodes"
+
+    def _flag(self, args: Any, _kwargs: Any) -> None:
+        if isinstance(args[0], nn.Parameter):
+            self.unforeseen = "its forward sets requires_grad"
+
+    def _normalise(self, args: Any, kwargs: Any) -> None:
+        """Note a normalisation that may write to its running statistics, which no version counts."""
+        given = kwargs.values() if len(args) < 6 else args[5:6]
+        self.writes |= any(value is True for value in given)
 
     def _look_up(self, args: Any, kwargs: Any) -> None:
         """Keep a copy of a weight that is about to be renormalised; note one whose gradient is scaled by frequency."""
@@ -90,6 +101,18 @@ class UseGuard(TorchFunctionMode):
             self._gathered |= {id(getattr(module, name)): key for (module, name), key in places}
             self._gathered.setdefault(id(parameter), id(parameter))
         return self._gathered[id(parameter)]
+
+
+_TENSOR = vars(torch._C.TensorBase)
+_LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
+    F.embedding: UseGuard._look_up,
+    F.embedding_bag: UseGuard._look_up,
+    Tensor.register_hook: UseGuard._hook,
+    _TENSOR["grad_fn"].__get__: UseGuard._node,  # which may get hooks that change a weight's gradient
+    Tensor.requires_grad_: UseGuard._flag,
+    _TENSOR["requires_grad"].__set__: UseGuard._flag,
+    **dict.fromkeys((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm), UseGuard._normalise),
+}
 
 
 def watch(

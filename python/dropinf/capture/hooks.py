@@ -197,7 +197,7 @@ class Pass:
         if bool((sample == SEVERAL).any()):
             self.several[key] = call.signature
             return
-        layout, proven = self._layout(key, sample, *before)
+        layout, proven = self._layout(call, key, sample, *before)
         if layout is not None:
             self.layouts[key] = layout
         if proven:
@@ -210,12 +210,12 @@ class Pass:
             call.record(into, g, self._tied(key))
 
     def _layout(
-        self, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
+        self, call: Call, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
     ) -> tuple[Layout | None, bool]:
         """Return the layout of rows [*lead] of known samples, and whether it is proven: mostly what it was before."""
         if key in proven and self._tied(key, before).agree(sample):
             return before.get(key), True
-        return learn(sample, self.samples)
+        return learn(sample, self.samples, 2 if call.use.is_followed else self.samples.n)
 
     def _tied(self, key: Key, layouts: Mapping[Key, Layout] | None = None) -> Samples:
         layout = (self.layouts if layouts is None else layouts).get(key)

@@ -77,6 +77,7 @@ class Knowledge:
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.reached: set[str] = set()  # modules that were called
+        self.writes_batches = False  # the loss changes its batch in place
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
         self._exact_gradients: ExactGradients | None = None  # of the last batch that had some
         self.others: set[int] = set()  # places of tensors in a batch that have no sample dimension

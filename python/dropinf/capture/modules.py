@@ -29,6 +29,7 @@ def rms_epsilon(module: nn.Module) -> float | None:
 class Use:
     """One module's capture. ``weight`` and ``bias`` are the plans of what is tracked of it."""
 
+    is_followed = True  # the labels of its rows are compared with the samples that were found
     settings: tuple[str, ...] = ()  # attributes that the module's forward reads, and its capture too
 
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
@@ -184,7 +185,9 @@ class EmbeddingUse(Use):
     @property
     def padding_idx(self) -> int:
         value = getattr(self.module, "padding_idx", None)
-        return -1 if value is None else int(value)
+        if value is None:
+            return -1
+        return int(value) if value >= 0 else int(value) + self.module.get_parameter("weight").shape[0]
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         (ids, cu), (g, _) = samples.tie(saved, 0), samples.tie(g)

@@ -102,12 +102,19 @@ def _same(now: Any, before: Any) -> bool:
 
 
 class Start:
-    """The state that a forward of a batch starts from: random generators, attributes, and buffers that change."""
+    """The state that a forward of a batch starts from: random generators, attributes, buffers that change, and the
+    tensors of the batch, which are put back if they were ``copied``."""
 
-    def __init__(self, attributes: Attributes) -> None:
+    def __init__(self, attributes: Attributes, batch: Iterable[Tensor] = (), *, copied: bool = False) -> None:
         self._attributes = attributes
         self._buffers = attributes.buffers()
+        self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in batch]
+        self.was_written = False  # the batch was, and put back
         self.random = RandomState(attributes.devices)
+
+    def distrust(self) -> None:
+        """Compare all buffers with what they were: something may have written to them without a trace."""
+        self._buffers = [(buffer, before, -1) for buffer, before, _ in self._buffers]
 
     def restore(self) -> None:
         """Put all of it back."""
@@ -117,6 +124,19 @@ class Start:
             for buffer, before, version in self._buffers:
                 if (version < 0 or buffer._version != version) and not torch.equal(buffer, before):
                     buffer.copy_(before)
+            self._batch = [self._put_back(*given) for given in self._batch]
+
+    def _put_back(self, x: Tensor, version: int, before: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        if _version(x) == version:
+            return x, version, before
+        if before is None:
+            raise ValueError(
+                "loss_fn: it writes to the batch, which it did not with the first batch, so that another run of it "
+                "finds other data; have it write to a copy (x = x * 2 in place of x.mul_(2), or batch.clone())"
+            )
+        self.was_written = True
+        x.copy_(before)
+        return x, _version(x), before
 
 
 class Flags:

@@ -64,8 +64,9 @@ class Run(Sharing):
         with capture.running(current), self._flags(outside):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
-            if guard.hooked:
-                self.unforeseen = "its forward reaches for autograd's nodes"
+            self.unforeseen = self.unforeseen or guard.unforeseen
+            if guard.writes:
+                self.start.distrust()
             self.movement = guard.movement.fingerprint()
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
@@ -73,12 +74,15 @@ class Run(Sharing):
             self._lower_leaked(current)
         after = RandomState(self.hooked.attributes.devices)
         self.random = bool(known.exact_names or self.hooked.probe) and self.start.random.moved()
+        if self.random and (known.ladder.on("vmap") or known.ladder.on("alone")):
+            self.unforeseen = self.unforeseen or "it draws random numbers"  # others for each sample alone
         hooks_took = time.perf_counter() - began
         self._exact(current.recorder, losses.detach())
         if known.exact_names:
             known.warn_slow(hooks_took, time.perf_counter() - began - hooks_took)
         store = self._proven(current, losses.detach(), plan, look)
         self.start.restore()  # each batch finds the model as the first did
+        known.writes_batches |= self.start.was_written
         after.restore()
         return store, len(losses)
 
