@@ -142,6 +142,7 @@ def tap_ends_the_backward_pass(patch):
 
 @fault("own_hook")
 def hook_behind_those_of_the_user(patch):
+    patch.setattr(hooks.Capture, "_is_first", lambda *_: True)
     around(
         patch, torch.nn.Module, "register_forward_hook",
         lambda old, module, hook, **options: old(module, hook, **options | {"prepend": False}),

@@ -17,6 +17,7 @@ from .checks import check_losses, explain
 from .guard import UseGuard
 from .hooks import Capture, Pass
 from .knowledge import Knowledge
+from .ladder import Rung
 from .layer import Layer
 from .outside import Outside, mark_data, unmark
 from .preserved import Attributes, Flags, Start, gradients_taken
@@ -72,7 +73,7 @@ class Attempts:
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
         self.first_losses: Tensor | None = None
         self.proof = Proof(self.known, hooked.probe or hooked.layers, hooked.flags, self.start, hooked.batches)
-        self.leaked: set[str] = set()  # hooked parameters whose gradient was seen at the parameter itself
+        self.leaked: set[str] = set()  # tapped parameters whose gradient reached the parameter itself
         self.tried_flags, self.tried = False, 0  # its user's flags, and how many layers were wrong before
 
     def _pass(self) -> Pass:
@@ -84,9 +85,18 @@ class Attempts:
 
     def _outside(self, current: Pass) -> Outside | None:
         """Return what captures parameters at the ops that use them, if there are such parameters."""
-        names = [] if self.hooked.probe is not None else self.known.ladder.on("op")
-        raw = {id(self.known.targets[n].tensor): self.hooked.layers[n] for n in names}
+        raw = self._raw()
         return Outside(current, raw, self.known.constant) if raw else None
+
+    def _raw(self) -> dict[int, Layer]:
+        """Return the parameters, by id, that are captured at the ops that use them, with their layers."""
+        names = [] if self.hooked.probe is not None else self.known.ladder.on("op")
+        return {id(self.known.targets[n].tensor): self.hooked.layers[n] for n in names}
+
+    def _unmark(self) -> None:
+        """Take the marks off what outlives a forward."""
+        for leaf in (*tensors(self.batch), *self.model.buffers()):
+            unmark(leaf)
 
     @contextlib.contextmanager
     def _flags(self, outside: Outside | None = None) -> Iterator[None]:
@@ -95,18 +105,15 @@ class Attempts:
         as_user = self.known.own_flags or not self.known.ladder.tapped
         own: list[Tensor] = [t.tensor for t in targets] if as_user else []
         raw = [] if outside is None else [t for t in targets if id(t.tensor) in outside.raw]
-        unreached = self._unreached()
-        if not own and not raw and not unreached:
+        hidden = [] if own else self._hidden()
+        if not own and not raw and not hidden:
             yield
             return
 
         def leaked(name: str, _: Tensor) -> None:
-            if outside is not None and name in outside.names:
-                outside.unfit.add(name)  # a use that no op here covers: its gradient reached the parameter itself
-            else:
-                self.leaked.add(name)
+            self.leaked.add(name)
 
-        watched = [*raw, *unreached]
+        watched = [*raw, *hidden]
         flags = self.hooked.flags.own(own) if own else self.hooked.flags.only([t.tensor for t in watched])
         taken: dict[Tensor, Callable[[Tensor], None]] = {t.tensor: partial(leaked, t.name) for t in watched}
         leaves = tensors(self.batch)
@@ -116,22 +123,14 @@ class Attempts:
             with flags, gradients_taken(self.model, taken):
                 yield
         finally:
-            for leaf in (*leaves, *self.model.buffers()):
-                unmark(leaf)
+            self._unmark()
 
-    def _unreached(self) -> list[Target]:
-        """Return the hooked parameters whose module no batch has called: a use that nothing sees would leave zeros."""
-        if not self.known.reached or self.hooked.probe is not None:
-            return []  # a first batch has its audit
-        found = [self.known.targets[plan.name] for plan in self._uncalled()]
-        if not found or sharded.is_any(self.model):
+    def _hidden(self) -> list[Target]:
+        """Return the hooked parameters that get a gradient only where something else than their module uses them."""
+        if sharded.is_any(self.model):
             return []
-        return [t for t in found if t.tensor.is_floating_point()]
-
-    def _uncalled(self) -> list[Layer]:
-        """Return the hooked layers whose module no batch has called."""
-        uses = self.hooked.capture.uses.items()
-        return [plan for name, use in uses if name not in self.known.reached for plan in use.plans]
+        names = {plan.name for use in self.hooked.capture.uses.values() for plan in use.hidden.values()}
+        return [target for name, target in self.known.targets.items() if name in names]
 
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():
@@ -155,7 +154,7 @@ class Attempts:
         with torch.no_grad():
             self.known.loss_fn(self.model, batch)
 
-    def _lower(self, names: list[str], reason: str, *, sharded_too: bool = False) -> None:
+    def _lower(self, names: list[str], reason: str, to: Rung | None = None, *, sharded_too: bool = False) -> None:
         """Take layers off their hooks and run again, if there are any."""
         names = [n for n in names if n not in self.known.ladder.exact]
         if not names:
@@ -163,5 +162,5 @@ class Attempts:
         if sharded_too:
             sharded.check_whole((name, self.known.targets[name].tensor) for name in names)
         for name in names:
-            self.known.ladder.lower(name, reason)
+            self.known.ladder.lower(name, reason, to)
         raise Again

@@ -70,7 +70,7 @@ class Colours:
         known = row.sample != NONE
         seen = _projected(g.reshape(-1, g.shape[-1]))
         # What samples with the same weight take from each other leaves nothing; with others it does.
-        least = g.shape[-1] * torch.finfo(g.dtype).tiny * 2.0 ** (self.base + 1)
+        least = (g.shape[-1] * torch.finfo(g.dtype).tiny + row.seen.abs()) * 2.0 ** (self.base + 1)
         cancelled = ~known & (seen.isfinite() & (seen.abs() > least)).any(1)
         ratio = torch.where(known[:, None], seen / row.seen, 1)
         power = ratio[:, :1].abs().log2().round()

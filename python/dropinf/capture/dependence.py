@@ -8,9 +8,8 @@ proven as this one. Where it has not, nothing is wrong yet: each batch's rows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..workload import samples_of, tensors
 from . import moves  # noqa: F401  its rules
 from .colours import NONE, SEVERAL
-from .labels import Labels, Piece, compact, unlabelled
+from .followed import Shown
+from .labels import Labels
 from .ladder import AttributionError
-from .modules import Use
 from .rules import RULES, Run, flat, pointwise, together
 
 # They change a tensor's shape, and none of its numbers.
@@ -40,9 +39,12 @@ _LEAVE = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tens
 class Dependence(TorchDispatchMode):
     """Follows the labels of a forward's tensors. ``given``: tensors that have labels from the start."""
 
-    def __init__(self, parameters: Iterable[Tensor], given: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, parameters: Iterable[Tensor], given: Sequence[tuple[Tensor, Tensor]], *, strict: bool = False
+    ) -> None:
         super().__init__()
-        self.known = Labels()
+        self.known = Labels(strict=strict)
+        self.shown: Shown | None = None
         self.failure: str | None = None
         self.foreign = False  # some backward is its user's
         self.left = False  # Python got numbers of a sample
@@ -152,7 +154,10 @@ class _Leaving(TorchFunctionMode):
             self.dependence.known.add(args[0], fixed=False)
         self.dependence.left |= not _is_of_torch(func)  # what it calls is in no path
         self.dependence.depth += 1
+        shown = self.dependence.shown
         try:
+            if shown is not None and shown.outside is not None:
+                return shown.outside(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
         finally:
             self.dependence.depth -= 1
@@ -188,21 +193,20 @@ def _broadcasts(labels: Tensor, shape: torch.Size) -> bool:
         return False
 
 
-Check = Callable[[str, Tensor], bool]  # of a module's name and the samples of its output's rows [*lead]
-
-
 def stay_apart(
     model: nn.Module,
     losses_of: Callable[[], Tensor],
     batch: Any,
     n: int,
     cu_seqlens: Tensor | None,
-    uses: Mapping[str, Use] | None = None,
-    check: Check = lambda name, rows: True,  # noqa: ARG005
+    show: Callable[[Labels], Shown] | None = None,
+    *,
+    strict: bool = False,
 ) -> bool:
     """Return whether samples stay apart in any batch that runs the same ops. The model runs once or twice for it.
 
-    ``check``: whether the rows of the modules of ``uses`` are of these samples in all batches.
+    ``show``: makes what looks at the outputs that are captured, whose rows must be of the samples that were found.
+    ``strict``: no loss may depend on another sample's data either, through what no gradient flows.
     """
     if _has_backward_hooks(model):
         return False
@@ -210,8 +214,9 @@ def stay_apart(
     if cu_seqlens is None and any(x.ndim and len(x) > n and len(x) % n == 0 for x, _ in variants[0]):
         variants.append(_of_leaves(batch, n, cu_seqlens, cyclic=True))
     for given in variants:
-        dependence = Dependence(_held(model), given)
-        with _outputs(dependence, uses or {}, n) as outputs:
+        dependence = Dependence(_held(model), given, strict=strict)
+        shown = dependence.shown = None if show is None else show(dependence.known)
+        with contextlib.nullcontext() if shown is None else shown.attached():
             losses = _followed(dependence, losses_of)
         if dependence.states:
             again = Dependence(_held(model), given)
@@ -226,7 +231,7 @@ def stay_apart(
         if labels is not None and not (dependence.failure or dependence.foreign or dependence.left):
             own = torch.arange(n, dtype=torch.int32, device=labels.device)
             if bool((labels.reshape(-1) == own).all()):
-                return all(check(name, rows) for name, rows in outputs)
+                return shown is None or shown.fits
     return False
 
 
@@ -234,47 +239,6 @@ def _followed(dependence: Dependence, losses_of: Callable[[], Tensor]) -> Tensor
     # Nothing is kept for a backward: there is none.
     with dependence, _Leaving(dependence), torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped):
         return losses_of()
-
-
-@contextmanager
-def _outputs(dependence: Dependence, uses: Mapping[str, Use], n: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Take the samples of the rows [*lead] of modules' outputs inside, with the modules' names."""
-    found: list[tuple[str, Tensor]] = []
-
-    def take(name: str, use: Use, _module: nn.Module, _args: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and out.ndim:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():  # what is done here is not the model's
-                found.append((name, _rows(use, out, dependence.known.of(out), n)))
-
-    handles = [use.module.register_forward_hook(partial(take, name, use), prepend=True) for name, use in uses.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rows(use: Use, out: Tensor, labels: Tensor | None, n: int) -> Tensor:
-    """Return the samples of a module's output's rows, [*lead], of a batch of n samples.
-
-    Rows of no sample that are not the same n times, a table of them say, may be of another sample in another batch.
-    """
-    rows = use.rows(out.detach())
-    found = _labels_of_rows(use, rows.shape[:-1], labels, out.device)
-    same = found >= 0
-    for dim in (dim for dim, size in enumerate(found.shape) if size == n):
-        same = same | torch.isclose(rows, rows.narrow(dim, 0, 1), 1e-3, 1e-3).all(-1)
-    return found.where(same | (found == SEVERAL), SEVERAL)
-
-
-def _labels_of_rows(use: Use, lead: torch.Size, labels: Tensor | None, device: torch.device) -> Tensor:
-    if labels is None:
-        return unlabelled(lead, device)
-    for small in (compact(labels), labels):
-        rows = Piece(use.rows(small), firm=True).over([-1]).labels.squeeze(-1)
-        if _broadcasts(rows, lead):
-            break
-    return rows.expand(lead)
 
 
 def _dropped(_: Any) -> Any:

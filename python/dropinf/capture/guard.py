@@ -30,10 +30,11 @@ class UseGuard(TorchFunctionMode):
         movement: Movement,
         outside: Outside | None,
         changed: dict[int, tuple[nn.Parameter, Tensor]],
+        originals: Mapping[int, nn.Parameter],
     ) -> None:
         super().__init__()
         self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
-        self.outside, self.changed = outside, changed
+        self.outside, self.changed, self.originals = outside, changed, originals
         self.found: set[int] = set()
         self.unforeseen: str | None = None  # why the batch is to be audited, whatever it looks like
         self.writes = False  # statistics were computed, and perhaps kept in buffers
@@ -56,8 +57,13 @@ class UseGuard(TorchFunctionMode):
                     self._note(item, result)
         return result
 
-    def _hook(self, _args: Any, _kwargs: Any) -> None:
+    def _hook(self, args: Any, _kwargs: Any) -> None:
         self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
+        if isinstance(args[0], nn.Parameter):
+            self.unforeseen = "a parameter has hooks on its gradient"
+
+    def _differentiate(self, _args: Any, _kwargs: Any) -> None:
+        self.unforeseen = "its loss differentiates"
 
     def _node(self, _args: Any, _kwargs: Any) -> None:
         self.unforeseen = "its forward reaches for autograd's nodes"
@@ -74,6 +80,7 @@ class UseGuard(TorchFunctionMode):
     def _look_up(self, args: Any, kwargs: Any) -> None:
         """Keep a copy of a weight that is about to be renormalised; note one whose gradient is scaled by frequency."""
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        weight = self.originals.get(id(weight), weight)
         if kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False):
             self.counted.add(id(weight))
         limit = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
@@ -108,6 +115,7 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     F.embedding: UseGuard._look_up,
     F.embedding_bag: UseGuard._look_up,
     Tensor.register_hook: UseGuard._hook,
+    **dict.fromkeys((torch.autograd.grad, torch.autograd.backward, Tensor.backward), UseGuard._differentiate),
     _TENSOR["grad_fn"].__get__: UseGuard._node,  # which may get hooks that change a weight's gradient
     Tensor.requires_grad_: UseGuard._flag,
     _TENSOR["requires_grad"].__set__: UseGuard._flag,
@@ -137,4 +145,5 @@ def watch(
     if any(sharded.is_sharded(p) for p in parameters):
         places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
-    return UseGuard(owners, capture.active, shards, Movement(n, leaves), outside, capture.changed)
+    originals = {key: p for use in capture.uses.values() for key, p in use.originals.items()}
+    return UseGuard(owners, capture.active, shards, Movement(n, leaves), outside, capture.changed, originals)

@@ -26,7 +26,7 @@ from .colours import SEVERAL, Colours, Key
 from .modules import Use
 from .recorders import Recorder, Unweighted
 from .samples import Layout, Rows, Samples, learn
-from .taps import MARK, Signature, any_true, inserted, listen, per_sample, saved_as_they_are, signature_of
+from .taps import MARK, Signature, any_true, inserted, listen, per_sample, signature_of, unforeseen
 
 # What a use of a layer may raise where the module is not what its class says.
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
@@ -177,7 +177,7 @@ class Pass:
             self._surprises.append((g != 0).any())
         elif key not in self.proven and self.samples.n > 1 and key not in self.open:
             self.unproven.add(key)
-        call.record(self.recorder, g, self._tied(key))
+        call.record(self.recorder, g, self.tied(key))
 
     def _read(
         self,
@@ -205,19 +205,20 @@ class Pass:
         else:
             (self.open if bool((sample >= 0).any()) else self.blank).add(key)
         if into is not None and isinstance(layout, Rows):
-            call.record(self.recorder, call.use.scaled(g, colours.rows[key].scale), self._tied(key))
+            call.record(self.recorder, call.use.scaled(g, colours.rows[key].scale), self.tied(key))
         elif into is not None:
-            call.record(into, g, self._tied(key))
+            call.record(into, g, self.tied(key))
 
     def _layout(
         self, call: Call, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
     ) -> tuple[Layout | None, bool]:
         """Return the layout of rows [*lead] of known samples, and whether it is proven: mostly what it was before."""
-        if key in proven and self._tied(key, before).agree(sample):
+        if key in proven and self.tied(key, before).agree(sample):
             return before.get(key), True
         return learn(sample, self.samples, 2 if call.use.is_followed else self.samples.n)
 
-    def _tied(self, key: Key, layouts: Mapping[Key, Layout] | None = None) -> Samples:
+    def tied(self, key: Key, layouts: Mapping[Key, Layout] | None = None) -> Samples:
+        """Return which rows of a gradient are whose, by its layout."""
         layout = (self.layouts if layouts is None else layouts).get(key)
         return self.samples if layout is None else Samples(self.samples.n, None, layout)
 
@@ -260,6 +261,7 @@ class Capture:
         self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
         self._pass: Pass | None = None
         self._thread = threading.get_ident()
+        self.hides = False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -293,7 +295,7 @@ class Capture:
                 # First of all hooks: what a user's hook makes of the output comes after the layer.
                 leave = partial(self._leave, use)
                 self._handles[name] = (
-                    use.module.register_forward_pre_hook(self._enter),
+                    use.module.register_forward_pre_hook(partial(self._enter, use)),
                     use.module.register_forward_hook(leave, with_kwargs=True, always_call=True, prepend=True),
                 )
 
@@ -303,8 +305,9 @@ class Capture:
                 handle.remove()
 
     @contextlib.contextmanager
-    def running(self, current: Pass) -> Iterator[None]:
-        """Have the hooks feed ``current`` inside."""
+    def running(self, current: Pass, *, hides: bool = False) -> Iterator[None]:
+        """Have the hooks feed ``current`` inside. ``hides``: forwards use what is tracked without a graph to it."""
+        self.hides = hides
         self.active.clear()
         for use in self.uses.values():
             use.doubts.clear()
@@ -313,31 +316,45 @@ class Capture:
             yield
         finally:
             self._pass = None
+            for use in self.uses.values():
+                use.unhide()
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, use: Use, module: nn.Module, _: Any) -> None:
         # A backward of ours runs checkpoints in threads of autograd.
         if self._thread != threading.get_ident() and not (self._pass is not None and self._pass.running):
             raise RuntimeError(
                 "model: a Compressor is using it in another thread, and would take this thread's batch for its own; "
                 "wait for that call, or give each thread its own copy.deepcopy(model)"
             )
+        if self.hides and self._pass is not None and not self.active[module]:
+            use.hide()
         self.active[module] += 1
 
     def _leave(
         self, use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None
     ) -> Tensor | None:
         self.active[module] -= 1
+        if not self.active[module]:
+            use.unhide()
         current = self._pass
         if out is None or current is None or not torch.is_grad_enabled():
             return None  # no output where the module raised an error
         if use.weight is None and use.bias is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
+        if not self._is_first(use):
+            current.failed[use.name] = "a hook stands before what captures its output"
+            return None
         if not isinstance(x, Tensor) or not isinstance(out, Tensor):
             current.failed[use.name] = f"it maps {type(x).__name__} to {type(out).__name__}, not a tensor to a tensor"
             return None
         with torch._C.DisableTorchFunction():  # the guard watches the model, not us
             return self._tap(use, current, x, out)
+
+    def _is_first(self, use: Use) -> bool:
+        """Return whether the hook on a module's output stands before all others."""
+        first = next(iter(use.module._forward_hooks), None)
+        return first == self._handles[use.name][1].id and not nn.modules.module._global_forward_hooks
 
     def _tap(self, use: Use, current: Pass, x: Tensor, out: Tensor) -> Tensor | None:
         """Have the output's gradient compressed in backward. Return what takes the output's place, if anything."""
@@ -361,8 +378,7 @@ def tap(current: Pass, call: Call, out: Tensor, *, new: bool = False) -> Tensor:
     current.calls.add(call.signature)
     current.dtypes.add(out.dtype)
     current.uses[call.use.name] = call.use
-    if not saved_as_they_are():
-        current.unforeseen = "what it saves for backward is packed"
+    current.unforeseen = current.unforeseen or unforeseen()
     # Modified in place, a view loses its node to a new history; any other output keeps it.
     if out.grad_fn is None or new or out._is_view():
         return inserted(out, current.anchor, call)

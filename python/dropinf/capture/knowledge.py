@@ -31,7 +31,7 @@ class Plan:
 
     ``follow``: each batch's layouts are found anew, as some follow the data or (``unclear``) samples may meet.
     ``movements``: of forwards whose layouts these are. ``apart``: movements and shapes of batches whose samples stay
-    apart whatever the data.
+    apart whatever the data. ``single``: of them too, whether a loss has nothing of another sample's data.
     """
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
@@ -39,7 +39,8 @@ class Plan:
     blank: set[Key] = field(default_factory=set)
     loose: set[Key] = field(default_factory=set)  # whose layout follows the data
     movements: set[int] = field(default_factory=set)
-    apart: set[tuple[int, Any]] = field(default_factory=set)
+    apart: set[tuple[int | None, Any]] = field(default_factory=set)
+    single: dict[tuple[int | None, Any], bool] = field(default_factory=dict)
     gradients: set[frozenset[str]] = field(default_factory=set)
     compared: set[str] = field(default_factory=set)  # layers that had a gradient in an audit
     follow: bool = False
@@ -76,7 +77,6 @@ class Knowledge:
         self.shared: set[Signature] = set()  # calls whose output all samples share
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
-        self.reached: set[str] = set()  # modules that were called
         self.writes_batches = False  # the loss changes its batch in place
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else
         self._exact_gradients: ExactGradients | None = None  # of the last batch that had some

@@ -120,9 +120,10 @@ class _Entry:
 
 
 class Labels:
-    """The labels of all tensors of a forward."""
+    """The labels of all tensors of a forward. ``strict``: those of data count as those of what has a gradient do."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
         self._entries: dict[int, _Entry] = {}
 
     def knows(self, x: Tensor) -> bool:
@@ -136,8 +137,8 @@ class Labels:
 
     def is_firm(self, x: Tensor) -> bool:
         """Return whether a gradient flows through a tensor, or would if autograd were on, as around a checkpoint."""
-        if x.requires_grad or torch.is_grad_enabled():
-            return x.requires_grad
+        if self.strict or x.requires_grad or torch.is_grad_enabled():
+            return self.strict or x.requires_grad
         entry = self._entry(x)
         return entry is not None and entry.firm
 

@@ -38,6 +38,8 @@ class Use:
         self._forward, self._read = type(module).forward, self._reads()
         parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
         self._held = {name: p for name, p in parameters.items() if p is not None and not sharded.is_sharded(p)}
+        # What the forward gets in their place: it needs no gradient, so that any gradient is of another use.
+        self.frozen = {n: nn.Parameter(p.detach(), requires_grad=False) for n, p in self._held.items() if _is_plain(p)}
 
     def check(self) -> None:
         """Raise ValueError where the module is not what it was when its capture began."""
@@ -46,6 +48,34 @@ class Use:
         own = self.module._parameters
         if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
             raise ValueError("what its forward reads was replaced")
+
+    @property
+    def hidden(self) -> dict[str, Layer]:
+        """The plans of what a forward gets without a graph to it."""
+        plans = {"weight": self.weight, "bias": self.bias}
+        return {name: plan for name, plan in plans.items() if plan is not None and name in self.frozen}
+
+    @property
+    def originals(self) -> dict[int, nn.Parameter]:
+        """The parameters by the ids of what a forward gets in their place."""
+        return {id(frozen): self._held[name] for name, frozen in self.frozen.items()}
+
+    def hide(self) -> None:
+        """Have the module's forward use what is tracked without a graph to it."""
+        own = self.module._parameters
+        for name in self.hidden:
+            held, frozen = self._held[name], self.frozen[name]
+            if own.get(name) is held:
+                if frozen.data_ptr() != held.data_ptr():
+                    frozen.data = held.detach()
+                own[name] = frozen
+
+    def unhide(self) -> None:
+        """Put back what was hidden."""
+        own = self.module._parameters
+        for name, frozen in self.frozen.items():
+            if own.get(name) is frozen:
+                own[name] = self._held[name]
 
     def _reads(self) -> list[Any]:
         values = [getattr(self.module, name, None) for name in self.settings]
@@ -95,6 +125,10 @@ class Use:
     def scaled(self, g: Tensor, factor: Tensor) -> Tensor:
         """Return the output gradient with each of its `rows` times its factor [*lead]."""
         return g * factor[..., None]
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
 
 def summed(a: Tensor | None, g: Tensor, samples: Samples) -> Tensor:

@@ -110,17 +110,21 @@ class Outside:
             x = args[1] if function is F.linear else args[1].mT
             mark_data(x)
             return _marked(self._meeting(torch.matmul, (x, turned), {}, [turned]).mT, _DATA)
-        ids = {id(t) for t in derived}
-        plain = _replaced((tuple(args), dict(kwargs)), lambda t: t.detach() if id(t) in ids else t)
         name = getattr(function, "__name__", "")
         in_place = name.startswith(("__setitem__", "__i")) or (name.endswith("_") and not name.endswith("__"))
-        result = function(*plain[0], **plain[1])
+        result = self._run(function, args, kwargs, derived)
         if in_place or "out" in kwargs or not isinstance(result, Tensor) or result.is_complex():
             self.unfit |= {layer.name for t in derived for layer in self.layers_of(t)}
             return _marked(result, _DATA)
         if not result.is_floating_point():
             return _marked(result, _DATA)
         return self._tapped(result, function, args, kwargs, derived)
+
+    def _run(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: list[Tensor]) -> Any:
+        """Run an op on what is derived from parameters, without a graph to them."""
+        ids = {id(t) for t in derived}
+        plain = _replaced((tuple(args), dict(kwargs)), lambda t: t.detach() if id(t) in ids else t)
+        return function(*plain[0], **plain[1])
 
     def _tapped(
         self,
@@ -135,12 +139,22 @@ class Outside:
         layers = {layer.name: layer for t in derived for layer in self.layers_of(t)}
         if not layers:
             return result
-        n = self.current.samples.n
         name = f"{'+'.join(sorted(layers))}@{getattr(function, '__name__', 'op')}"
         if guessed and name in self.constant:
             return result
-        result = result.detach() if guessed else result
-        use = OpUse(name, layers, self, guessed=guessed)
+        return self._tap(OpUse(name, layers, self, guessed=guessed), result, function, args, kwargs, derived)
+
+    def _tap(
+        self,
+        use: OpUse,
+        result: Tensor,
+        function: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        derived: list[Tensor],
+    ) -> Tensor:
+        n, name = self.current.samples.n, use.name
+        result = result.detach() if use.guessed else result
         *known, goes, single = signature_of(name, result, result, n)
         of_rows = "".join("01"[_is_rows(t, len(result), n)] for t in _tensors(args)) if result.ndim else ""
         signature = (*known, goes + of_rows, single)

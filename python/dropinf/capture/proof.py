@@ -42,8 +42,6 @@ class Proof:
             return "new look"
         if unforeseen is not None:
             return unforeseen
-        if plan.unclear and (known.ladder.on("vmap") or known.ladder.on("alone")):
-            return "samples may meet"  # which single samples do not show
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
     def is_first_gradient(self, plan: Plan, store: Mapping[str, Tensor]) -> bool:

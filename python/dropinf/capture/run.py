@@ -20,12 +20,14 @@ from .attempt import Again
 from .checks import cached_message, check_finite, late_message, refused_message
 from .dependence import stay_apart
 from .exact import ExactGradients
+from .followed import Followed, Shown, settled
 from .guard import UseGuard, watch
 from .hooks import Pass
 from .knowledge import Plan
+from .labels import Labels
 from .ladder import RUNGS, TAPPED, AttributionError
 from .moments import NotFinite
-from .outside import Outside
+from .outside import Outside, mark_data
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing
@@ -61,17 +63,20 @@ class Run(Sharing):
         outside = self._outside(current)
         guard = watch(capture, self._parameters(), self.n, outside, tensors(self.batch))
         began = time.perf_counter()
-        with capture.running(current), self._flags(outside):
+        hides = not known.own_flags and bool(known.ladder.tapped) and not sharded.is_any(self.model)
+        with capture.running(current, hides=hides), self._flags(outside):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
             self.unforeseen = self.unforeseen or guard.unforeseen
+            if any(target.tensor._backward_hooks for target in known.targets.values()):
+                self.unforeseen = "a parameter has hooks on its gradient"
             if guard.writes:
                 self.start.distrust()
             self.movement = guard.movement.fingerprint()
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
             self._lower_unfit(outside)
-            self._lower_leaked(current)
+            self._lower_leaked()
         after = RandomState(self.hooked.attributes.devices)
         self.random = bool(known.exact_names or self.hooked.probe) and self.start.random.moved()
         if self.random and (known.ladder.on("vmap") or known.ladder.on("alone")):
@@ -185,11 +190,10 @@ class Run(Sharing):
         if found:
             raise Again
 
-    def _lower_leaked(self, current: Pass) -> None:
+    def _lower_leaked(self) -> None:
         """Take a surer way for parameters that got a gradient in another way than by their module."""
-        self.known.reached |= set(current.uses)
-        found = [plan.name for plan in self._uncalled() if plan.name in self.leaked]
-        self._lower(found, "the parameter is used where nothing sees it, as in an autograd Function")
+        why = "the parameter is used where nothing sees it, as in an autograd Function"
+        self._lower(sorted(self.leaked), why, "alone")  # vmap puts other parameters in their modules, and nowhere else
 
     def _lower_unfit(self, outside: Outside | None) -> None:
         if outside is not None:
@@ -256,19 +260,25 @@ class Run(Sharing):
 
     def _keep_apart(self, current: Pass, plan: Plan, look: Any) -> None:
         """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""
-        movement, shapes = self.movement, tuple(leaf.shape for leaf in tensors(self.batch))
-        if self.n == 1 or plan.follow or (movement, shapes) in plan.apart:
+        movement, ladder = self.movement, self.known.ladder
+        alike = movement, tuple(leaf.shape for leaf in tensors(self.batch))
+        if self.n > 1 and (ladder.on("vmap") or ladder.on("alone")):
+            if alike not in plan.single:
+                plan.single[alike] = movement is not None and self._stay_apart(current, strict=True)
+            if not plan.single[alike]:
+                self.unforeseen = self.unforeseen or "samples may meet"  # which single samples do not show
+        if self.n == 1 or plan.follow or alike in plan.apart:
             return
         if movement is not None and self._stay_apart(current):
             plan.movements.add(movement)
-            plan.apart.add((movement, shapes))
+            plan.apart.add(alike)
             return
         plan.follow = plan.unclear = True
         if not self.coloured:
             self.known.plans[look] = plan
             raise Again
 
-    def _stay_apart(self, current: Pass) -> bool:
+    def _stay_apart(self, current: Pass, *, strict: bool = False) -> bool:
         """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
         if sharded.is_any(self.model):
             return False
@@ -276,15 +286,14 @@ class Run(Sharing):
         self.start.restore()
         try:
             with self.hooked.capture.removed(), self.hooked.flags.own(tracked), torch.enable_grad():
-                uses = {name: use for name, use in self.hooked.capture.uses.items() if use.plans}
                 return stay_apart(
                     self.model,
                     self._plain_losses,
                     self.batch,
                     self.n,
                     self.cu,
-                    uses,
-                    partial(self._are_as_found, current),
+                    None if strict else partial(self._shown, current),
+                    strict=strict,
                 )
         except (AttributionError, torch.OutOfMemoryError):
             raise
@@ -292,13 +301,19 @@ class Run(Sharing):
             return False  # a loss that differentiates, say, for which nothing was kept
         finally:
             self.start.restore()
+            self._unmark()
 
-    def _are_as_found(self, current: Pass, name: str, rows: Tensor) -> bool:
-        """Return whether a call's rows [*lead] are of the samples that its layouts say, those without gradient too."""
-        if name in {signature[0] for signature in self.known.shared}:
-            return True  # each sample has its own copy
-        layouts = [current._tied(key) for key in current.emitted_keys if key[0] == name]
-        return not layouts or any(samples.agree(rows) for samples in layouts)
+    def _shown(self, current: Pass, labels: Labels) -> Shown:
+        """Return what looks at the outputs that are captured, in a forward that is followed."""
+        hooked, shared = self.hooked, {signature[0] for signature in self.known.shared}
+        uses = {name: use for name, use in hooked.capture.uses.items() if use.plans}
+        shown = Shown(labels, uses, partial(settled, current, shared))
+        raw = self._raw()
+        if raw:
+            shown.outside = Followed(current, raw, self.known.constant, shown)
+            for leaf in tensors(self.batch):
+                mark_data(leaf)
+        return shown
 
     def _audit(
         self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str

@@ -124,6 +124,15 @@ class Samples:
         owner = owner[:, None] if cu is None else torch.repeat_interleave(owner, cu.diff().long().to(rows.device))
         return bool(((rows == owner) | (rows == -1)).all())
 
+    def owners(self, lead: torch.Size, device: torch.device) -> Tensor:
+        """Return the sample of each row [*lead], int64."""
+        places, cu = self.tie(torch.arange(lead.numel(), device=device).reshape(lead), 0)
+        owner = torch.arange(self.n, device=device)
+        owner = owner[:, None] if cu is None else torch.repeat_interleave(owner, cu.diff().long().to(device))
+        found = torch.empty(lead.numel(), dtype=torch.int64, device=device)
+        found[places.flatten()] = owner.expand(places.shape).flatten()
+        return found.reshape(lead)
+
     def sum_parts(self, parts: Tensor) -> Tensor:
         """Return [N, ...], the sums over the m parts of each sample in [N * m, ...]."""
         if isinstance(self.layout, Rows):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
@@ -62,10 +63,14 @@ def per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
     return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
 
 
-def saved_as_they_are() -> bool:
-    """Return whether what a forward saves for backward comes back as it was: its user does not pack it himself."""
+def unforeseen() -> str | None:
+    """Return why a forward is to be audited for where it runs, or None: a look does not show this."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is None or hooks[0].__module__.split(".")[0] == "torch"
+    if hooks is not None and hooks[0].__module__.split(".")[0] != "torch":
+        return "what it saves for backward is packed"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "it runs in a transform of torch.func"
+    return None
 
 
 def any_true(flags: Iterable[Tensor]) -> bool:
