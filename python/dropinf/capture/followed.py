@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,18 +18,22 @@ from .layer import Layer
 from .modules import Use
 from .outside import OpUse, Outside, mark_data
 
-# Of a capture's name and the samples of its rows [*lead] by the ops (NONE: these do not say): the samples that the rows
-# are of, or None where they are of others than was found.
-Settle = Callable[[str, Tensor], Tensor | None]
+# Of a capture's name, its output's shape and the samples of its rows [*lead] by the ops (NONE: these do not say): the
+# samples that the rows are of, or None where they are of others than was found.
+Settle = Callable[[str, torch.Size, Tensor], Tensor | None]
 
 
 class Shown:
-    """The outputs that are captured, as a forward that is followed makes them. ``uses``: the hooked modules."""
+    """The outputs that are captured, as a forward that is followed makes them.
 
-    def __init__(self, labels: Labels, uses: Mapping[str, Use], settle: Settle) -> None:
+    ``uses``: the hooked modules. ``names``: the captures that had a gradient, all of which must be shown.
+    """
+
+    def __init__(self, labels: Labels, uses: Mapping[str, Use], names: Iterable[str], settle: Settle) -> None:
         self.labels, self.uses, self.settle = labels, uses, settle
+        self._left = set(names)
         self.outside: Followed | None = None  # what shows the ops that use parameters
-        self.fits = True  # all rows are of the samples that they were found to be of
+        self._fit = True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -42,13 +46,19 @@ class Shown:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def fits(self) -> bool:
+        """Whether all rows are of the samples that they were found to be of."""
+        return self._fit and not self._left
+
     def show(self, name: str, use: Use, out: Tensor) -> None:
         """Compare the rows of a captured output; those that no op gives a sample get the one that was found."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():  # what is done here is not the model's
+            self._left.discard(name)
             rows = _rows(use, out, self.labels.of(out))
-            settled = self.settle(name, rows)
+            settled = self.settle(name, out.shape, rows)
             if settled is None:
-                self.fits = False
+                self._fit = False
             elif settled is not rows:
                 own = use.scaled(torch.ones(out.shape, dtype=torch.int32, device=out.device), settled.to(torch.int32))
                 self.labels.put(out, own, fixed=False)
@@ -94,11 +104,11 @@ def _fits(shape: torch.Size, lead: torch.Size) -> bool:
         return False
 
 
-def settled(current: Pass, shared: set[str], name: str, rows: Tensor) -> Tensor | None:
+def settled(current: Pass, shared: set[str], name: str, shape: torch.Size, rows: Tensor) -> Tensor | None:
     """Return the samples of rows by what ``current`` found, where the ops give them none; see `Settle`."""
     if name in shared:
         return rows  # each sample has its own copy
-    found = [current.tied(key) for key in current.emitted_keys if key[0] == name]
+    found = [current.tied(k) for k in current.emitted_keys if k[0] == name and current.shapes[k] == shape]
     fitting = [samples for samples in found if samples.agree(rows)]
     if found and not fitting:
         return None

@@ -54,6 +54,7 @@ class Pass:
     uses: dict[str, Use] = field(default_factory=dict)  # by name, those that were called
     emitted: Counter[str] = field(default_factory=Counter)
     dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
+    shapes: dict[Key, torch.Size] = field(default_factory=dict)  # of gradients
     unforeseen: str | None = None  # why it is to be audited, whatever it looks like
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
@@ -90,6 +91,7 @@ class Pass:
             return
         key = name, self.emitted[name]
         self.emitted[name] += 1
+        self.shapes[key] = g.shape
         try:
             (self._take or self._record)(call, key, g)
         except torch.OutOfMemoryError:
@@ -197,7 +199,7 @@ class Pass:
         if bool((sample == SEVERAL).any()):
             self.several[key] = call.signature
             return
-        layout, proven = self._layout(call, key, sample, *before)
+        layout, proven = self._layout(key, sample, *before)
         if layout is not None:
             self.layouts[key] = layout
         if proven:
@@ -210,12 +212,12 @@ class Pass:
             call.record(into, g, self.tied(key))
 
     def _layout(
-        self, call: Call, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
+        self, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]
     ) -> tuple[Layout | None, bool]:
         """Return the layout of rows [*lead] of known samples, and whether it is proven: mostly what it was before."""
         if key in proven and self.tied(key, before).agree(sample):
             return before.get(key), True
-        return learn(sample, self.samples, 2 if call.use.is_followed else self.samples.n)
+        return learn(sample, self.samples)
 
     def tied(self, key: Key, layouts: Mapping[Key, Layout] | None = None) -> Samples:
         """Return which rows of a gradient are whose, by its layout."""

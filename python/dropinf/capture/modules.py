@@ -29,7 +29,6 @@ def rms_epsilon(module: nn.Module) -> float | None:
 class Use:
     """One module's capture. ``weight`` and ``bias`` are the plans of what is tracked of it."""
 
-    is_followed = True  # the labels of its rows are compared with the samples that were found
     settings: tuple[str, ...] = ()  # attributes that the module's forward reads, and its capture too
 
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:

@@ -198,8 +198,6 @@ def _leaves(x: Tensor) -> list[Tensor]:
 class OpUse(Use):
     """The capture of parameters at one op."""
 
-    is_followed = False
-
     def __init__(self, name: str, layers: Mapping[str, Layer], outside: Outside, *, guessed: bool) -> None:
         super().__init__(name, nn.Module(), None, None)
         self.layers, self.outside, self.guessed = dict(layers), outside, guessed

@@ -307,7 +307,7 @@ class Run(Sharing):
         """Return what looks at the outputs that are captured, in a forward that is followed."""
         hooked, shared = self.hooked, {signature[0] for signature in self.known.shared}
         uses = {name: use for name, use in hooked.capture.uses.items() if use.plans}
-        shown = Shown(labels, uses, partial(settled, current, shared))
+        shown = Shown(labels, uses, current.emitted, partial(settled, current, shared))
         raw = self._raw()
         if raw:
             shown.outside = Followed(current, raw, self.known.constant, shown)

@@ -154,14 +154,12 @@ class Samples:
         return parts.new_zeros(self.n, *parts.shape[1:]).index_add_(0, owner.clamp(min=0), parts)
 
 
-def learn(sample: Tensor, samples: Samples, enough: int = 2) -> tuple[Layout | None, bool]:
+def learn(sample: Tensor, samples: Samples) -> tuple[Layout | None, bool]:
     """Return the layout of rows whose samples are known [*lead], and whether no other layout would fit them.
-
-    Rows of fewer than ``enough`` samples show none.
 
     Layouts that are proven hold for later batches; `Rows` hold for these alone. None is the usual layout.
     """
-    several = len(sample[sample >= 0].unique()) >= enough
+    several = len(sample[sample >= 0].unique()) > 1
     grids: list[Layout | None] = [None] if samples.agree(sample) else []
     if grids and samples.cu_seqlens is not None:
         return None, several  # as the user says
