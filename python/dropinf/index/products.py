@@ -39,17 +39,17 @@ class Products:
         if scale is None:
             return dot_rows(self.q, values)
         scale = scale.to(self.q)
+        if scale.ndim == 1 and len(self.widths) == 1 and values.dtype == torch.int8:
+            scale = scale.unsqueeze(1)  # with digits of the queries that are kept
         if scale.ndim == 1:
             return dot_rows(self.q, values).mul_(scale)
         if values.device.type != "cpu":  # few large products
             return dot_rows(self.q, by_layers(values.to(self.q.dtype, copy=True), scale, self.widths))
         if len(self.q) <= _FEW or not self._pieces or not in_integers(self.q, values):
             return self._decoded(values, scale, self._every).t()
-        total = self._decoded(values, scale, self._narrow)
-        for tile in range(0, len(values), self._tile):
-            rows_of = slice(tile, tile + self._tile)
-            total[rows_of] += self._in_integers(values[rows_of], scale[rows_of])
-        return total.t()
+        tiles = zip(values.split(self._tile), scale.split(self._tile), strict=True)
+        total = torch.cat([self._in_integers(*tile) for tile in tiles])
+        return (total + self._decoded(values, scale, self._narrow) if self._narrow else total).t()
 
     def _decoded(self, values: Tensor, scale: Tensor, spans: list[Span]) -> Tensor:
         """Multiply these columns, decoded a tile at a time: one product for many layers, of what the cache holds."""
