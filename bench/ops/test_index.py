@@ -1,4 +1,4 @@
-"""Scoring from a memory-mapped index against NumPy's product of the same rows in memory; rows a second by dtype.
+"""Scoring from an index on disk against NumPy's product of the same rows in memory; rows a second by dtype.
 
 The files are in the page cache, every shard was compared with its checksum before (the first pass of a process does
 that, at `test_checksums`' rate), and 16 queries are scored, keeping the best ten of each. One thread.

@@ -174,9 +174,8 @@ class Index:
         `reuse`: a block is overwritten once two more were asked for.
         """
         about = self.shapes, self.digest, self.origin
-        for first, values in self._ahead(
-            rows, lambda stored: self._codec.decode(*stored), reuse=reuse or self._codec.scaled
-        ):
+        reuse = reuse or self._codec.scaled  # what is decoded is a copy
+        for first, values in self._ahead(rows, lambda stored: self._codec.decode(*stored), reuse=reuse):
             yield self._at(first, len(values)), Gradients(values, *about)
 
     def stored_blocks(self, rows: int | None = None, *, reuse: bool = False) -> Iterator[tuple[At, Stored]]:
