@@ -258,6 +258,8 @@ def _stream_top(
     for at, part, rows in blocks:
         if part is not None:
             rows = Stored(rows.values, _train_scale(part, fisher, kind, q))
+        if rows.scale is not None and rows.scale.ndim == 1 and q.dtype == torch.float64:
+            rows = Stored(rows.values * rows.scale.unsqueeze(1), None)  # the op takes fp32 scales
         small = part is None and q.device.type == "cpu"
         if small or isinstance(at, Tensor) or (rows.scale is not None and rows.scale.ndim > 1):
             for scored in _scored(products, rows, at):
@@ -266,8 +268,6 @@ def _stream_top(
                     best, held = _merge([best, _best_of(held, top)], top), []
             continue
         flat, scale = rows.values.to(q.device), rows.scale
-        if scale is not None and q.dtype == torch.float64:
-            flat, scale = flat * scale.unsqueeze(1), None  # the op takes fp32 scales
         scale = None if scale is None else scale.to(q.device)
         best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=at.start))], top)
     if held:
