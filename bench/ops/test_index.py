@@ -1,4 +1,4 @@
-"""Scoring from a memory-mapped index against NumPy's product of the same rows in memory; rows a second by dtype.
+"""Scoring from an index on disk against NumPy's product of the same rows in memory; rows a second by dtype.
 
 The files are in the page cache, every shard was compared with its checksum before (the first pass of a process does
 that, at `test_checksums`' rate), and 16 queries are scored, keeping the best ten of each. One thread.
@@ -14,6 +14,9 @@ from torch import nn
 
 import dropinf
 from dropinf.files import file_checksum
+from dropinf.index.codec import Codec
+from dropinf.index.products import Products, Stored
+from dropinf_kernels.ops.topk import dot_rows
 
 ROWS, BATCH, SIDE, QUERIES = 24_576, 4096, 64, 16  # a batch is a shard, of the 64 MiB that shards of long runs have
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -75,3 +78,27 @@ def test_checksums(benchmark, index):
     report(benchmark, ROWS)
     files = [file.path for file in index._files]
     benchmark.pedantic(lambda: [file_checksum(path) for path in files], rounds=5, warmup_rounds=1)
+
+
+LAYERS = {"500x16": (16,) * 500, "200x256": (256,) * 200, "1x4096": (4096,), "30x64,30x300": (64, 300) * 30}
+
+
+@pytest.mark.parametrize("scales", ["by layer", "one a row"])
+@pytest.mark.parametrize("queries", [1, QUERIES])
+@pytest.mark.parametrize("widths", LAYERS.values(), ids=LAYERS)
+def test_int8_layers(benchmark, widths, queries, scales):
+    """1024 stored rows, their scales found and multiplied, against those of the format that had one scale a row."""
+    generator = torch.Generator().manual_seed(0)
+    codec = Codec("int8", tuple(map(str, range(len(widths)))), widths)
+    kept = codec.encode(torch.randn(1024, codec.width, generator=generator))
+    q = torch.randn(queries, codec.width, generator=generator)
+    values, scale, products = kept["gradients"], kept.get("scale"), Products(q, widths)
+    one = torch.rand(len(values), generator=generator)
+
+    def by_layer() -> torch.Tensor:
+        return products.dot(Stored(values, codec.scales(values, scale)))
+
+    benchmark.group = f"{queries} queries, 1024 int8 rows of {len(widths)} layers, {codec.width} numbers"
+    dot = by_layer if scales == "by layer" else lambda: dot_rows(q, values).mul_(one)
+    found = benchmark.pedantic(dot, rounds=9, warmup_rounds=2)
+    assert found.shape == (queries, 1024)

@@ -166,6 +166,7 @@ def _columns(
         yield at, block if factor is None else block.mul_(factor.to(block))
 
 
+_TOGETHER = 4096  # samples whose best are found together
 Part = tuple[At, "Gradients | None", Stored]
 
 
@@ -181,9 +182,12 @@ def _blocks(
     exact = kind == "influence" and fisher is not None and fisher.result_dtype(torch.float32) == torch.float64
     if isinstance(mine, Index) and kind in ("influence", "dot") and not exact:
         factors = mine.factors()
-        stored = ((at, None, rows) for at, rows in mine.stored_blocks())
+        many = None if q.device.type == "cpu" else max(1, 2 * mine.block_bytes // mine.bytes_per_sample)
+        stored = ((at, None, rows) for at, rows in mine.stored_blocks(many, reuse=True))
         return (q if factors is None else q * factors.to(q)), stored
-    return q, ((at, part, Stored(part.flat, None)) for at, part in placed_blocks(mine, block_rows(train)))
+    rows = block_rows(train)
+    read = mine.placed_blocks(rows, reuse=True) if isinstance(mine, Index) else placed_blocks(mine, rows)
+    return q, ((at, part, Stored(part.flat, None)) for at, part in read)
 
 
 def _widths(train: Sketched) -> tuple[int, ...]:
@@ -250,40 +254,51 @@ def _stream_top(
     best = TopK(q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device))
     q, blocks = _blocks(q, train, fisher, kind, ranks)
     products = Products(q, _widths(train))
+    held: list[tuple[Tensor, Tensor]] = []  # positions and scores of small blocks, whose best are found together
     for at, part, rows in blocks:
         if part is not None:
             rows = Stored(rows.values, _train_scale(part, fisher, kind, q))
-        if isinstance(at, Tensor) or (rows.scale is not None and rows.scale.ndim > 1):
-            best = _merge([best, *_top_of_parts(products, rows, top, at)], top)
+        if rows.scale is not None and rows.scale.ndim == 1 and q.dtype == torch.float64:
+            rows = Stored(rows.values * rows.scale.unsqueeze(1), None)  # the op takes fp32 scales
+        small = part is None and q.device.type == "cpu"
+        if small or isinstance(at, Tensor) or (rows.scale is not None and rows.scale.ndim > 1):
+            for scored in _scored(products, rows, at):
+                held.append(scored)
+                if sum(map(len, (positions for positions, _ in held))) >= _TOGETHER:
+                    best, held = _merge([best, _best_of(held, top)], top), []
             continue
         flat, scale = rows.values.to(q.device), rows.scale
-        if scale is not None and q.dtype == torch.float64:
-            flat, scale = flat * scale.unsqueeze(1), None  # the op takes fp32 scales
         scale = None if scale is None else scale.to(q.device)
         best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=at.start))], top)
+    if held:
+        best = _merge([best, _best_of(held, top)], top)
     if ranks.world > 1:
         parts = zip(ranks.gather(best.values.T), ranks.gather(best.indices.T), strict=True)
         best = _merge([TopK(values.T, indices.T) for values, indices in parts], top)
     return best
 
 
-def _top_of_parts(products: Products, rows: Stored, top: int, at: At) -> Iterator[TopK]:
-    """Yield the best of rows that the op does not take: with a scale for each layer, or in another order than theirs.
-
-    Part by part, so that few scores are held.
-    """
+def _scored(products: Products, rows: Stored, at: At) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield positions and scores [Q, n] of rows that the op does not take, part by part, so that few are held."""
     step = max(1, BUFFER_BYTES // (products.q.itemsize * max(1, len(products.q))))
     for start in range(0, len(rows.values), step):
         scale = None if rows.scale is None else rows.scale[start : start + step]
-        part = Stored(rows.values[start : start + step], scale)
-        scores = products.dot(part)
+        scores = products.dot(Stored(rows.values[start : start + step], scale))
         if isinstance(at, Tensor):
-            positions, order = at[start : start + step].sort()
-            positions, scores = positions.to(scores.device), scores[:, order.to(scores.device)]  # ties: lowest first
+            yield at[start : start + step].to(scores.device), scores
         else:
-            positions = torch.arange(at.start + start, at.start + start + scores.shape[1], device=scores.device)
-        values, indices = topk_lowest_index(scores, min(top, scores.shape[1]))
-        yield TopK(values, positions[indices])
+            first = at.start + start
+            yield torch.arange(first, first + scores.shape[1], device=scores.device), scores
+
+
+def _best_of(held: list[tuple[Tensor, Tensor]], top: int) -> TopK:
+    """Return the best of positions and their scores; of equal ones, the lowest position."""
+    positions, scores = torch.cat([at for at, _ in held]), torch.cat([part for _, part in held], 1)
+    if len(positions) > 1 and bool((positions.diff() < 0).any()):
+        positions, order = positions.sort()
+        scores = scores[:, order]
+    values, indices = topk_lowest_index(scores, min(top, scores.shape[1]))
+    return TopK(values, positions[indices])
 
 
 def _merge(parts: list[TopK], top: int) -> TopK:

@@ -178,6 +178,15 @@ def shuffles(batches: object) -> bool:
     return any(_shuffles(sampler) for sampler in _samplers(batches))
 
 
+def sampler_of_ranks(batches: object) -> str | None:
+    """Return the name of a loader's sampler that gives each of several ranks a part, such as DistributedSampler."""
+    for sampler in _samplers(batches):
+        replicas = getattr(sampler, "num_replicas", None)
+        if isinstance(replicas, int) and replicas > 1:
+            return type(sampler).__name__
+    return None
+
+
 def _samplers(loader: object) -> Iterator[object]:
     """Yield the samplers of a DataLoader, and those that they draw from: a batch sampler's own, say."""
     if not isinstance(loader, DataLoader):

@@ -96,11 +96,11 @@ def test_a_rank_that_others_would_wait_for_in_vain_ends_them(kind, says, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("model", "group: rank 1 has another model than rank 0"),
+        ("model", "group: rank 1 has another model than rank 0; every rank must make the same call"),
         ("sketch", "group: rank 1 has another sketch than rank 0"),
         ("fisher", "group: rank 1 has another fisher than rank 0 (None, not ('block', 0.1, False))"),
         ("loss", "group: rank 1 has other losses of the first batch than rank 0"),
-        ("sampler", "group: rank 1 has another first batch than rank 0"),
+        ("sampler", "batches: their DistributedSampler gives each rank a part of the samples, and group= has"),
         ("batch", "batches: batch 9 is another one on rank 1 than on rank 0"),
     ],
 )

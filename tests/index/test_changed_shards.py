@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import dropinf
-from dropinf.index import shards
+from dropinf.index import reader, shards
+from dropinf.index.shards import Room
 from tests.index.small import make_batches, make_compressor, names
 
 USES = {
@@ -39,7 +40,6 @@ print(len(index.manifest.shards))
 
 
 def flip(path):
-    """In place: a mapping of a file that is cut meanwhile would end the process."""
     with open(path, "r+b") as file:
         file.seek(-5, os.SEEK_END)
         byte = file.read(1)[0]
@@ -65,12 +65,12 @@ def swap(path):
     os.replace(other, path)
 
 
-@pytest.fixture(params=["read", "mapped"])
+@pytest.fixture(params=["together", "alone"])
 def opened(request, tmp_path, monkeypatch):
-    """An index whose shards are all read, or all mapped."""
+    """An index whose small shards are read as one block, or each as its own."""
     made = make_compressor().compress(make_batches(), out=tmp_path / "idx", ids=names)
-    if request.param == "mapped":
-        monkeypatch.setattr(shards, "SMALL_BYTES", -1)
+    if request.param == "alone":
+        monkeypatch.setattr(reader, "SMALL_BYTES", -1)
     return made
 
 
@@ -109,7 +109,7 @@ def test_a_shard_that_changes_before_it_is_opened(opened, monkeypatch):
     flip(path)
     layout = opened._layouts[3][1]
     with pytest.raises(ValueError, match="it changed while it was read"):
-        opened._files[3].window(layout, 0, 1, stamp)
+        opened._files[3].read(layout, [(0, 1)], stamp, Room(opened._codec).take(1))
 
 
 def test_a_file_that_is_cut_while_it_is_read(tmp_path):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropinf
+from dropinf.index import products
 from dropinf.index.codec import Codec
 from dropinf.index.products import Products, Stored
 from tests.index.fixtures import make_fixtures as made
@@ -81,6 +82,36 @@ def test_products_by_layer(queries, dtype):
     for found in (Products(q, WIDTHS).dot(rows), Products(q.double(), WIDTHS).dot(rows).to(dtype)):
         assert (found.dtype, found.shape) == (dtype, wanted.shape)
         assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
+
+
+PATTERNS = {
+    "narrow": (16,) * 40,
+    "narrower": (3,) * 40,
+    "weights and biases": (64, 5) * 9,
+    "blocks": (7, 64, 20, 64) * 5 + (9,),
+    "wide": (2000, 1030),
+    "wide and narrow": (1024, 8, 1500, 8, 20, 300),
+}
+
+
+@pytest.mark.parametrize("held", [300, 1 << 20])
+@pytest.mark.parametrize("queries", [1, 4, 5, 70])
+@pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
+def test_products_of_patterns_of_layers(widths, queries, held, monkeypatch):
+    """Also where few rows and columns are decoded at a time, so that tiles end within layers."""
+    monkeypatch.setattr(products, "_DECODED", held * 32)
+    torch.manual_seed(0)
+    codec = Codec("int8", tuple(map(str, range(len(widths)))), widths)
+    sizes = torch.repeat_interleave(torch.logspace(-8, 8, len(widths)), torch.tensor(widths))
+    kept = codec.encode(torch.randn(150, sum(widths)) * sizes)
+    scales = codec.scales(kept["gradients"], kept.get("scale"))
+    q = torch.randn(queries, sum(widths)) / sizes
+    decoded = kept["gradients"].double() * scales.double().repeat_interleave(torch.tensor(widths), 1)
+    torch.testing.assert_close(codec.decode(kept["gradients"], kept.get("scale")).double(), decoded, rtol=1e-7, atol=0)
+    found = Products(q, widths).dot(Stored(kept["gradients"], scales))
+    wanted = q.double() @ decoded.T
+    assert (found.dtype, found.shape) == (torch.float32, wanted.shape)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
 
 
 class Embedded(nn.Module):

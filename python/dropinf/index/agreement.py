@@ -11,6 +11,7 @@ from ..ranks import Ranks
 
 LOOKS = 64  # batches of other ranks that each rank looks at
 _CLOSE = 1e-2  # of losses that are computed on other devices
+_CHECKSUMS = ("model", "sketch", "first batch")  # facts whose values say nothing to a reader
 _WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
 
 
@@ -25,9 +26,9 @@ def agree(ranks: Ranks, facts: Mapping[str, object], losses: Sequence[float]) ->
     for rank, (theirs, probe) in enumerate(every):
         for name, value in first.items():
             if theirs[name] != value:
+                values = "" if name in _CHECKSUMS else f" ({_short(theirs[name])}, not {_short(value)})"
                 raise ValueError(
-                    f"group: rank {rank} has another {name} than rank 0 ({_short(theirs[name])}, not {_short(value)}); "
-                    f"{_WAY_OUT}{_sampler(name)}"
+                    f"group: rank {rank} has another {name} than rank 0{values}; {_WAY_OUT}{_sampler(name)}"
                 )
         a, b = torch.tensor(probe).double(), torch.tensor(its_losses).double()
         if a.shape != b.shape or not torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):

@@ -94,6 +94,31 @@ def runs_of(positions: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield int(positions[part[0]]), part
 
 
+def windows_of(rows: Tensor, gap: int, most: int) -> Iterator[tuple[Tensor, list[tuple[int, int]], Tensor]]:
+    """Yield (where rows stand in `rows`, windows to read, where the rows stand in these), about `most` rows at a time.
+
+    A window is (first row, rows); rows with up to `gap` others between them are read as one.
+    """
+    order = rows.argsort()
+    for part in _split(order, _packed(rows[order], gap) // max(1, most)):
+        ascending = rows[part]
+        local = _packed(ascending, gap)
+        firsts = torch.cat([ascending[:1], ascending[1:][ascending.diff() > gap + 1]])
+        lasts = torch.cat([ascending[:-1][ascending.diff() > gap + 1], ascending[-1:]])
+        yield part, list(zip(firsts.tolist(), (lasts - firsts + 1).tolist(), strict=True)), local
+
+
+def _packed(ascending: Tensor, gap: int) -> Tensor:
+    """Return where rows stand once what lies between windows is left out."""
+    steps = ascending.diff(prepend=ascending[:1])
+    return torch.where(steps > gap + 1, 1, steps).cumsum(0)
+
+
+def _split(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Cut x where neighbouring labels differ."""
+    return x.tensor_split(labels.diff().nonzero().flatten() + 1)
+
+
 def remove_others(folder: Path, kept: str | None) -> None:
     """Remove the orders of before."""
     for match in names(folder, _ORDER):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -12,10 +11,13 @@ from torch import Tensor
 
 from dropinf_kernels.ops.topk import DIGITS_STEP, INT8_COLUMNS, dot_rows, in_integers, query_digits
 
-from .codec import by_layers, layer_runs
+from .codec import by_layers
 
-_NARROW = 64  # columns below which a layer is decoded: its products in integers would be more than its numbers
+_NARROW = 1024  # columns below which a layer is decoded: its products in integers take longer to add up
+_FEW = 4  # queries up to which every layer is decoded: three digits of each are no fewer columns than eight
 _TILE_BYTES = 1 << 23  # of products in integers that are held
+_DECODED = 1 << 20  # numbers that are decoded at a time
+_TILE_ROWS, _MORE_ROWS = 32, 128  # rows of them at least, of few queries and of many: fewer make a slow product
 
 
 class Stored(NamedTuple):
@@ -37,53 +39,73 @@ class Products:
         if scale is None:
             return dot_rows(self.q, values)
         scale = scale.to(self.q)
+        if scale.ndim == 1 and len(self.widths) == 1 and values.dtype == torch.int8:
+            scale = scale.unsqueeze(1)  # with digits of the queries that are kept
         if scale.ndim == 1:
             return dot_rows(self.q, values).mul_(scale)
-        if not in_integers(self.q, values):
+        if values.device.type != "cpu":  # few large products
             return dot_rows(self.q, by_layers(values.to(self.q.dtype, copy=True), scale, self.widths))
-        found = self.q.new_empty(len(self.q), len(values))
-        for tile in range(0, len(values), self._tile):
-            stop = tile + self._tile
-            found[:, tile:stop] = self._in_integers(values[tile:stop], scale[tile:stop])
-        return found
+        if len(self.q) <= _FEW or not self._pieces or not in_integers(self.q, values):
+            return self._decoded(values, scale, self._every).t()
+        tiles = zip(values.split(self._tile), scale.split(self._tile), strict=True)
+        total = torch.cat([self._in_integers(*tile) for tile in tiles])
+        return (total + self._decoded(values, scale, self._narrow) if self._narrow else total).t()
+
+    def _decoded(self, values: Tensor, scale: Tensor, spans: list[Span]) -> Tensor:
+        """Multiply these columns, decoded a tile at a time: one product for many layers, of what the cache holds."""
+        total = self.q.new_zeros(len(values), len(self.q))
+        step, columns = self._shape
+        buffer = self.q.new_empty(step * columns)
+        for start in range(0, len(values), step):
+            out = total[start : start + step]
+            for first, stop, layer, widths in spans:
+                tile = buffer[: len(out) * (stop - first)].view(len(out), stop - first)
+                tile.copy_(values[start : start + step, first:stop])
+                by_layers(tile, scale[start : start + step, layer : layer + len(widths)], widths)
+                out.addmm_(tile, self.q[:, first:stop].t())
+        return total
 
     def _in_integers(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Multiply int8 values with the queries' digits, layer by layer, and add up the scaled products."""
-        total = self.q.new_zeros(len(values), len(self.q))
-        if self._pieces:
-            digits, count, weights = self._digits
-            exact = torch.empty(len(self._pieces), len(values), len(digits), dtype=torch.int32, device="cpu")
-            for out, (_, start, stop) in zip(exact, self._pieces, strict=True):
-                torch._int_mm(values[:, start:stop], digits[:, start:stop].t(), out=out)
-            parts = exact[:, :, :count].float().mul_(weights.unsqueeze(1))
-            parts.mul_(scale[:, [layer for layer, _, _ in self._pieces]].t().unsqueeze(2))
-            total = parts.sum(0).view(len(values), 3, len(self.q)).sum(1)
-        for column, layer, count, width in self._narrow:
-            columns = slice(column, column + count * width)
-            rows = values[:, columns].to(self.q.dtype)
-            by_layers(rows, scale[:, layer : layer + count], (width,) * count)
-            total += rows @ self.q[:, columns].t()
-        return total.t()
+        """Multiply int8 values of wide layers with the queries' digits and add up the scaled products."""
+        digits, count, weights = self._digits
+        exact = torch.empty(len(self._pieces), len(values), len(digits), dtype=torch.int32, device="cpu")
+        for out, (_, start, stop) in zip(exact, self._pieces, strict=True):
+            torch._int_mm(values[:, start:stop], digits[:, start:stop].t(), out=out)
+        parts = exact[:, :, :count].float().mul_(weights.unsqueeze(1))
+        parts.mul_(scale[:, [layer for layer, _, _ in self._pieces]].t().unsqueeze(2))
+        return parts.sum(0).view(len(values), 3, len(self.q)).sum(1)
 
     @property
     def _tile(self) -> int:
-        """How many rows are multiplied at a time."""
+        """How many rows are multiplied in integers at a time."""
         return max(1, _TILE_BYTES // (4 * max(1, len(self._pieces)) * max(64, 3 * len(self.q))))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """How many rows are decoded at a time, and how many columns at most."""
+        least = max(_TILE_ROWS, min(_MORE_ROWS, 2 * len(self.q)))
+        rows = max(least, _DECODED // max(1, sum(self.widths)))
+        return rows, _DECODED // rows
 
     @cached_property
     def _pieces(self) -> list[tuple[int, int, int]]:
         """The wide layers in parts whose products 32 bits hold: (layer, first column, last)."""
         return [
             (layer, k, min(k + INT8_COLUMNS, stop))
-            for layer, start, stop in self._spans()
+            for layer, (start, stop) in enumerate(pairwise(accumulate(self.widths, initial=0)))
             for k in range(start, stop, INT8_COLUMNS)
             if stop - start >= _NARROW
         ]
 
-    @property
-    def _narrow(self) -> list[tuple[int, int, int, int]]:
-        """The runs of narrow layers: (first column, first layer, how many layers, width)."""
-        return [run for run in layer_runs(self.widths) if run[3] < _NARROW]
+    @cached_property
+    def _every(self) -> list[Span]:
+        """All layers."""
+        return spans(self.widths, self._shape[1])
+
+    @cached_property
+    def _narrow(self) -> list[Span]:
+        """The layers that are decoded."""
+        return spans(self.widths, self._shape[1], below=_NARROW)
 
     @cached_property
     def _digits(self) -> tuple[Tensor, int, Tensor]:
@@ -96,7 +118,29 @@ class Products:
         own = steps[:, [layer for layer, _, _ in self._pieces]].t()  # [pieces, Q]
         return digits, count, torch.cat([own, own * 256, own * 65536], 1)
 
-    def _spans(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (layer, first column, last) of each layer."""
-        for i, (start, stop) in enumerate(pairwise(accumulate(self.widths, initial=0))):
-            yield i, start, stop
+
+class Span(NamedTuple):
+    """Neighbouring columns that are decoded together: whole layers, or a part of one."""
+
+    first: int
+    stop: int
+    layer: int  # the first
+    widths: tuple[int, ...]  # columns of each layer that are among these
+
+
+def spans(widths: tuple[int, ...], columns: int, below: int | None = None) -> list[Span]:
+    """Cut layers into spans of up to `columns` columns; `below`: only the layers that are narrower."""
+    found: list[Span] = []
+    start = 0
+    for layer, width in enumerate(widths):
+        for first in range(start, start + width, columns):
+            stop = min(first + columns, start + width)
+            if below is not None and width >= below:
+                continue
+            last = found[-1] if found else None
+            if last is not None and last.stop == first and stop - last.first <= columns:
+                found[-1] = Span(last.first, stop, last.layer, (*last.widths, stop - first))
+            else:
+                found.append(Span(first, stop, layer, (stop - first,)))
+        start += width
+    return found

@@ -1,4 +1,4 @@
-"""Compressed gradients on disk: a manifest and shards of rows, mapped and read in blocks, checked before use."""
+"""Compressed gradients on disk: a manifest and shards of rows, read in blocks, checked before use."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from torch import Tensor
 from ..fisher.fisher import Fisher
 from ..gradients import At, Gradients, Origin, Rows, Shapes, check_rows, positions_of
 from ..ranks import Ranks
-from .ahead import one_ahead, read_ahead
+from .ahead import Piece, pieces_of, read_ahead, smaller
 from .compact import compact
 from .discard import discard
 from .export import Export, White, check_out
 from .folder import locked, shard_path
 from .kept import load_fisher, save_fisher
 from .manifest import Manifest, ShardEntry
-from .order import opened, runs_of
+from .order import opened, runs_of, windows_of
 from .products import Stored
-from .shards import SMALL_BYTES, ShardFile, Stamp
+from .shards import READ_BYTES, SMALL_BYTES, Room, ShardFile, Stamp
 from .sound import verify
 
 MEMORY_BYTES = 1 << 28
+_LEAST_ROWS = 64  # of a block: fewer make a slow product
+_GAP_BYTES = 1 << 16  # between rows that are read as one: no slower than to read twice
 T = TypeVar("T")
 
 
@@ -140,14 +142,15 @@ class Index:
             raise TypeError(f"an Index is read by samples, not by layer {rows!r}: index[0:100][{rows!r}]")
         chosen = self._stored_rows(positions_of(rows, len(self)))
         out = torch.empty(len(chosen), self._codec.width, dtype=self.dtype, device="cpu")
+        room = Room(self._codec)
         shard = torch.bucketize(chosen, torch.tensor(self._starts[1:], device="cpu"), right=True)
         for i in shard.unique().tolist():
             at = (shard == i).nonzero().flatten()
             local = chosen[at] - self._starts[i]
-            first = int(local.min())
-            values, scale = self._window(i, first, int(local.max()) + 1 - first)
-            local = local - first
-            out[at] = self._codec.decode(values[local], None if scale is None else scale[local])
+            row = self._codec.row_bytes
+            for part, windows, place in windows_of(local, _GAP_BYTES // row, max(1, READ_BYTES // row)):
+                values, scale = self._read([(i, windows)], room)
+                out[at[part]] = self._codec.decode(values[place], None if scale is None else scale[place])
         return Gradients(out, self.shapes, self.digest, self.origin)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Gradients]]:
@@ -165,23 +168,46 @@ class Index:
             spans = (slice(start, start + rows) for start in range(0, len(self), rows))
             yield from read_ahead(lambda span: (span.start, self[span]), spans)
 
-    def placed_blocks(self, rows: int) -> Iterator[tuple[At, Gradients]]:
-        """Yield (positions, up to `rows` samples) in the order in which rows are stored, which is the fastest."""
+    def placed_blocks(self, rows: int, *, reuse: bool = False) -> Iterator[tuple[At, Gradients]]:
+        """Yield (positions, up to `rows` samples) in the order in which rows are stored, which is the fastest.
+
+        `reuse`: a block is overwritten once two more were asked for.
+        """
         about = self.shapes, self.digest, self.origin
-        for first, values in self._ahead(rows, lambda stored: self._codec.decode(*stored)):
+        reuse = reuse or self._codec.scaled  # what is decoded is a copy
+        for first, values in self._ahead(rows, lambda stored: self._codec.decode(*stored), reuse=reuse):
             yield self._at(first, len(values)), Gradients(values, *about)
 
-    def stored_blocks(self, rows: int | None = None) -> Iterator[tuple[At, Stored]]:
+    def stored_blocks(self, rows: int | None = None, *, reuse: bool = False) -> Iterator[tuple[At, Stored]]:
         """Yield (positions, rows as they are stored), which `products.Products` multiplies without decoding them.
 
         Queries must be multiplied with `factors()` first.
+
+        `reuse`: a block must not be used any more once the next was asked for, which is read over it.
         """
-        rows = max(1, 2 * self.block_bytes // self._codec.row_bytes) if rows is None else rows
+        most = 2 * self.block_bytes
+        least = min(most, max(READ_BYTES, _LEAST_ROWS * self._codec.row_bytes))  # that one thread reads at a time
+        many = reuse and torch.get_num_threads() > 1  # what one thread reads, the others wait for
+        rows = max(1, most // self._codec.row_bytes) if rows is None else rows
         # Nothing to decode, so the kernel alone reads ahead: a thread would take a core from the products.
-        for pieces, (first, stored) in one_ahead((pieces, self._stored(pieces)) for pieces in self._pieces(rows)):
-            scales = self._codec.scales(*stored)
-            yield self._at(first, len(stored.values)), Stored(stored.values, scales)
-            self._check_again(pieces)
+        room = Room(self._codec)
+        for pieces in self._pieces(rows):
+            (i, first, count), row = pieces[0], self._codec.row_bytes
+            if many and count * row > SMALL_BYTES:
+                stamp, layout = self._checked(i)
+                with self._files[i].mapped(layout, first, count, stamp) as stored:
+                    if stored is not None:
+                        yield (
+                            self._at(self._starts[i] + first, count),
+                            Stored(stored.values, self._codec.scales(*stored)),
+                        )
+                        del stored
+                        self._check_again(pieces)
+                        continue
+            for part in smaller(pieces, max(1, least // row)):
+                offset, stored = self._stored(part, room if reuse else Room(self._codec))
+                yield self._at(offset, len(stored.values)), Stored(stored.values, self._codec.scales(*stored))
+                self._check_again(part)
 
     def factors(self) -> Tensor | None:
         """Return what each stored column is multiplied by beside the scales of `stored_blocks`, [K], or None for 1."""
@@ -328,53 +354,44 @@ class Index:
             raise ValueError(f"{self.path}: its shards were merged since it was opened; open it again") from None
         return self._layouts[i]
 
-    def _check_again(self, pieces: list[tuple[int, int, int]]) -> None:
+    def _check_again(self, pieces: list[Piece]) -> None:
         """Raise ValueError where a shard was changed while its rows were used."""
         for i, _, _ in pieces:
             self._checked(i)
 
-    def _window(self, i: int, first: int, count: int) -> Stored:
-        stamp, layout = self._checked(i)
-        try:
-            return Stored(*self._files[i].window(layout, first, count, stamp))
-        except FileNotFoundError:
-            self._checked(i)  # which says why it is gone
-            raise
+    def _ahead(self, rows: int, use: Callable[[Stored], T], *, reuse: bool) -> Iterator[tuple[int, T]]:
+        """Yield (offset of the first row, what `use` makes of rows as they are stored), the next read meanwhile."""
+        rooms = itertools.cycle((Room(self._codec), Room(self._codec)))  # one is read into while the other is used
 
-    def _ahead(self, rows: int, decode: Callable[[Stored], T]) -> Iterator[tuple[int, T]]:
-        def read(pieces: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], tuple[int, T]]:
-            offset, stored = self._stored(pieces)
-            stored.values.view(torch.uint8).flatten()[::4096].sum()  # read from disk here, not where it is used
-            return pieces, (offset, decode(stored))
+        def read(pieces: list[Piece]) -> tuple[list[Piece], tuple[int, T]]:
+            offset, stored = self._stored(pieces, next(rooms) if reuse else Room(self._codec))
+            return pieces, (offset, use(stored))
 
         for pieces, block in read_ahead(read, self._pieces(rows)):
             yield block
             self._check_again(pieces)
 
-    def _stored(self, pieces: list[tuple[int, int, int]]) -> tuple[int, Stored]:
+    def _stored(self, pieces: list[Piece], room: Room) -> tuple[int, Stored]:
         """Return the offset of the first of these (shard, first row, rows), and all of them."""
         i, first, _ = pieces[0]
-        parts = [self._window(*piece) for piece in pieces]
-        if len(parts) == 1:
-            return self._starts[i] + first, parts[0]
-        scales = [part.scale for part in parts if part.scale is not None]
-        values = torch.cat([part.values for part in parts])
-        return self._starts[i] + first, Stored(values, torch.cat(scales) if scales else None)
+        return self._starts[i] + first, self._read([(i, [(first, count)]) for i, first, count in pieces], room)
 
-    def _pieces(self, rows: int) -> Iterator[list[tuple[int, int, int]]]:
-        """Yield blocks of up to `rows` rows, each as (shard, first row, rows); small neighbours are read as one."""
+    def _read(self, pieces: list[tuple[int, list[tuple[int, int]]]], room: Room) -> Stored:
+        """Return rows of shards, each with its windows of (first row, rows)."""
+        counts = [sum(count for _, count in windows) for _, windows in pieces]
+        found = room.take(sum(counts))
+        parts = ({name: x.split(counts)[k] for name, x in found.items()} for k in range(len(pieces)))
+        for (i, windows), into in zip(pieces, parts, strict=True):
+            stamp, layout = self._checked(i)
+            try:
+                self._files[i].read(layout, windows, stamp, into)
+            except FileNotFoundError:
+                self._checked(i)  # which says why it is gone
+                raise
+        return Stored(found["gradients"], found.get("scale"))
+
+    def _pieces(self, rows: int) -> Iterator[list[Piece]]:
+        """Yield blocks of up to `rows` rows; small neighbours are read as one."""
         check_rows(rows)
         small = min(rows, SMALL_BYTES // self._codec.row_bytes)
-        block: list[tuple[int, int, int]] = []
-        for i in self._mine:
-            count = self._files[i].rows
-            if block and (block[-1][0] != i - 1 or sum(piece[2] for piece in block) + count > small):
-                yield block
-                block = []
-            if count <= small:
-                block.append((i, 0, count))
-                continue
-            for first in range(0, count, rows):
-                yield [(i, first, min(rows, count - first))]
-        if block:
-            yield block
+        yield from pieces_of(((i, self._files[i].rows) for i in self._mine), rows, small)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from ..files import _KEY, file_checksum, is_checksum
 from .codec import Codec
+from .products import Stored
 
 _TAGS = {
     torch.float64: "F64",
@@ -27,7 +31,8 @@ _TAGS = {
 }
 _HEADER_BYTES = 1 << 26
 SHARD_BYTES = 1 << 26  # of a large shard
-SMALL_BYTES = 1 << 21  # of rows that are read rather than mapped
+SMALL_BYTES = 1 << 21  # of shards that are read as one block
+READ_BYTES = 1 << 22  # read at a time: what the cache still holds as it is used
 Stamp = tuple[int, int, int]
 
 
@@ -123,26 +128,59 @@ class ShardFile:
         except FileNotFoundError:
             raise self._missing() from None
 
-    def window(
-        self, layout: Mapping[str, tuple[int, int]], first: int, count: int, stamp: Stamp
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the stored rows `first` to `first + count`, with their scales.
+    def read(
+        self,
+        layout: Mapping[str, tuple[int, int]],
+        windows: Sequence[tuple[int, int]],
+        stamp: Stamp,
+        into: Mapping[str, Tensor],
+    ) -> None:
+        """Read windows of stored rows, each (first row, rows), one after another into tensors [rows of all, ...].
 
-        Few are read, which keeps no file open; many are views of the mapped file.
+        Read, not mapped: a process that uses pages of a file that another one cut is ended by a signal. The system is
+        told to read as much again meanwhile, of a single window.
+
+        Raises:
+            ValueError: the file is no longer what it was at `stamp`, or is cut meanwhile.
+        """
+        with open(self.path, "rb", buffering=0) as file:
+            if _stamp(os.fstat(file.fileno())) != stamp:
+                raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
+            for name, out in into.items():
+                dtype, shape = self.codec.tensors[name]
+                row, data, done = math.prod(shape) * dtype.itemsize, _bytes_of(out), 0
+                for first, count in windows:
+                    start, stop = layout[name][0] + first * row, done + count * row
+                    _fill(file, start, data[done:stop])
+                    done = stop
+                if len(windows) == 1 and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), start + done, done, os.POSIX_FADV_WILLNEED)
+
+    @contextmanager
+    def mapped(
+        self, layout: Mapping[str, tuple[int, int]], first: int, count: int, stamp: Stamp
+    ) -> Iterator[Stored | None]:
+        """Yield stored rows whose values are views of the mapped file, which nobody can cut meanwhile.
+
+        None where the system does not see to that: then they must be read.
 
         Raises:
             ValueError: the file is no longer what it was at `stamp`.
         """
-        found = _read if count * self.codec.row_bytes <= SMALL_BYTES else _mapped
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0) as file, leased(file) as held:
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
+            if not held:
+                yield None
+                return
             parts = {}
             for name, (dtype, shape) in self.codec.tensors.items():
                 width = math.prod(shape)
-                start = layout[name][0] + first * width * dtype.itemsize
+                start, size = layout[name][0] + first * width * dtype.itemsize, count * width * dtype.itemsize
+                found = _mapped if name == "gradients" else _read
                 parts[name] = found(file, start, count * width, dtype).view(count, *shape)
-        return parts["gradients"], parts.get("scale")
+                os.posix_fadvise(file.fileno(), start + size, size, os.POSIX_FADV_WILLNEED)
+            yield Stored(parts["gradients"], parts.get("scale"))
 
     def texts(self, layout: Mapping[str, tuple[int, int]]) -> list[str]:
         """Return the ids of the rows."""
@@ -253,12 +291,7 @@ def _stamp(found: os.stat_result) -> Stamp:
 def _read(file: FileIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
     """Return `count` values of an open file from byte `start` on."""
     out = torch.empty(count, dtype=dtype, device="cpu")
-    left, at = out.view(torch.uint8).numpy().data, start
-    while left:
-        got = os.preadv(file.fileno(), [left], at)
-        if not got:
-            raise ValueError(f"{file.name}: it was cut while it was read; restore it from a copy")
-        left, at = left[got:], at + got
+    _fill(file, start, _bytes_of(out))
     return out
 
 
@@ -271,3 +304,56 @@ def _mapped(file: FileIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
     )
     pages.madvise(mmap.MADV_WILLNEED)  # starts to read it
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=skip)
+
+
+@contextmanager
+def leased(file: FileIO) -> Iterator[bool]:
+    """Keep others from writing to an open file, or cutting it, during the block: they wait for its end.
+
+    Yields whether the system does so: a lease of Linux, for the owner of a file on a local disk that nobody has open to
+    write. It lasts for 45 s at most once someone waits (/proc/sys/fs/lease-break-time).
+    """
+    try:
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # where someone waits: a signal that is ignored, not SIGIO
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except (AttributeError, OSError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # the system took it back
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def _bytes_of(x: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, to write to."""
+    return x.view(-1).view(torch.uint8).numpy().data
+
+
+def _fill(file: FileIO, at: int, left: memoryview) -> None:
+    """Read bytes of an open file from byte `at` on."""
+    while left:
+        got = os.preadv(file.fileno(), [left], at)
+        if not got:
+            raise ValueError(f"{file.name}: it was cut while it was read; restore it from a copy")
+        left, at = left[got:], at + got
+
+
+class Room:
+    """Memory for rows as they are stored, which each block takes again."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.rows = 0
+        self.tensors: Mapping[str, Tensor] = {}
+
+    def take(self, count: int) -> dict[str, Tensor]:
+        """Return tensors for `count` rows, by the names of the codec's; what was taken before is overwritten."""
+        if count > self.rows:
+            self.rows = count
+            self.tensors = {
+                name: torch.empty(count, *shape, dtype=dtype, device="cpu")
+                for name, (dtype, shape) in self.codec.tensors.items()
+            }
+        return {name: x[:count] for name, x in self.tensors.items()}

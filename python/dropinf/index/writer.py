@@ -21,7 +21,7 @@ from torch import Tensor
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
-from ..workload import Ids, check_order, first_batch, order_of, shuffles
+from ..workload import Ids, check_order, first_batch, order_of, sampler_of_ranks, shuffles
 from .agreement import LOOKS, agree, compare_batches, looks
 from .codec import DTYPES
 from .compact import compact_gathered
@@ -380,6 +380,12 @@ def write_index(
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
     ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
     with ranks.watched(), locked(folder, ranks):
+        sampler = sampler_of_ranks(batches) if ranks.world > 1 else None
+        if sampler is not None:
+            raise ValueError(
+                f"batches: their {sampler} gives each rank a part of the samples, and group= has the ranks share the "
+                "batches themselves; pass all batches to every rank: the same DataLoader without this sampler"
+            )
         first, batches = first_batch(batches)
         found = fingerprint(first, named=ids is not None)
         if ranks.world > 1:
