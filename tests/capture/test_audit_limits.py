@@ -252,3 +252,16 @@ def test_a_weight_of_little_gradient_is_audited_in_half_precision(dtype, monkeyp
     assert float(got["0"].norm() / got["2"].norm()) < 0.02
     assert faulty._sweep.ladder.rungs["0"] != "hook"
     assert float((got["0"] - want).norm() / want.norm()) < 0.02
+
+
+def test_a_float64_model_that_computes_in_float32_inside_is_not_refused():
+    def forward(m, x):
+        h = m.a(x).float()
+        return m.b((1e3 * h - 999 * h).to(x.dtype))  # three digits fewer than float32 has
+
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Lambda(forward, a=nn.Linear(16, 16), b=nn.Linear(16, 16)).double()
+        compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().flatten(1).sum(1))
+        compressor.compress([torch.randn(2 * N, 64, 16).double()])
+        assert set(compressor._sweep.ladder.rungs.values()) == {"hook"}

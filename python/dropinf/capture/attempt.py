@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..workload import tensors
+from ..workload import renewed, tensors
 from . import sharded
 from .checks import check_losses, explain
 from .guard import UseGuard
@@ -60,12 +60,13 @@ class Attempts:
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
         copied = hooked.batches == 1 or self.known.writes_batches
-        self.start = Start(hooked.attributes, tensors(batch), copied=copied)
+        self.start = Start(hooked.attributes, batch, copied=copied)
         self.begun = False
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
         self.unforeseen: str | None = None  # why it is to be audited, whatever it looks like
+        self.dtypes: set[torch.dtype] = set()  # that its forward casts to
         self.random = False  # the model draws random numbers
         self.movement: int | None = None  # of its forward, by which it looks like earlier ones
         self.coloured = False  # the samples of its rows were found anew
@@ -134,7 +135,7 @@ class Attempts:
 
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():
-            losses = self.known.loss_fn(self.model, self.batch)
+            losses = self.known.loss_fn(self.model, renewed(self.batch))
         check_losses(losses, self.batch, self.cu)
         return losses
 
@@ -152,7 +153,7 @@ class Attempts:
     def _forward_only(self, batch: Any) -> None:
         self.start.restore()
         with torch.no_grad():
-            self.known.loss_fn(self.model, batch)
+            self.known.loss_fn(self.model, renewed(batch))
 
     def _lower(self, names: list[str], reason: str, to: Rung | None = None, *, sharded_too: bool = False) -> None:
         """Take layers off their hooks and run again, if there are any."""

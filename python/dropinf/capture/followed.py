@@ -35,6 +35,9 @@ class Shown:
         self.outside: Followed | None = None  # what shows the ops that use parameters
         self._fit = True
 
+    def __deepcopy__(self, _memo: Any) -> Shown:
+        return self  # of a model that is copied while it is hooked
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Have hooks on the modules inside."""
@@ -63,8 +66,8 @@ class Shown:
                 own = use.scaled(torch.ones(out.shape, dtype=torch.int32, device=out.device), settled.to(torch.int32))
                 self.labels.put(out, own, fixed=False)
 
-    def _leave(self, name: str, use: Use, _module: nn.Module, _args: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and out.ndim:
+    def _leave(self, name: str, use: Use, module: nn.Module, _args: Any, out: Any) -> None:
+        if module is use.module and isinstance(out, Tensor) and out.ndim:
             self.show(name, use, out)
 
 

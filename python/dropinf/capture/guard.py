@@ -36,7 +36,9 @@ class UseGuard(TorchFunctionMode):
         self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
         self.outside, self.changed, self.originals = outside, changed, originals
         self.found: set[int] = set()
+        self.uses: Counter[int] = Counter()  # of parameters by their own modules
         self.unforeseen: str | None = None  # why the batch is to be audited, whatever it looks like
+        self.dtypes: set[torch.dtype] = set()  # that something was cast to
         self.writes = False  # statistics were computed, and perhaps kept in buffers
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
         self._gathered: dict[int, int] = {}
@@ -61,6 +63,15 @@ class UseGuard(TorchFunctionMode):
         self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
         if isinstance(args[0], nn.Parameter):
             self.unforeseen = "a parameter has hooks on its gradient"
+
+    def _cast(self, args: Any, kwargs: Any) -> None:
+        """Note to which dtype activations are cast: a float64 model may have a norm that computes in float32."""
+        if isinstance(args[0], Tensor) and args[0].is_floating_point():
+            given = [getattr(value, "dtype", value) for value in (*args[1:], *kwargs.values())]
+            self.dtypes |= {dtype for dtype in given if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
+
+    def _data(self, _args: Any, _kwargs: Any) -> None:
+        self.unforeseen = "its forward reaches for .data"
 
     def _differentiate(self, _args: Any, _kwargs: Any) -> None:
         self.unforeseen = "its loss differentiates"
@@ -97,6 +108,8 @@ class UseGuard(TorchFunctionMode):
         modules = self.owners.get(key)
         if modules is not None and not any(self.active[m] > 0 for m in modules):
             self.found.add(key)
+        elif result is not parameter:
+            self.uses[key] += 1
 
     def _shard_of(self, parameter: nn.Parameter) -> int:
         """Return the id of a parameter, or that of its shard where it is gathered.
@@ -117,7 +130,14 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     Tensor.register_hook: UseGuard._hook,
     **dict.fromkeys((torch.autograd.grad, torch.autograd.backward, Tensor.backward), UseGuard._differentiate),
     _TENSOR["grad_fn"].__get__: UseGuard._node,  # which may get hooks that change a weight's gradient
+    _TENSOR["data"].__get__: UseGuard._data,  # which nobody sees written
     Tensor.requires_grad_: UseGuard._flag,
+    Tensor.to: UseGuard._cast,
+    Tensor.type: UseGuard._cast,
+    Tensor.type_as: UseGuard._cast,
+    Tensor.float: lambda guard, args, _: guard._cast((*args, torch.float32), {}),
+    Tensor.half: lambda guard, args, _: guard._cast((*args, torch.float16), {}),
+    Tensor.bfloat16: lambda guard, args, _: guard._cast((*args, torch.bfloat16), {}),
     _TENSOR["requires_grad"].__set__: UseGuard._flag,
     **dict.fromkeys((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm), UseGuard._normalise),
 }
@@ -146,4 +166,6 @@ def watch(
         places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
     originals = {key: p for use in capture.uses.values() for key, p in use.originals.items()}
-    return UseGuard(owners, capture.active, shards, Movement(n, leaves), outside, capture.changed, originals)
+    names = {id(p): i for i, p in enumerate(capture.model.parameters())}
+    names |= {key: names[id(p)] for key, p in originals.items() if id(p) in names}
+    return UseGuard(owners, capture.active, shards, Movement(n, leaves, names), outside, capture.changed, originals)

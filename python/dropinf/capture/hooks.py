@@ -26,10 +26,7 @@ from .colours import SEVERAL, Colours, Key
 from .modules import Use
 from .recorders import Recorder, Unweighted
 from .samples import Layout, Rows, Samples, learn
-from .taps import MARK, Signature, any_true, inserted, listen, per_sample, signature_of, unforeseen
-
-# What a use of a layer may raise where the module is not what its class says.
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+from .taps import FAILURES, MARK, Signature, any_true, inserted, listen, per_sample, reason, signature_of, unforeseen
 
 
 @dataclass
@@ -55,6 +52,8 @@ class Pass:
     emitted: Counter[str] = field(default_factory=Counter)
     dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
     shapes: dict[Key, torch.Size] = field(default_factory=dict)  # of gradients
+    called: Counter[str] = field(default_factory=Counter)
+    modes: int = 0  # that a forward begins in
     unforeseen: str | None = None  # why it is to be audited, whatever it looks like
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
@@ -75,8 +74,8 @@ class Pass:
             saved = self.recorder.save(use, x, out)
         except torch.OutOfMemoryError:
             raise
-        except _FAILURES as error:
-            self.failed[use.name] = _reason(error)
+        except FAILURES as error:
+            self.failed[use.name] = reason(error)
             return None
         return saved
 
@@ -96,8 +95,8 @@ class Pass:
             (self._take or self._record)(call, key, g)
         except torch.OutOfMemoryError:
             raise
-        except _FAILURES as error:
-            self.failed[name] = _reason(error)
+        except FAILURES as error:
+            self.failed[name] = reason(error)
 
     def listen_later(self, node: Node, output: int, call: Call) -> None:
         """Have a call take the gradient of a node's output, behind all hooks that the forward puts on the node."""
@@ -225,10 +224,6 @@ class Pass:
         return self.samples if layout is None else Samples(self.samples.n, None, layout)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-
-
 @dataclass
 class Call:
     """One call of a module: what it keeps of its input, until its output's gradient comes."""
@@ -264,6 +259,9 @@ class Capture:
         self._pass: Pass | None = None
         self._thread = threading.get_ident()
         self.hides = False
+
+    def __deepcopy__(self, _memo: Any) -> Capture:
+        return self  # of a model that is copied while it is hooked: its hooks do nothing for the copy
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -313,6 +311,7 @@ class Capture:
         self.active.clear()
         for use in self.uses.values():
             use.doubts.clear()
+            use.refresh()
         self._pass = current
         try:
             yield
@@ -328,13 +327,19 @@ class Capture:
                 "model: a Compressor is using it in another thread, and would take this thread's batch for its own; "
                 "wait for that call, or give each thread its own copy.deepcopy(model)"
             )
+        if module is not use.module:
+            return
         if self.hides and self._pass is not None and not self.active[module]:
             use.hide()
         self.active[module] += 1
+        if next(reversed(module._forward_pre_hooks)) != self._handles[use.name][0].id and self._pass is not None:
+            self._pass.failed[use.name] = "a hook stands behind what captures its input"
 
     def _leave(
         self, use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None
     ) -> Tensor | None:
+        if module is not use.module:
+            return None
         self.active[module] -= 1
         if not self.active[module]:
             use.unhide()
@@ -380,7 +385,8 @@ def tap(current: Pass, call: Call, out: Tensor, *, new: bool = False) -> Tensor:
     current.calls.add(call.signature)
     current.dtypes.add(out.dtype)
     current.uses[call.use.name] = call.use
-    current.unforeseen = current.unforeseen or unforeseen()
+    current.unforeseen = current.unforeseen or unforeseen(current.modes)
+    current.called[call.use.name] += 1
     # Modified in place, a view loses its node to a new history; any other output keeps it.
     if out.grad_fn is None or new or out._is_view():
         return inserted(out, current.anchor, call)

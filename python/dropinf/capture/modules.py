@@ -39,6 +39,11 @@ class Use:
         self._held = {name: p for name, p in parameters.items() if p is not None and not sharded.is_sharded(p)}
         # What the forward gets in their place: it needs no gradient, so that any gradient is of another use.
         self.frozen = {n: nn.Parameter(p.detach(), requires_grad=False) for n, p in self._held.items() if _is_plain(p)}
+        if not self.is_plain:
+            self.frozen = {}
+
+    def __deepcopy__(self, _memo: Any) -> Use:
+        return self  # of a model that is copied while it is hooked: its hooks do nothing for the copy
 
     def check(self) -> None:
         """Raise ValueError where the module is not what it was when its capture began."""
@@ -47,6 +52,17 @@ class Use:
         own = self.module._parameters
         if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
             raise ValueError("what its forward reads was replaced")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's forward is torch's own, on its own parameters, and so uses each of them once."""
+        return self._forward.__module__.startswith("torch.nn.modules") and not hasattr(self.module, "parametrizations")
+
+    @property
+    def counted(self) -> list[tuple[nn.Parameter, Layer]]:
+        """What is tracked of a module that is not plain: each of its calls must use it once."""
+        plans = {} if self.is_plain else {"weight": self.weight, "bias": self.bias}
+        return [(self._held[name], plan) for name, plan in plans.items() if plan is not None and name in self._held]
 
     @property
     def hidden(self) -> dict[str, Layer]:
@@ -59,15 +75,17 @@ class Use:
         """The parameters by the ids of what a forward gets in their place."""
         return {id(frozen): self._held[name] for name, frozen in self.frozen.items()}
 
+    def refresh(self) -> None:
+        """Have what a forward gets in place of parameters hold what they hold now."""
+        for name, frozen in self.frozen.items():
+            frozen.data = self._held[name].detach()
+
     def hide(self) -> None:
         """Have the module's forward use what is tracked without a graph to it."""
         own = self.module._parameters
         for name in self.hidden:
-            held, frozen = self._held[name], self.frozen[name]
-            if own.get(name) is held:
-                if frozen.data_ptr() != held.data_ptr():
-                    frozen.data = held.detach()
-                own[name] = frozen
+            if own.get(name) is self._held[name]:
+                own[name] = self.frozen[name]
 
     def unhide(self) -> None:
         """Put back what was hidden."""

@@ -20,11 +20,15 @@ _SEQUENCES = (list, tuple)
 
 
 class Movement:
-    """The functions of one forward of ``n`` samples (None: unknown). ``leaves``: the tensors of its batch."""
+    """The functions of one forward of ``n`` samples (None: unknown).
 
-    def __init__(self, n: int | None, leaves: Sequence[Tensor] = ()) -> None:
+    ``leaves``: the tensors of its batch. ``names``: numbers of parameters, by their ids.
+    """
+
+    def __init__(self, n: int | None, leaves: Sequence[Tensor] = (), names: Mapping[int, int] | None = None) -> None:
         self.n, self.unknowable = n, False
         self._leaves = {id(leaf): i for i, leaf in enumerate(leaves)}
+        self._names, self._others = names or {}, dict[int, int]()
         self._path = 0
         self._functions: set[int] = set()
         self._base = _node_number(torch.zeros((), requires_grad=True).view(()))  # of autograd's nodes so far
@@ -54,8 +58,12 @@ class Movement:
         """Add what tells arguments of one call from those of another; ``x``: what sizes are compared with."""
         for v in values:
             if isinstance(v, Tensor):
-                if v.requires_grad:
-                    items.append(id(v) if v.is_leaf else _node_number(v) - self._base)
+                if id(v) in self._names:
+                    items.append(f"parameter {self._names[id(v)]}")
+                elif v.requires_grad and v.is_leaf:
+                    items.append(f"new {self._others.setdefault(id(v), len(self._others))}")
+                elif v.requires_grad:
+                    items.append(_node_number(v) - self._base)
                     items.append(v.output_nr)
                 elif id(v) in self._leaves:
                     items.append(f"leaf {self._leaves[id(v)]}")
@@ -70,6 +78,8 @@ class Movement:
                 items.append(str(v))
             elif isinstance(v, Integral):  # of NumPy, say
                 items.append(self._number(int(v), x))
+            else:
+                items.append(str(v) if isinstance(v, torch.dtype) else type(v).__name__)  # an ellipsis, a float
 
     def _number(self, v: int, x: Tensor | None) -> str:
         """Return a number, or how it goes with a tensor's sizes, so that the same cut of another size looks alike."""

@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..workload import tensors
 from . import sharded
 
 _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
@@ -59,6 +60,7 @@ class Attributes:
         kept = [b for b in model.buffers() if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
         self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        self._parameters = [] if sharded.is_any(model) else list(model.parameters())
         self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if sharded.is_any(model) else {"_parameters"})
         self._containers = [
@@ -67,6 +69,10 @@ class Attributes:
             for name, value in attributes.items()
             if name not in own and type(value) in (dict, list, set)
         ]
+
+    def versions(self) -> list[tuple[nn.Parameter, int]]:
+        """Return each parameter, and how often something wrote to it."""
+        return [(parameter, _version(parameter)) for parameter in self._parameters]
 
     def buffers(self) -> list[tuple[Tensor, Tensor, int]]:
         """Return each buffer, a copy of what it holds (the first one where nothing wrote to it), and its version."""
@@ -105,12 +111,27 @@ class Start:
     """The state that a forward of a batch starts from: random generators, attributes, buffers that change, and the
     tensors of the batch, which are put back if they were ``copied``."""
 
-    def __init__(self, attributes: Attributes, batch: Iterable[Tensor] = (), *, copied: bool = False) -> None:
+    def __init__(self, attributes: Attributes, batch: Any = (), *, copied: bool = False) -> None:
         self._attributes = attributes
         self._buffers = attributes.buffers()
-        self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in batch]
+        own = vars(batch) if hasattr(batch, "__dict__") and not isinstance(batch, Tensor | Mapping) else {}
+        self._fields = own, dict(own)  # of a batch that is an object
+        given = [*tensors(batch), *(value for value in own.values() if isinstance(value, Tensor))]
+        self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in given]
+        self._parameters = attributes.versions()
         self.was_written = False  # the batch was, and put back
         self.random = RandomState(attributes.devices)
+
+    def check_parameters(self, model: nn.Module, but: Collection[int]) -> None:
+        """Raise ValueError where a forward wrote to a parameter, which nothing puts back. ``but``: ids of those to skip."""
+        for parameter, version in self._parameters:
+            if _version(parameter) != version and id(parameter) not in but:
+                name = next((n for n, p in model.named_parameters() if p is parameter), "one")
+                raise ValueError(
+                    f"model: its forward writes to its parameter {name}, and every run of a batch would again, of "
+                    "which there are several; take that out of the forward (an average of weights, say), or hold it "
+                    "in a buffer, which is put back"
+                )
 
     def distrust(self) -> None:
         """Compare all buffers with what they were: something may have written to them without a trace."""
@@ -120,6 +141,10 @@ class Start:
         """Put all of it back."""
         self.random.restore()
         self._attributes.restore()
+        fields, first = self._fields
+        if not _same(fields, first):
+            fields.clear()
+            fields.update(first)
         with torch.no_grad():
             for buffer, before, version in self._buffers:
                 if (version < 0 or buffer._version != version) and not torch.equal(buffer, before):

@@ -82,8 +82,8 @@ def rule(*names: str) -> Callable[[_F], _F]:
 
 @rule(
     "clone", "_to_copy", "copy", "lift_fresh", "tril", "triu", "native_dropout", "where", "masked_fill", "bernoulli",
-    "addcmul", "addcdiv", "lerp", "view_as_complex", "bucketize", "searchsorted", "polar", "dropout", "nan_to_num",
-    "fake_quantize_per_tensor_affine", "isin",
+    "addcmul", "addcdiv", "lerp", "view_as_complex", "polar", "dropout", "nan_to_num",
+    "fake_quantize_per_tensor_affine",
 )  # fmt: skip
 def pointwise(run: Run) -> Tensor:
     return joined(run.pieces())
@@ -105,6 +105,16 @@ def filled(run: Run) -> Tensor:
 @rule("copy_")
 def copied(run: Run) -> Tensor:
     return joined(run.pieces([run.args["src"]]))
+
+
+@rule("isin", "bucketize", "searchsorted")
+def looked_for(run: Run) -> Tensor:
+    """Take each entry with all that it is looked for among."""
+    x = run.args.get("elements", run.args.get("self"))
+    if not isinstance(x, Tensor) or x.shape != flat(run.out)[0].shape:
+        return together(run)
+    rest = [piece.alone() for piece in run.pieces([other for other in run.tensors() if other is not x])]
+    return joined([*run.pieces([x]), *rest])
 
 
 def together(run: Run) -> Tensor:

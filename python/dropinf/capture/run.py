@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..workload import tensors
+from ..workload import tensors, values_by_sample
 from . import sharded
 from .attempt import Again
 from .checks import cached_message, check_finite, late_message, refused_message
@@ -31,6 +31,7 @@ from .outside import Outside, mark_data
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing
+from .taps import modes
 
 
 class Run(Sharing):
@@ -64,10 +65,11 @@ class Run(Sharing):
         guard = watch(capture, self._parameters(), self.n, outside, tensors(self.batch))
         began = time.perf_counter()
         hides = not known.own_flags and bool(known.ladder.tapped) and not sharded.is_any(self.model)
+        current.modes = modes() + 1  # the guard
         with capture.running(current, hides=hides), self._flags(outside):
             losses = self._losses(guard)
             self._check_forward(current, guard, losses)
-            self.unforeseen = self.unforeseen or guard.unforeseen
+            self.unforeseen, self.dtypes = self.unforeseen or guard.unforeseen, guard.dtypes
             if any(target.tensor._backward_hooks for target in known.targets.values()):
                 self.unforeseen = "a parameter has hooks on its gradient"
             if guard.writes:
@@ -105,6 +107,7 @@ class Run(Sharing):
         self._lower(found, "the parameter is used outside its module's own forward", sharded_too=True)
         self._lower_counted(guard.counted)
         self._lower_unfit(guard.outside)
+        self._check_uses(current, guard)
         self._lower_failed(current)
         if len(losses) != self.n:
             self.known.learn_size(self.batch, len(losses))
@@ -116,6 +119,14 @@ class Run(Sharing):
             self.first_losses = losses.detach()
         elif self.suspects and not torch.allclose(losses, self.first_losses, equal_nan=True):
             raise RuntimeError("the losses change where a shared output is expanded")
+
+    def _check_uses(self, current: Pass, guard: UseGuard) -> None:
+        """Find modules whose own forward does more with a parameter than once scale by it, or writes to it."""
+        for name, use in self.hooked.capture.uses.items():
+            for parameter, _ in use.counted:
+                if guard.uses[id(parameter)] != current.called[name]:
+                    current.failed[name] = "its forward uses a parameter more or less than once"
+        self.start.check_parameters(self.model, self.hooked.capture.changed)
 
     def _backward(self, current: Pass, losses: Tensor, functions: Any) -> tuple[Plan, Any]:
         known = self.known
@@ -265,7 +276,7 @@ class Run(Sharing):
         if self.n > 1 and (ladder.on("vmap") or ladder.on("alone")):
             if alike not in plan.single:
                 plan.single[alike] = movement is not None and self._stay_apart(current, strict=True)
-            if not plan.single[alike]:
+            if not plan.single[alike] or values_by_sample(self.batch, self.n):
                 self.unforeseen = self.unforeseen or "samples may meet"  # which single samples do not show
         if self.n == 1 or plan.follow or alike in plan.apart:
             return
@@ -319,7 +330,7 @@ class Run(Sharing):
         self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str
     ) -> None:
         """Compare the batch's rows with plain autograd. Where they differ, change what is known and run again."""
-        dtype = self.proof.coarsest(current.dtypes | {losses.dtype})
+        dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
         with self.hooked.capture.removed():
             want = self.proof.expect(self._plain_losses, store, dtype)
         plan, look = known

@@ -12,6 +12,8 @@ from torch.autograd.graph import Node
 
 MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
 Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
+# What the capture of a module may raise where it is not what its class says.
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 Take = Callable[[Tensor], None]
 
 
@@ -32,6 +34,11 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         ctx.call(g)
         return g.new_zeros(()) if ctx.is_anchor else g, None, None
+
+
+def reason(error: Exception) -> str:
+    """Return what to say of an error in the capture of a module."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
 def inserted(out: Tensor, anchor: Tensor, call: Take) -> Tensor:
@@ -63,8 +70,15 @@ def per_sample(x: Tensor, n: int, *, one: bool) -> Tensor:
     return x.expand(n, *x.shape[1:]) if one else x.unsqueeze(0).expand(n, *x.shape)
 
 
-def unforeseen() -> str | None:
-    """Return why a forward is to be audited for where it runs, or None: a look does not show this."""
+def modes() -> int:
+    """Return how many modes functions and ops of torch run in."""
+    return int(torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack())
+
+
+def unforeseen(begun_in: int) -> str | None:
+    """Return why a forward, begun in so many modes, is to be audited for where it runs, or None: no look shows this."""
+    if modes() > begun_in:
+        return "it runs in a mode of its own"
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and hooks[0].__module__.split(".")[0] != "torch":
         return "what it saves for backward is packed"
