@@ -123,7 +123,7 @@ class Start:
         self.random = RandomState(attributes.devices)
 
     def check_parameters(self, model: nn.Module, but: Collection[int]) -> None:
-        """Raise ValueError where a forward wrote to a parameter, which nothing puts back. ``but``: ids of those to skip."""
+        """Raise ValueError where a forward wrote to a parameter; nothing puts that back. ``but``: ids that may."""
         for parameter, version in self._parameters:
             if _version(parameter) != version and id(parameter) not in but:
                 name = next((n for n, p in model.named_parameters() if p is parameter), "one")
