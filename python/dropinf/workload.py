@@ -75,11 +75,6 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch
 
 
-def renewed(batch: Any) -> Any:
-    """Return the same tensors and values in containers of their own, from which a loss may take and put."""
-    return map_tensors(lambda x: x, batch)
-
-
 def values_by_sample(batch: Any, n: int) -> bool:
     """Return whether a batch of n samples has n values in a list or array, which no tensor shows."""
     if isinstance(batch, np.ndarray):

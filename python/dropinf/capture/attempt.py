@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..workload import renewed, tensors
+from ..workload import tensors
 from . import sharded
 from .checks import check_losses, explain
 from .guard import UseGuard
@@ -135,7 +135,7 @@ class Attempts:
 
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():
-            losses = self.known.loss_fn(self.model, renewed(self.batch))
+            losses = self.known.loss_fn(self.model, self.batch)
         check_losses(losses, self.batch, self.cu)
         return losses
 
@@ -153,7 +153,7 @@ class Attempts:
     def _forward_only(self, batch: Any) -> None:
         self.start.restore()
         with torch.no_grad():
-            self.known.loss_fn(self.model, renewed(batch))
+            self.known.loss_fn(self.model, batch)
 
     def _lower(self, names: list[str], reason: str, to: Rung | None = None, *, sharded_too: bool = False) -> None:
         """Take layers off their hooks and run again, if there are any."""

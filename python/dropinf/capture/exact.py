@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..workload import LossFn, renewed, replace_tensors, tensors
+from ..workload import LossFn, replace_tensors, tensors
 from .preserved import Flags, Start, gradients_taken
 
 # Per-sample gradients that exist at once.
@@ -111,7 +111,7 @@ class ExactGradients:
     ) -> Iterator[Gradients]:
         start.restore()
         with self.flags.own(wanted.values()), gradients_taken(self.model, {}), torch.enable_grad():
-            value = self.loss_fn(self.model, renewed(batch))
+            value = self.loss_fn(self.model, batch)
             for first, last in chunks:
                 rows = [self._gradients(value[n], wanted, retain=n + 1 < len(losses)) for n in range(first, last)]
                 yield {name: torch.stack([r[name] for r in rows]) for name in wanted}

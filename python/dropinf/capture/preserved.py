@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..workload import tensors
 from . import sharded
 
 _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
 
 
+_PLAIN = {int, float, bool, str, type(None)}
 LARGEST_BUFFER = 1 << 24  # bytes, of those that are put back in eval mode
 
 
@@ -88,15 +88,41 @@ class Attributes:
             if now.keys() != before.keys() or any(a is not b for a, b in zip(now.values(), before.values())):  # noqa: B905
                 now.clear()
                 now.update(before)
-        for value, before in self._containers:
-            if not _same(value, before):
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(before)
+        _refill(self._containers)
 
 
 def _version(x: Tensor) -> int:
     """Return how often something wrote to a tensor; -1 where nothing counts."""
     return -1 if x.is_inference() else x._version
+
+
+def _contents(value: Any, containers: list[tuple[Any, Any]], seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors of a batch; add its dicts and lists, and the attributes of its objects, with what they hold."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, nn.Module | str | type):
+        return
+    seen.add(id(value))
+    parts: Any = ()
+    if isinstance(value, dict | list):
+        containers.append((value, dict(value) if isinstance(value, dict) else list(value)))
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = () if set(map(type, value)) <= _PLAIN else value  # tokens, say
+    elif hasattr(value, "__dict__"):
+        parts = (vars(value),)
+    for part in parts:
+        yield from _contents(part, containers, seen)
+
+
+def _refill(containers: Iterable[tuple[Any, Any]]) -> None:
+    """Have containers hold what they held."""
+    for value, before in containers:
+        if not _same(value, before):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -114,9 +140,8 @@ class Start:
     def __init__(self, attributes: Attributes, batch: Any = (), *, copied: bool = False) -> None:
         self._attributes = attributes
         self._buffers = attributes.buffers()
-        own = vars(batch) if hasattr(batch, "__dict__") and not isinstance(batch, Tensor | Mapping) else {}
-        self._fields = own, dict(own)  # of a batch that is an object
-        given = [*tensors(batch), *(value for value in own.values() if isinstance(value, Tensor))]
+        self._containers: list[tuple[Any, Any]] = []
+        given = _contents(batch, self._containers, set())
         self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in given]
         self._parameters = attributes.versions()
         self.was_written = False  # the batch was, and put back
@@ -141,10 +166,7 @@ class Start:
         """Put all of it back."""
         self.random.restore()
         self._attributes.restore()
-        fields, first = self._fields
-        if not _same(fields, first):
-            fields.clear()
-            fields.update(first)
+        _refill(self._containers)
         with torch.no_grad():
             for buffer, before, version in self._buffers:
                 if (version < 0 or buffer._version != version) and not torch.equal(buffer, before):
