@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -33,17 +34,31 @@ def check_device(**tensors: Tensor | None) -> None:
 _checked: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
 
 
+# How often an op had to copy an argument first, by op and argument.
+copies: Counter[tuple[str, str]] = Counter()
+
+
+def copied(name: str, x: Tensor, op: str) -> Tensor:
+    """Return a contiguous copy of an argument whose rows no strides of a kernel address, and count it."""
+    if not copies[op, name]:
+        _log.info("%s copies %s of shape %s and strides %s", op, name, list(x.shape), list(x.stride()))
+    copies[op, name] += 1
+    return x.contiguous()
+
+
 def check_index(name: str, index: Tensor | None, size: int, group: int = 1) -> None:
     """Check a table's entries once per tensor: later calls with the same tensor do not wait for the device.
+
+    A table that was made under `torch.inference_mode` is checked in every call: nothing shows whether it was written.
 
     Raises IndexError for an entry outside [0, size), ValueError for broken runs, RuntimeError if the first
     call happens while a CUDA graph is being captured.
     """
     if index is None:
         return
-    key = id(index)
+    key, version = id(index), -1 if index.is_inference() else index._version
     known = _checked.get(key)
-    if known is not None and known[0]() is index and known[1:] == (index._version, size, group):
+    if known is not None and known[0]() is index and known[1:] == (version, size, group):
         return
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -58,7 +73,8 @@ def check_index(name: str, index: Tensor | None, size: int, group: int = 1) -> N
                 f"{name} is not made of aligned runs of {group}: start, ..., start + {group - 1} with start a multiple "
                 "of group; pass group=1 for scattered coordinates"
             )
-    _checked[key] = (weakref.ref(index, lambda _: _checked.pop(key, None)), index._version, size, group)
+    if not index.is_inference():
+        _checked[key] = (weakref.ref(index, lambda _: _checked.pop(key, None)), version, size, group)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:

@@ -166,9 +166,13 @@ class Gpu(TorchDispatchMode):
             self._check(func, args, kwargs, tensors, to_gpu, frame)
         held = {id(t.held): t for t in tensors if isinstance(t, OnGpu)}
         args, kwargs = tree_map_only(OnGpu, lambda t: t.held, (args, kwargs))
+        if func is aten.histc.default and on_gpu:  # of integers too, on CUDA
+            args = (args[0].double(), *args[1:])
         out = func(*args, **kwargs)
         if not to_gpu:
             return out
+        if func is aten.histc.default:
+            out = out.to(tensors[0].dtype)
         # In place, an op returns what it was given.
         return tree_map_only(Tensor, lambda t: held[id(t)] if id(t) in held else OnGpu(t), out)
 
