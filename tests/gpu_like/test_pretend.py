@@ -34,6 +34,8 @@ def test_views_share_their_numbers(gpu):
     x[1].add_(1)
     x.T[2].mul_(5)
     assert x.cpu().tolist() == [[0, 0, 0, 0], [1, 1, 5, 1], [0, 0, 0, 0]]
+    assert x[1].untyped_storage()._cdata == x.T.untyped_storage()._cdata
+    assert x[1].data_ptr() == x.data_ptr() + 16
 
 
 def test_gradients_lie_there(gpu):
