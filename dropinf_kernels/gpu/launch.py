@@ -113,8 +113,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Ten
         return cu_seqlens.to(device)
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {device} or on the CPU")
-    captured = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if captured or (cu_seqlens, rows) not in _documents:
+    if (cu_seqlens, rows) not in _documents or torch.cuda.is_current_stream_capturing():
         fine = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & (cu_seqlens.diff() >= 0).all()
         torch._assert_async(fine, f"cu_seqlens must start with 0, not decrease, and end at the number of rows, {rows}")
         _documents.add(cu_seqlens, rows)

@@ -118,6 +118,14 @@ def test_runs_on_the_device_of_its_tensors(gpu, monkeypatch):
     assert entered == [CUDA]
 
 
+def test_bounds_of_documents_on_the_cpu_are_moved(gpu):
+    g, cu = torch.randn(10, 8), torch.tensor([0, 3, 4, 10])
+    want = ops.compress_norm(None, g.double(), cu_seqlens=cu)
+    assert_close(ops.compress_norm(None, g.to(CUDA), cu_seqlens=cu).cpu(), want)
+    with pytest.raises(ValueError, match="cu_seqlens decreases"):
+        ops.compress_norm(None, g.to(CUDA), cu_seqlens=torch.tensor([0, 4, 3, 10]))
+
+
 def test_kernels_on_the_cpu():
     x, (index, _) = torch.randn(2, 8), make_table(8, 4)
     assert torch.equal(ops.sketch.triton(x, index), ops.sketch(x, index))

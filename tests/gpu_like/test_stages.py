@@ -116,3 +116,15 @@ def test_packed_documents(gpu, bounds_on):
         rows.append(compressor.compress([batch]).flat)
         assert on_hooks(compressor)
     near(rows[1], rows[0])
+
+
+def test_bounds_of_documents_are_checked_before_they_leave_the_cpu(gpu):
+    batch = on_gpu(torch.randn(10, 8)), torch.tensor([0, 4, 3, 10])
+    compressor = dropinf.Compressor(
+        move(model_of()),
+        dropinf.Dropout(dim=4),
+        lambda model, batch: model(batch[0]).square().sum(-1)[:3],
+        cu_seqlens=lambda batch: batch[1],
+    )
+    with pytest.warns(UserWarning, match="cu_seqlens decreases"):  # which is why no hook takes these layers
+        compressor.compress([batch])

@@ -85,8 +85,7 @@ class Samples:
         if cu.device == device:
             return cu
         if device not in self._bounds:
-            if cu.device.type == "cpu":
-                document_bounds(cu, self.packed)
+            document_bounds(cu, self.packed)
             self._bounds[device] = cu.to(device, non_blocking=True)
         return self._bounds[device]
 
