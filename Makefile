@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # All tests but those of kernels, which need processes of their own, of GPUs and of other toolkits.
-PLAIN := $(filter-out $(addprefix tests/,cases compile gpu interop interpreter sanitizer __%),$(patsubst %/,%,$(wildcard tests/*/ tests/test_*.py)))
+PLAIN := $(filter-out $(addprefix tests/,cases compile gpu gpu_like interop interpreter sanitizer __%),$(patsubst %/,%,$(wildcard tests/*/ tests/test_*.py)))
 # On two cores; three processes where some tests wait for others. Machine code is kept from one run to the next.
 PYTEST := $(BIN)/python -m pytest -n 2
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --dist loadgroup tests/interpreter
+GPU_LIKE := TRITON_INTERPRET=1 $(PYTEST) tests/gpu_like
 COMPILED := TRITON_CACHE_DIR=$(VENV)/triton-cache $(PYTEST) tests/compile
 COLUMNS := --benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 HAS_CUDA := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -20,6 +21,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST) -n 3 --dist worksteal -m "not long and not more" $(PLAIN)
 	$(INTERPRETED) -m "not kernels"
+	$(GPU_LIKE) -m "not kernels"
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(PYTEST) tests/sanitizer
 	$(COMPILED) -m "not kernels"
 	@echo "Left to make test-kernels, eight minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone),"
@@ -29,6 +31,7 @@ test: $(READY)
 test-kernels: $(READY)
 	$(PYTEST) --dist worksteal -m more tests/capture tests/faults
 	$(INTERPRETED) -m kernels
+	$(GPU_LIKE) -m kernels
 	$(COMPILED) -m kernels
 
 # Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes, two thousand interleavings.

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -30,20 +31,60 @@ def check_device(**tensors: Tensor | None) -> None:
             )
 
 
-_checked: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+class _Seen:
+    """What is known of tensors, until they are written: views of one tensor are told by where they lie in it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, set[Any]]] = {}
+
+    def __contains__(self, fact: tuple[Tensor, Any]) -> bool:
+        x, what = fact
+        base = x if x._base is None else x._base
+        known = self._known.get(id(base))
+        if known is None or known[0]() is not base or x.is_inference() or known[1] != x._version:
+            return False
+        return _place(x, what) in known[2]
+
+    def add(self, x: Tensor, what: Any) -> None:
+        """Note a fact; of a tensor made under inference_mode nothing shows whether it was written, so none is."""
+        if x.is_inference():
+            return
+        base = x if x._base is None else x._base
+        key, known = id(base), self._known.get(id(base))
+        if known is None or known[0]() is not base or known[1] != x._version:
+            known = self._known[key] = weakref.ref(base, lambda _: self._known.pop(key, None)), x._version, set()
+        known[2].add(_place(x, what))
+
+
+def _place(x: Tensor, what: Any) -> Any:
+    return x.storage_offset(), x.shape, x.stride(), x.dtype, what
+
+
+_tables, _documents = _Seen(), _Seen()
+
+# How often an op had to copy an argument first, by op and argument.
+copies: Counter[tuple[str, str]] = Counter()
+
+
+def copied(name: str, x: Tensor, op: str) -> Tensor:
+    """Return a contiguous copy of an argument whose rows no strides of a kernel address, and count it."""
+    if not copies[op, name]:
+        _log.info("%s copies %s of shape %s and strides %s", op, name, list(x.shape), list(x.stride()))
+    copies[op, name] += 1
+    return x.contiguous()
 
 
 def check_index(name: str, index: Tensor | None, size: int, group: int = 1) -> None:
     """Check a table's entries once per tensor: later calls with the same tensor do not wait for the device.
+
+    A table that was made under `torch.inference_mode` is checked in every call: nothing shows whether it was written.
 
     Raises IndexError for an entry outside [0, size), ValueError for broken runs, RuntimeError if the first
     call happens while a CUDA graph is being captured.
     """
     if index is None:
         return
-    key = id(index)
-    known = _checked.get(key)
-    if known is not None and known[0]() is index and known[1:] == (index._version, size, group):
+    if (index, (size, group)) in _tables:
         return
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -58,19 +99,24 @@ def check_index(name: str, index: Tensor | None, size: int, group: int = 1) -> N
                 f"{name} is not made of aligned runs of {group}: start, ..., start + {group - 1} with start a multiple "
                 "of group; pass group=1 for scattered coordinates"
             )
-    _checked[key] = (weakref.ref(index, lambda _: _checked.pop(key, None)), index._version, size, group)
+    _tables.add(index, (size, group))
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
-    """Return `cu_seqlens` on `device`: checked here if it is a CPU tensor, by an assertion in the stream if not."""
+    """Return `cu_seqlens` on `device`: checked here if it is a CPU tensor, by an assertion in the stream if not.
+
+    The assertion runs once for a tensor, until it is written, and in every graph that is captured.
+    """
     check_ids("cu_seqlens", cu_seqlens, 1)
     if cu_seqlens.device.type == "cpu":
         document_bounds(cu_seqlens, rows)
         return cu_seqlens.to(device)
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {device} or on the CPU")
-    fine = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & (cu_seqlens.diff() >= 0).all()
-    torch._assert_async(fine, f"cu_seqlens must start with 0, not decrease, and end at the number of rows, {rows}")
+    if (cu_seqlens, rows) not in _documents or torch.cuda.is_current_stream_capturing():
+        fine = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(fine, f"cu_seqlens must start with 0, not decrease, and end at the number of rows, {rows}")
+        _documents.add(cu_seqlens, rows)
     return cu_seqlens
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_cu_seqlens, launch
+from .launch import check_cu_seqlens, copied, launch
 from .tiling import cdiv, power_of_two
 
 
@@ -222,14 +222,13 @@ class Side:
 
 
 def packed_rows(name: str, x: Tensor) -> Tensor:
-    """Return [B, T, d] as a view [B * T, d]."""
+    """Return [B, T, d] as [B * T, d]: a view, or a copy where its rows are not evenly spaced."""
+    if x.dim() == 2:
+        return x
     try:
-        return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        return x.view(-1, x.shape[-1])
     except RuntimeError:
-        raise ValueError(
-            f"{name} has shape {list(x.shape)} and strides {list(x.stride())}; with cu_seqlens its rows must be evenly "
-            f"spaced: pass {name}.contiguous()"
-        ) from None
+        return copied(name, x, "packed rows").view(-1, x.shape[-1])
 
 
 def operand_dtype(a: Tensor, g: Tensor) -> tl.dtype:

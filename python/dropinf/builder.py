@@ -84,3 +84,11 @@ def kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     """Return the dtype and device of a batch's gradients; no name for one of them would keep it alive."""
     first = next(iter(layers.values()))
     return first.dtype, first.device
+
+
+def rows_of(shapes: Shapes, digest: Mapping[str, str], layers: Mapping[str, Tensor], count: int) -> Tensor:
+    """Return one batch's gradients side by side, `[count, K]`, in their dtype and on their device."""
+    dtype, device = kind_of(layers)
+    builder = GradientsBuilder(shapes, digest, capacity=count, dtype=dtype, device=device)
+    builder.append(layers)
+    return builder.finish().flat

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .builder import GradientsBuilder, kind_of
+from .builder import GradientsBuilder, kind_of, rows_of
 from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
@@ -286,9 +286,7 @@ class Compressor:
         with self._sweep.hooked(self._placed(), Compression, where) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
                 store, n = model(batch)
-                builder = GradientsBuilder(shapes, digest, capacity=n, dtype=next(iter(store.values())).dtype)
-                builder.append(store)
-                take(builder.finish().flat)
+                take(rows_of(shapes, digest, store, n).cpu())  # one copy a batch, not one a layer
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
@@ -310,6 +308,7 @@ class Compressor:
                     model(batch)
             if self._moments.samples == samples:
                 raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+            self._moments.settle()
         except BaseException:
             self._moments.sums, self._moments.samples = sums, samples
             raise

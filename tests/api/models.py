@@ -168,7 +168,7 @@ def shared_positions():
     """nanoGPT's form: positions are ids [T] without a sample dimension; here T == N, the treacherous case."""
 
     def forward(m, ids):
-        return m.head(m.tokens(ids) + m.positions(torch.arange(ids.shape[1])))
+        return m.head(m.tokens(ids) + m.positions(torch.arange(ids.shape[1], device=ids.device)))
 
     return Lambda(
         forward, tokens=nn.Embedding(11, 6, padding_idx=0), positions=nn.Embedding(N, 6), head=nn.Linear(6, 3)

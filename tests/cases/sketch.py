@@ -20,6 +20,10 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
         table = make_table(4096, k, fan_in, fan_in > 1, group)
         vector = "sketch_gather_kernel" if group >= 8 else ""
         yield Case(kind, lambda t=table, n=group: sketch.triton(x, *t, n), vector=vector, asynchronous=False)
+    heads = torch.empty(32, 512, 8, 512, dtype=dtype).transpose(1, 2)
+    for kind, k, group in (("heads-runs", 64, 8), ("heads-streamed", 448, 1)):
+        vector, table = "sketch_gather_kernel" if group >= 8 else "", make_table(512, k, 1, False, group)
+        yield Case(kind, lambda t=table, n=group: sketch.triton(heads, *t, n), vector=vector, asynchronous=False)
     wide, table = torch.empty(32, 512, 16384, dtype=dtype), make_table(16384, 8192)
     yield Case("wide-streamed", lambda: sketch.triton(wide, *table))
 
@@ -34,3 +38,6 @@ def small(dtype: torch.dtype) -> Iterator[Case]:
     ):
         table = make_table(40, k, fan_in, fan_in > 1, group)
         yield Case(kind, lambda t=table, n=group: sketch.triton(x, *t, n))
+    heads, table = torch.randn(2, 5, 3, 40).to(dtype).transpose(1, 2), make_table(40, 16, 1, False, 8)
+    yield Case("heads", lambda: sketch.triton(heads, *table, 8))
+    yield Case("heads-streamed", lambda: sketch.triton(heads, *make_table(40, 39)))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dropinf_kernels import sketch
 from dropinf_kernels.device import ARCHS
+from dropinf_kernels.gpu.launch import copies
 from dropinf_kernels.gpu.tiling import sketch_tile
 from tests.interpreter.helpers import DTYPES, assert_close
 from tests.reference.helpers import layouts, make_table
@@ -53,10 +54,37 @@ def test_leading_shapes(shape):
     check(torch.randn(shape), *make_table(8, 4))
 
 
-def test_leading_axes_that_do_not_merge_are_refused():
-    x = torch.randn(5, 4, 3, 8).permute(2, 1, 0, 3)
-    with pytest.raises(ValueError, match=r"must merge into two: pass x.contiguous\(\)"):
-        sketch.triton(x, make_table(8, 4)[0])
+def turned(*shape):
+    """Return a tensor [reversed shape, 8] whose leading axes do not merge."""
+    x = torch.randn(*shape, 8)
+    return x.permute(*range(len(shape) - 1, -1, -1), len(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "group"), [(8, 1), (3, 1), (4, 4)])
+@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 1, 4, 3), (2, 1, 1)])
+def test_leading_axes_of_three_strides_are_not_copied(shape, k, group, dtype):
+    before = copies.total()
+    check(turned(*shape).to(dtype), *make_table(8, k, 1, False, group), group)
+    check(torch.randn(2, 7, 3, 8)[:, ::2, :2].to(dtype), *make_table(8, k, 1, False, group), group)
+    assert copies.total() == before
+
+
+@pytest.mark.parametrize("k", [8, 3])
+def test_leading_axes_of_more_strides_are_copied_once_a_call(k):
+    before = copies["sketch", "x"]
+    check(turned(2, 3, 4, 5), *make_table(8, k))
+    assert copies["sketch", "x"] == before + 2  # check calls it twice
+
+
+def test_a_table_made_under_inference_mode():
+    with torch.inference_mode():
+        index, weight = make_table(8, 4, 2, True)
+    check(torch.randn(2, 8), index, weight)
+    with torch.inference_mode():
+        index[0, 0] = 9
+    with pytest.raises(IndexError, match="index has entries from"):
+        sketch.triton(torch.randn(2, 8), index, weight)
 
 
 def test_no_columns():

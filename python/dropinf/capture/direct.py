@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import dropinf_kernels as ops
 
@@ -49,7 +50,7 @@ def direct(
     handler = _handler(function, args, kwargs, d)
     if handler is None:
         return None
-    places = _places(layer.entries.to(d.device), d)
+    places = _known_places(layer.entries.to(d.device), d)
     if places is None:
         return None
     stored, index = places
@@ -61,6 +62,20 @@ def direct(
     out = values.new_zeros(samples.n, layer.entries.numel())
     out[:, stored] = values
     return out.view(samples.n, *layer.stored_shape)
+
+
+_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _known_places(entries: Tensor, d: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+    """Return `_places`, computed once for each view: a GPU would be waited for, and the kernels check new tables."""
+    base = d if d._base is None else d._base
+    shift = d.storage_offset() - base.storage_offset()
+    view = base.is_contiguous(), shift, d.shape, d.stride()
+    views = _found.setdefault(entries, {})
+    if view not in views:
+        views[view] = _places(entries, d)
+    return views[view]  # type: ignore[no-any-return]
 
 
 def _places(entries: Tensor, d: Tensor) -> tuple[Tensor, list[Tensor]] | None:

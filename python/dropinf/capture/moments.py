@@ -13,6 +13,7 @@ from torch import Tensor
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from .layer import Layer
+from .taps import any_true
 
 
 class NotFinite(ValueError):  # noqa: N818
@@ -29,6 +30,7 @@ class Need:
 
 
 Needs = Mapping[str, Mapping[str, Need]]
+ON_DEVICE = 2 << 30  # bytes of sums that may stay on the device while batches come
 
 
 class Moments:
@@ -38,6 +40,8 @@ class Moments:
         self.needs = {name: dict(sides) for name, sides in needs.items() if sides}
         self.sums: dict[Place, Tensor] = {}
         self.samples = 0
+        sides = [need for sides in self.needs.values() for need in sides.values()]
+        self._leave = sum(8 * need.size ** (1 if need.kind == "energy" else 2) for need in sides) > ON_DEVICE
 
     @property
     def needed(self) -> bool:
@@ -66,6 +70,8 @@ class Moments:
 
     def check(self, batch: Moments, losses: Tensor) -> None:
         """Raise ValueError where the sums of a batch, the next to be merged, are not finite."""
+        if not any_true(~total.sum().isfinite() for total in batch.sums.values()):
+            return
         for place, total in batch.sums.items():
             if bool(total.sum().isfinite()):
                 continue
@@ -79,8 +85,12 @@ class Moments:
     def merge(self, batch: Moments, losses: Tensor) -> None:
         """Add the sums of one batch."""
         for place, total in batch.sums.items():
-            self.sums[place] = self.sums[place] + total if place in self.sums else total
+            self.sums[place] = self.sums[place].to(total.device) + total if place in self.sums else total
         self.samples += len(losses)
+
+    def settle(self) -> None:
+        """Move the sums to the CPU, where they are kept between calls."""
+        self.sums = {place: total.cpu() for place, total in self.sums.items()}
 
     def need(self, layer: Layer, side: str) -> Need | None:
         """Return what is gathered of a layer's side, or None."""
@@ -89,7 +99,7 @@ class Moments:
     def add(self, layer: Layer, side: str, total: Tensor) -> None:
         """Add a sum that the caller formed."""
         place = Place(layer.name, side)
-        total = total.cpu()
+        total = total.cpu() if self._leave else total
         self.sums[place] = self.sums[place] + total if place in self.sums else total
 
     def add_rows(self, layer: Layer, side: str, x: Tensor) -> None:

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dropinf_kernels.ops.checks import document_bounds
+
 
 class Untied(ValueError):  # noqa: N818
     """A tensor whose leading dimensions cannot be tied to samples."""
@@ -66,6 +68,27 @@ class Samples:
     cu_seqlens: Tensor | None = None
     layout: Layout | None = None
 
+    @cached_property
+    def packed(self) -> int:
+        """How many rows the documents have; read once."""
+        assert self.cu_seqlens is not None
+        return int(self.cu_seqlens[-1])
+
+    @cached_property
+    def _bounds(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """Return `cu_seqlens` on a device, checked and copied there once."""
+        cu = self.cu_seqlens
+        assert cu is not None
+        if cu.device == device:
+            return cu
+        if device not in self._bounds:
+            document_bounds(cu, self.packed)
+            self._bounds[device] = cu.to(device, non_blocking=True)
+        return self._bounds[device]
+
     def tie(self, x: Tensor, features: int = 1) -> tuple[Tensor, Tensor | None]:
         """Return [*lead, *features] as ([N, T, *features], None), or, packed, as ([rows, *features], cu_seqlens)."""
         if isinstance(self.layout, Grid):
@@ -80,15 +103,15 @@ class Samples:
                 raise Untied
             return x.reshape(rows, *kept).index_select(0, self.layout.order), self.layout.cu_seqlens(self.n)
         if self.cu_seqlens is not None:
-            if rows == int(self.cu_seqlens[-1]):
-                return x.reshape(rows, *kept), self.cu_seqlens
+            if rows == self.packed:
+                return x.reshape(rows, *kept), self.bounds(x.device)
             if rows == self.n:
                 return x.reshape(rows, 1, *kept), None
             # Heads beside the positions, before or behind them: each position is several rows.
-            positions = [i for i, size in enumerate(lead) if size == int(self.cu_seqlens[-1])]
+            positions = [i for i, size in enumerate(lead) if size == self.packed]
             if len(positions) == 1:
                 several = rows // lead[positions[0]]
-                return x.movedim(positions[0], 0).reshape(rows, *kept), self.cu_seqlens * several
+                return x.movedim(positions[0], 0).reshape(rows, *kept), self.bounds(x.device) * several
         elif self.n and (lead[0] if lead else 1) % self.n == 0:
             return x.reshape(self.n, rows // self.n, *kept), None
         raise Untied
@@ -121,7 +144,10 @@ class Samples:
         except Untied:
             return False
         owner = torch.arange(self.n, device=rows.device)
-        owner = owner[:, None] if cu is None else torch.repeat_interleave(owner, cu.diff().long().to(rows.device))
+        if cu is None:
+            owner = owner[:, None]
+        else:
+            owner = torch.repeat_interleave(owner, cu.diff().long(), output_size=len(rows))
         return bool(((rows == owner) | (rows == -1)).all())
 
     def owners(self, lead: torch.Size, device: torch.device) -> Tensor:

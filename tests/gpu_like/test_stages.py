@@ -1,0 +1,130 @@
+"""Every stage behind the rows on a GPU gives what it gives on a CPU: calibration, indices, Fisher matrices, scores."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+import dropinf
+from dropinf.score import ScoreKind
+from tests.gpu_like.helpers import on_gpu, on_hooks, ways
+from tests.gpu_like.pretend import move
+
+N, T = 4, 3
+LATER = pytest.mark.kernels
+
+
+def model_of() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 5))
+
+
+def batches(count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(N, T, 8, generator=generator) for _ in range(count)]
+
+
+def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().flatten(1).sum(1)
+
+
+def on(place: str, data: list[Any], sketch: Any = None) -> tuple[dropinf.Compressor, list[Any]]:
+    model = model_of() if place == "cpu" else move(model_of())
+    compressor = dropinf.Compressor(model, sketch or dropinf.Dropout(dim=4), loss_fn)
+    return compressor, data if place == "cpu" else on_gpu(data)
+
+
+def near(got: torch.Tensor, want: torch.Tensor, factor: float = 1) -> None:
+    torch.testing.assert_close(got.cpu(), want, rtol=factor * 1e-5, atol=factor * 1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("sampling", ["energy", "uniform"])
+@pytest.mark.parametrize("whiten", [True, pytest.param(False, marks=LATER)])
+def test_calibration_draws_the_same(gpu, sampling, whiten):
+    sketch = dropinf.Dropout(dim=4, sampling=sampling, whiten=whiten)
+    (here, data), (there, moved) = on("cpu", batches(), sketch), on("gpu", batches(), sketch)
+    for compressor, given in ((here, data), (there, moved)):
+        compressor.calibrate(given[:1])
+        compressor.calibrate(given[1:])
+    for name, layer in here.layers.items():
+        for axis, other in ((layer.out_axis, there.layers[name].out_axis), (layer.in_axis, there.layers[name].in_axis)):
+            for field, table in ({} if axis is None else axis.tensors()).items():
+                near(other.tensors()[field].float(), table.float(), 10)
+    near(there.compress(moved).flat, here.compress(data).flat, 10)
+    assert ways(there) == ways(here)
+
+
+# How much more than float32's rounding a stored value may differ: by one step of its dtype.
+STEPS = {None: 1, torch.bfloat16: 400, torch.float16: 100, torch.int8: 1000}
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, torch.int8, *(pytest.param(d, marks=LATER) for d in (torch.bfloat16, torch.half))]
+)
+def test_indices(gpu, tmp_path, dtype):
+    found = []
+    for place in ("cpu", "gpu"):
+        compressor, data = on(place, batches())
+        first = compressor.compress(data, out=tmp_path / place, dtype=dtype, fisher="block")
+        index = compressor.compress([data[0] + 1], out=tmp_path / place, dtype=dtype, append=True, fisher="block")
+        assert len(index) == len(first) + N
+        assert compressor.compress(data, out=tmp_path / place, dtype=dtype).info() == index.info()
+        query = compressor.compress(data[:1])
+        assert on_hooks(compressor)
+        scores = dropinf.score(query, index, kind="dot"), dropinf.score(query, index, index.fisher())
+        found.append((index[:].flat, *scores, dropinf.score(query, index, index.fisher(), top=5).values))
+    for here, there in zip(*found, strict=True):
+        near(there, here, 10 * STEPS[dtype])
+
+
+@pytest.mark.parametrize("kind", ["block", "kronecker", *(pytest.param(k, marks=LATER) for k in ("joint", "diagonal"))])
+def test_fisher_matrices(gpu, kind):
+    scores = []
+    for place in ("cpu", "gpu"):
+        compressor, data = on(place, batches())
+        train, query = compressor.compress(data), compressor.compress(data[:1])
+        assert on_hooks(compressor)
+        fisher = dropinf.build_fisher(train, kind)
+        found = [dropinf.score(query, train, fisher, kind=k) for k in get_args(ScoreKind)]
+        found += [dropinf.self_influence(train, fisher), dropinf.score(query, train, fisher, top=3).values]
+        assert all(x.is_cuda == (place == "gpu") for x in found)
+        scores.append(found)
+    for here, there in zip(*scores, strict=True):
+        near(there, here, 100)
+
+
+def packed_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, cu = batch
+    per_token = model(x[None])[0].square().sum(-1)
+    sample = torch.repeat_interleave(
+        torch.arange(len(cu) - 1, device=x.device), cu.diff().to(x.device), output_size=len(x)
+    )
+    return torch.zeros(len(cu) - 1, device=x.device).index_add(0, sample, per_token)
+
+
+@pytest.mark.parametrize("bounds_on", ["cpu", "gpu"])
+def test_packed_documents(gpu, bounds_on):
+    x, cu = torch.randn(10, 8), torch.tensor([0, 3, 4, 10], dtype=torch.int32)
+    rows = []
+    for place in ("cpu", "gpu"):
+        model = model_of() if place == "cpu" else move(model_of())
+        batch = (x, cu) if place == "cpu" else (on_gpu(x), on_gpu(cu) if bounds_on == "gpu" else cu)
+        compressor = dropinf.Compressor(model, dropinf.Dropout(dim=4), packed_loss, cu_seqlens=lambda batch: batch[1])
+        rows.append(compressor.compress([batch]).flat)
+        assert on_hooks(compressor)
+    near(rows[1], rows[0])
+
+
+def test_bounds_of_documents_are_checked_before_they_leave_the_cpu(gpu):
+    batch = on_gpu(torch.randn(10, 8)), torch.tensor([0, 4, 3, 10])
+    compressor = dropinf.Compressor(
+        move(model_of()),
+        dropinf.Dropout(dim=4),
+        lambda model, batch: model(batch[0]).square().sum(-1)[:3],
+        cu_seqlens=lambda batch: batch[1],
+    )
+    with pytest.warns(UserWarning, match="cu_seqlens decreases"):  # which is why no hook takes these layers
+        compressor.compress([batch])
