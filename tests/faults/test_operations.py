@@ -38,6 +38,7 @@ def at_every_operation(forks: Forks, place: Path, step: int, again: int = 0, **o
     reached(phases, 5)
 
 
+@pytest.mark.more
 def test_killed_before_an_operation(forks, place):
     at_every_operation(forks, place, 8, batches=SMALL, append=4)
 
