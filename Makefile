@@ -29,7 +29,7 @@ test: $(READY)
 
 # What `test` leaves out: run it where you changed dropinf_kernels, how gradients are captured, or an index.
 test-kernels: $(READY)
-	$(PYTEST) --dist worksteal -m more tests/capture tests/faults
+	$(PYTEST) --dist worksteal -m "more and not long" tests/capture tests/faults
 	$(INTERPRETED) -m kernels
 	$(GPU_LIKE) -m "not kernels"
 	$(GPU_LIKE) -m kernels

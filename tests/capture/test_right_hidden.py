@@ -296,3 +296,16 @@ def test_weights_whose_storage_is_turned_between_batches():
     got = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: own(m(x))).compress(batches())["2"][4:]
     want = [torch.autograd.grad(own(model(xs[1]))[n], model[2].weight)[0] for n in range(4)]
     assert torch.allclose(got.reshape(4, 2, 3), torch.stack(want), 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize("last", [2, 3, 4, 6])
+def test_a_state_that_the_loss_keeps_elsewhere_is_refused(last):
+    """A warm-up, counted in a closure: it ends before the batch is audited, or after."""
+    runs = [0]
+
+    def loss(m, x):
+        runs[0] = min(runs[0] + 1, last)
+        return own(m(x)) ** runs[0]
+
+    with pytest.raises(dropinf.AttributionError, match=r"another run of the same batch|do not sum"):
+        dropinf.Compressor(pair(), dropinf.Dropout(2), loss).compress(points(4, 4))

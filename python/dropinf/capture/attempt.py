@@ -73,6 +73,7 @@ class Attempts:
         self.attempts, self.proving = 0, 3
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
         self.first_losses: Tensor | None = None
+        self.first_flags = False  # whether they came with its user's flags
         self.proof = Proof(self.known, hooked.probe or hooked.layers, hooked.flags, self.start, hooked.batches)
         self.leaked: set[str] = set()  # tapped parameters whose gradient reached the parameter itself
         self.tried_flags, self.tried = False, 0  # its user's flags, and how many layers were wrong before

@@ -202,6 +202,15 @@ def late_message(wrong: Mapping[str, float], before: int) -> str:
     )
 
 
+def unrepeatable_message(apart: float) -> str:
+    """Return what to say of a loss that gives other values in a second run."""
+    return (
+        f"loss_fn: another run of the same batch gives other losses (by {apart:.2g}), though model, batch and torch's, "
+        "NumPy's and Python's random numbers are as they were. It depends on a state that is kept elsewhere, such as a "
+        "counter in a closure or a generator of its own; keep it in the model or the batch, or compute it before"
+    )
+
+
 def cached_message(names: list[str]) -> str:
     """Return what to say of a model whose second backward fails; ``names``: layers that are used outside modules."""
     likely = f" (of {', '.join(names[:3])}, likely)" if names else ""

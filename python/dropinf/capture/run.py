@@ -17,7 +17,8 @@ from torch import Tensor
 from ..workload import tensors, values_by_sample
 from . import sharded
 from .attempt import Again
-from .checks import cached_message, check_finite, late_message, refused_message
+from .audit import TOLERANCE
+from .checks import cached_message, check_finite, late_message, refused_message, unrepeatable_message
 from .dependence import stay_apart
 from .exact import ExactGradients
 from .followed import Followed, Shown, settled
@@ -116,9 +117,19 @@ class Run(Sharing):
         if self.n > 1 and self.cu is None:
             self.known.learn_leaves(self.batch, self.n)
         if self.first_losses is None:
-            self.first_losses = losses.detach()
+            self.first_losses, self.first_flags = losses.detach(), self.known.own_flags
         elif self.suspects and not torch.allclose(losses, self.first_losses, equal_nan=True):
             raise RuntimeError("the losses change where a shared output is expanded")
+        elif not self.suspects and self.first_flags == self.known.own_flags:
+            self._check_repeated(current, losses.detach())
+
+    def _check_repeated(self, current: Pass, losses: Tensor) -> None:
+        """Raise AttributionError where another run of the batch, from the same state, gives other losses."""
+        assert self.first_losses is not None
+        slack = TOLERANCE[self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})]
+        apart = (losses - self.first_losses).nan_to_num().abs().max()
+        if apart > slack * self.first_losses.nan_to_num().abs().max():
+            raise AttributionError(unrepeatable_message(float(apart)))
 
     def _check_uses(self, current: Pass, guard: UseGuard) -> None:
         """Find modules whose own forward does more with a parameter than once scale by it, or writes to it."""
