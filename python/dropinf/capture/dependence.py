@@ -56,6 +56,8 @@ class Dependence(TorchDispatchMode):
             self.known.put(x, labels, fixed=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.shown is not None and self.shown.busy:
+            return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._draw(_named(func, args, kwargs or {}).get("generator"))
         out = func(*args, **(kwargs or {}))
@@ -149,12 +151,14 @@ class _Leaving(TorchFunctionMode):
         self.dependence = dependence
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shown = self.dependence.shown
+        if shown is not None and shown.busy:
+            return func(*args, **(kwargs or {}))
         if func in _LEAVE and self.dependence.failure is None:
             self.dependence.leave(args[0])
             self.dependence.known.add(args[0], fixed=False)
         self.dependence.left |= not _is_of_torch(func)  # what it calls is in no path
         self.dependence.depth += 1
-        shown = self.dependence.shown
         try:
             if shown is not None and shown.outside is not None:
                 return shown.outside(func, args, kwargs or {})

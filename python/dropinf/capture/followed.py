@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .colours import NONE
 from .hooks import Pass
@@ -32,6 +31,7 @@ class Shown:
     def __init__(self, labels: Labels, uses: Mapping[str, Use], names: Iterable[str], settle: Settle) -> None:
         self.labels, self.uses, self.settle = labels, uses, settle
         self._left = set(names)
+        self.busy = False  # what runs is not the model's
         self.outside: Followed | None = None  # what shows the ops that use parameters
         self._fit = True
 
@@ -56,7 +56,8 @@ class Shown:
 
     def show(self, name: str, use: Use, out: Tensor) -> None:
         """Compare the rows of a captured output; those that no op gives a sample get the one that was found."""
-        with _disable_current_modes(), torch._C.DisableTorchFunction():  # what is done here is not the model's
+        self.busy = True
+        try:
             self._left.discard(name)
             rows = _rows(use, out, self.labels.of(out))
             settled = self.settle(name, out.shape, rows)
@@ -65,6 +66,8 @@ class Shown:
             elif settled is not rows:
                 own = use.scaled(torch.ones(out.shape, dtype=torch.int32, device=out.device), settled.to(torch.int32))
                 self.labels.put(out, own, fixed=False)
+        finally:
+            self.busy = False
 
     def _leave(self, name: str, use: Use, module: nn.Module, _args: Any, out: Any) -> None:
         if module is use.module and isinstance(out, Tensor) and out.ndim:
