@@ -42,8 +42,6 @@ class Proof:
             return "new look"
         if unforeseen is not None:
             return unforeseen
-        if plan.unclear:
-            return "samples may meet"  # where one's part of a row is too small for colours
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
     def is_first_gradient(self, plan: Plan, store: Mapping[str, Tensor]) -> bool:
