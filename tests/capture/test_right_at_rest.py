@@ -12,34 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dropinf
-from tests.capture.right_or_refused import Cases, check, doubles, points, runs  # noqa: F401
+from tests.capture.right_or_refused import Cases, Multiply, check, doubles, later, mlp, own, points, runs  # noqa: F401
 
 CASES = Cases()
-ACTS = [0.0, 1.0, 1.0]
-
-
-def own(h):
-    return h.flatten(1).square().sum(1)
-
-
-def pair():
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def later(xs=None):
-    return list(zip(points(4, 4, 4) if xs is None else xs, ACTS, strict=True))
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, w):
-        ctx.save_for_backward(h, w)
-        return h @ w.t()
-
-    @staticmethod
-    def backward(ctx, g):
-        h, w = ctx.saved_tensors
-        return g @ w, g.t() @ h
 
 
 @torch.jit.script
@@ -61,7 +36,7 @@ def unseen_by_modes(m, h):
 
 
 USES = {
-    "a_function": lambda m, h: Product.apply(h, m[2].weight),
+    "a_function": lambda m, h: Multiply.apply(h, m[2].weight),
     "a_script": lambda m, h: scripted(h, m[2].weight),
     "a_reentrant_checkpoint": lambda m, h: checkpoint(lambda z: F.linear(z, m[2].weight), h, use_reentrant=True),
     "a_thread": in_a_thread,
@@ -75,7 +50,7 @@ for name, use in USES.items():
             h = m[1](m[0](b[0]))
             return own(m[2](h)) + b[1] * own(use(m, h))
 
-        model = pair()
+        model = mlp(5, 2)
         model[2].turned = model[2].weight.t()
         return model, loss, later()
 
@@ -91,7 +66,7 @@ def a_penalty_on_the_input_gradient():
         (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return own(out) + b[1] * own(g)
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 @CASES.add()
@@ -100,7 +75,7 @@ def a_penalty_by_torch_func():
         g = torch.func.grad(lambda x: m(x).square().sum())(b[0])
         return own(m(b[0])) + b[1] * own(g)
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 @CASES.add(right=False)
@@ -108,7 +83,7 @@ def a_hook_that_limits_a_weight():
     def loss(m, b):
         return own(m(b[0])) * (0.01 + b[1])
 
-    model = pair()
+    model = mlp(5, 2)
     model[2].weight.register_hook(lambda g: g.clamp(-0.3, 0.3))
     return model, loss, later()
 
@@ -124,7 +99,7 @@ def flags_that_the_loss_sets():
             for p in m[0].parameters():
                 p.requires_grad = True
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 class Attended(nn.Module):
@@ -160,14 +135,14 @@ def weights_of_classes_by_their_counts():
     return Attended(), loss, list(zip(sequences(4, 4, 4), labels, strict=True))
 
 
-for model in (Attended, Recurrent, pair):
+for model in (Attended, Recurrent, mlp):
 
     def written(model=model):
         def loss(m, x):
             x.mul_(1 / 255).sub_(0.5)
             return own(m(x))
 
-        shape = (3,) if model is pair else (3, 4)
+        shape = (3,) if model is mlp else (3, 4)
         return model(), loss, [torch.randint(0, 256, (4, *shape)).double() for _ in range(3)]
 
     written.__name__ = f"a_batch_written_in_place_by_{model.__name__}"
@@ -180,7 +155,7 @@ def differences_of_partners():
         s = m[1](m[0](b[0])).sum(1)
         return own(m[2](torch.tanh(b[0] @ torch.ones(3, 5)))) + b[1] * (s - s.flip(0))
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 class Scaled(nn.Module):
@@ -255,7 +230,7 @@ def a_hook_put_before_all_others():
         finally:
             handle.remove()
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 @CASES.add()
@@ -273,7 +248,7 @@ def indices_that_numpy_fills():
         np.from_dlpack(back)[:] = np.argsort(b[1])
         return own(m[2](torch.tanh(m[0](b[0][there]))[back]))
 
-    return pair(), loss, list(zip(points(4, 4, 4), ([0, 1, 2, 3], [2, 0, 3, 1], [1, 3, 0, 2]), strict=True))
+    return mlp(5, 2), loss, list(zip(points(4, 4, 4), ([0, 1, 2, 3], [2, 0, 3, 1], [1, 3, 0, 2]), strict=True))
 
 
 @pytest.mark.parametrize("model", [Attended, Recurrent])

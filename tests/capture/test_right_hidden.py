@@ -13,22 +13,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 import dropinf
-from tests.capture.right_or_refused import Cases, check, doubles, points, runs  # noqa: F401
+from tests.capture.right_or_refused import Cases, check, doubles, later, mlp, own, points, runs  # noqa: F401
 
 CASES = Cases()
-ACTS = [0.0, 1.0, 1.0]
-
-
-def own(h):
-    return h.flatten(1).square().sum(1)
-
-
-def pair():
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def later(xs=None):
-    return list(zip(points(4, 4, 4) if xs is None else xs, ACTS, strict=True))
 
 
 class ScaleRMSNorm(nn.Module):
@@ -82,7 +69,7 @@ def a_hook_that_reads_the_weight_first():
         finally:
             handle.remove()
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 class Noise(TorchFunctionMode):
@@ -101,7 +88,7 @@ def a_mode_of_the_loss():
         with Noise(b[1]):
             return own(m(b[0]))
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 class Gained(nn.Module):
@@ -124,7 +111,7 @@ def a_parametrization_that_reads_the_bias():
         finally:
             m[0].parametrizations.weight[0].gain = 0.0
 
-    model = pair()
+    model = mlp(5, 2)
     parametrize.register_parametrization(model[0], "weight", Gained(model[0]), unsafe=True)
     return model, loss, later()
 
@@ -157,7 +144,7 @@ WRITES = {
 for loss, batch in WRITES.items():
 
     def written(loss=loss, batch=batch):
-        return pair(), loss, [batch(torch.randn(4, 4, 3), k) for k in range(3)]
+        return mlp(5, 2), loss, [batch(torch.randn(4, 4, 3), k) for k in range(3)]
 
     written.__name__ = f"a_batch_{loss.__name__}"
     CASES.add()(written)
@@ -246,7 +233,7 @@ def data_written_behind_autograd():
         h.data.clamp_(-10 + 9.9 * b[1], 10 - 9.9 * b[1])
         return own(out)
 
-    return pair(), loss, later()
+    return mlp(5, 2), loss, later()
 
 
 @CASES.add()
@@ -256,7 +243,7 @@ def a_copy_of_the_model_as_its_teacher():
             scale = copy.deepcopy(m)(x).softmax(1)[:, 0]
         return own(m(x)) * scale + own(copy.deepcopy(m)(x)) * 0
 
-    return pair(), loss, points(4, 4, 4)
+    return mlp(5, 2), loss, points(4, 4, 4)
 
 
 @CASES.parametrize()
@@ -268,7 +255,7 @@ def test_right_or_refused(build, options, sketch, backwards):
 class Averaged(nn.Module):
     def __init__(self):
         super().__init__()
-        self.m = pair()
+        self.m = mlp(5, 2)
         self.teacher = copy.deepcopy(self.m).requires_grad_(False)
 
     def forward(self, x):
@@ -308,4 +295,4 @@ def test_a_state_that_the_loss_keeps_elsewhere_is_refused(last):
         return own(m(x)) ** runs[0]
 
     with pytest.raises(dropinf.AttributionError, match=r"another run of the same batch|do not sum"):
-        dropinf.Compressor(pair(), dropinf.Dropout(2), loss).compress(points(4, 4))
+        dropinf.Compressor(mlp(5, 2), dropinf.Dropout(2), loss).compress(points(4, 4))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.capture.right_or_refused import Cases, check, doubles, mlp, points, runs, squares  # noqa: F401
+from tests.capture.right_or_refused import Cases, Multiply, check, doubles, mlp, points, runs, squares  # noqa: F401
 
 CASES = Cases()
 ROWS = 6  # of 3 samples
@@ -154,20 +154,6 @@ def conv1d_of_ones_own_that_clamps():
 
     first = torch.rand(4, 3) * 2 - 1
     return nn.Sequential(Conv1D(), nn.Tanh(), nn.Linear(4, 2)), squares, [first, 5 * torch.randn(4, 3), first[:3]]
-
-
-class Multiply(torch.autograd.Function):
-    """x w^T, which no mode sees."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x @ w.t()
-
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return g @ w, g.t() @ x
 
 
 class Routed(nn.Module):

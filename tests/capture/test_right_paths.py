@@ -10,15 +10,11 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from tests.capture.right_or_refused import Cases, check, doubles, mlp, points, runs  # noqa: F401
+from tests.capture.right_or_refused import Cases, check, doubles, mlp, own, points, runs  # noqa: F401
 
 CASES = Cases()
 ORDERS = [list(range(6)), [1, 0, 3, 2, 5, 4], [5, 2, 0, 1, 4, 3]]
 GATES = [torch.tensor(0.0), torch.tensor(1.0), torch.tensor(1.0)]
-
-
-def own(h):
-    return h.flatten(1).square().sum(1)
 
 
 def swapped(h, swap):

@@ -38,9 +38,8 @@ class Use:
         parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
         self._held = {name: p for name, p in parameters.items() if p is not None and not sharded.is_sharded(p)}
         # What the forward gets in their place: it needs no gradient, so that any gradient is of another use.
-        self.frozen = {n: nn.Parameter(p.detach(), requires_grad=False) for n, p in self._held.items() if _is_plain(p)}
-        if not self.is_plain:
-            self.frozen = {}
+        hides = {name: p for name, p in self._held.items() if self.is_plain and _is_plain(p)}
+        self.frozen = {name: nn.Parameter(p.detach(), requires_grad=False) for name, p in hides.items()}
 
     def __deepcopy__(self, _memo: Any) -> Use:
         return self  # of a model that is copied while it is hooked: its hooks do nothing for the copy
@@ -59,16 +58,14 @@ class Use:
         return self._forward.__module__.startswith("torch.nn.modules") and not hasattr(self.module, "parametrizations")
 
     @property
-    def counted(self) -> list[tuple[nn.Parameter, Layer]]:
+    def counted(self) -> list[nn.Parameter]:
         """What is tracked of a module that is not plain: each of its calls must use it once."""
-        plans = {} if self.is_plain else {"weight": self.weight, "bias": self.bias}
-        return [(self._held[name], plan) for name, plan in plans.items() if plan is not None and name in self._held]
+        return [] if self.is_plain else [self._held[name] for name in self._plans if name in self._held]
 
     @property
     def hidden(self) -> dict[str, Layer]:
         """The plans of what a forward gets without a graph to it."""
-        plans = {"weight": self.weight, "bias": self.bias}
-        return {name: plan for name, plan in plans.items() if plan is not None and name in self.frozen}
+        return {name: plan for name, plan in self._plans.items() if name in self.frozen}
 
     @property
     def originals(self) -> dict[int, nn.Parameter]:
@@ -101,7 +98,12 @@ class Use:
     @property
     def plans(self) -> list[Layer]:
         """The plans of what is tracked."""
-        return [plan for plan in (self.weight, self.bias) if plan is not None]
+        return list(self._plans.values())
+
+    @property
+    def _plans(self) -> dict[str, Layer]:
+        plans = {"weight": self.weight, "bias": self.bias}
+        return {name: plan for name, plan in plans.items() if plan is not None}
 
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:
         """Return what the weight multiplies, uncompressed: [..., d_in]."""

@@ -54,7 +54,6 @@ class Outside:
 
     def __init__(self, current: Pass, raw: Mapping[int, Layer], constant: Collection[str]) -> None:
         self.current, self.raw, self.constant = current, raw, constant
-        self.names = {layer.name for layer in raw.values()}
         self.outputs: dict[str, list[Tensor]] | None = None  # by name, where they are asked for
         self.unfit: set[str] = set()  # layers that are used in a way that no op here covers
 

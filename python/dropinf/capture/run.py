@@ -134,7 +134,7 @@ class Run(Sharing):
     def _check_uses(self, current: Pass, guard: UseGuard) -> None:
         """Find modules whose own forward does more with a parameter than once scale by it, or writes to it."""
         for name, use in self.hooked.capture.uses.items():
-            for parameter, _ in use.counted:
+            for parameter in use.counted:
                 if guard.uses[id(parameter)] != current.called[name]:
                     current.failed[name] = "its forward uses a parameter more or less than once"
         self.start.check_parameters(self.model, self.hooked.capture.changed)
