@@ -253,6 +253,7 @@ def draws():
         "shuffle": shuffled(lambda: None),
         "own_shuffle": shuffled(lambda: own),
         "own_noise": lambda h: h + torch.rand(h.shape, generator=own),
+        "torchs_named": lambda h: h + torch.rand(h.shape, generator=torch.default_generator),
         "python": lambda h: h * random.random(),
     }
 

@@ -17,7 +17,7 @@ from .checks import check_losses, explain
 from .guard import UseGuard
 from .hooks import Capture, Pass
 from .knowledge import Knowledge
-from .ladder import Rung
+from .ladder import RUNGS, Rung
 from .layer import Layer
 from .outside import Outside, mark_data, unmark
 from .preserved import Attributes, Flags, Start, gradients_taken
@@ -166,3 +166,28 @@ class Attempts:
         for name in names:
             self.known.ladder.lower(name, reason, to)
         raise Again
+
+    def _lower_failed(self, current: Pass) -> None:
+        for name, why in current.failed.items():
+            use = self.hooked.capture.uses.get(name) or current.uses[name]
+            self._lower([plan.name for plan in use.plans], why)
+
+    def _lower_counted(self, counted: set[int]) -> None:
+        """Take one backward a sample for weights whose gradient is scaled by how often ids stand in the whole batch."""
+        ladder = self.known.ladder
+        found = [n for n, t in self.known.targets.items() if id(t.tensor) in counted and ladder.rungs[n] != RUNGS[-1]]
+        for name in found:
+            ladder.lower(name, "scale_grad_by_freq counts the ids of the whole batch", RUNGS[-1])
+        if found:
+            raise Again
+
+    def _lower_leaked(self) -> None:
+        """Take a surer way for parameters that got a gradient in another way than by their module."""
+        why = "the parameter is used where nothing sees it, as in an autograd Function"
+        self._lower(sorted(self.leaked), why, "alone")  # vmap puts other parameters in their modules, and nowhere else
+
+    def _lower_unfit(self, outside: Outside | None) -> None:
+        if outside is not None:
+            self._lower(
+                sorted(outside.unfit), "the parameter is used by an op whose gradient cannot be mapped over samples"
+            )

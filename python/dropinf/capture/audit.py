@@ -53,11 +53,15 @@ class Expected:
             r = self.r.to(c)
             rows = c.flatten(1) * r[:, None]
             want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
-            apart[name] = float(torch.linalg.vector_norm(rows.sum(0) - want))
-            size[name] = math.hypot(float(torch.linalg.vector_norm(rows)), float(torch.linalg.vector_norm(want)))
+            apart[name] = _norm(rows.sum(0) - want)
+            size[name] = math.hypot(_norm(rows), _norm(want))
         largest = max(size.values(), default=0.0)
         floors = {name: (FLOOR if len(layers[name].shape) > 1 else FLOOR_OF_SUMS)[dtype] for name in store}
         return {name: apart[name] / (size[name] + floors[name] * largest) for name in store if size[name]}
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))  # squares of small numbers are nothing in float32
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -75,11 +79,12 @@ def expected(
     flags: Flags,
     sizes: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    only: Tensor | None = None,
 ) -> Expected:
     """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once.
 
     ``sizes`` [N]: the norms of the rows to compare with. A sample's weight is then the larger the smaller its row.
-    ``dtype``: the coarsest that gradients are computed in.
+    ``dtype``: the coarsest that gradients are computed in. ``only`` [N]: samples beside which all have weight zero.
     """
     sketches: dict[str, Tensor] = {}
 
@@ -90,7 +95,7 @@ def expected(
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model, take):
         losses = losses_of()
-        r = _weights(losses, sizes, dtype)
+        r = _weights(losses, sizes, dtype, only)
         if losses.requires_grad:
             losses.backward(r)
     return Expected(r, sketches, losses.detach())
@@ -104,7 +109,7 @@ def sketched(layer: Layer, g: Tensor) -> Tensor:
     return layer.out_axis.apply(layer.in_axis.apply(matrix).mT).mT
 
 
-def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype, only: Tensor | None) -> Tensor:
     """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same.
 
     In half precision they are powers of two: each gradient is then rounded as without weights, whatever is behind it.
@@ -119,6 +124,9 @@ def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype) -> Tensor
         signs = torch.randint(0, 2, (len(losses),), generator=generator, device="cpu") * 2 - 1
         r = (torch.rand(len(losses), generator=generator, device="cpu") + 0.5) * signs
     r = r.to(losses)
+    if only is not None:
+        r = r * only.to(r)
+        sizes = None if sizes is None else sizes * only.to(sizes)
     if sizes is None or not bool(sizes.max() > 0):
         return r
     sizes = (sizes.to(losses) / sizes.max()).clamp(min=torch.finfo(losses.dtype).eps ** 0.5)

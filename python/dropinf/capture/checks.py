@@ -170,10 +170,19 @@ def check_current(model: nn.Module, targets: Mapping[str, Target]) -> None:
 
 def mixing_message(name: str, pair: tuple[int, int] | None, n: int) -> str:
     """Return what to say of a loss that depends on several samples."""
-    met = "several samples" if pair is None else f"samples {pair[0]} and {pair[1]}"
+    if pair is None:
+        found = (
+            f"layer {name}: rows of its output's gradient do not grow with the loss of one sample (of the {n} of the "
+            "batch): either losses of several samples depend on the same row, so that no sample has a gradient of its "
+            "own, or a hook or an autograd Function clips or normalises gradients, which has to be left out"
+        )
+    else:
+        found = (
+            f"layer {name}: the losses of samples {pair[0]} and {pair[1]} (of the {n} samples of the batch) depend on "
+            "the same row of its output, so no sample has a gradient of its own"
+        )
     return (
-        f"layer {name}: the losses of {met} (of the {n} samples of the batch) depend on the same row of its output, so "
-        "no sample has a gradient of its own. Must they mix (a contrastive loss, centred features), pass mixing=True: "
+        f"{found}. Must they mix (a contrastive loss, centred features), pass mixing=True: "
         "each gradient is then the derivative of one loss as it stands in its batch. Else compute each sample's loss "
         "from that sample alone, or leave the layer out with layers=. A tensor that all samples share looks the same "
         "where it is as long as the batch: begin with a batch of another size"

@@ -49,6 +49,7 @@ class Colours:
         self.n, self.base = n, 8 if narrow else 64
         self.passes = max(1, math.ceil(math.log(n, self.base) - 1e-9))
         self.rows: dict[Key, _Rows] = {}
+        self.spread: list[Tensor] = []  # how far ratios were from powers of two
 
     def weights(self, losses: Tensor, digit: int) -> Tensor:
         """Return the losses' weights [N] of one pass."""
@@ -75,11 +76,14 @@ class Colours:
         ratio = torch.where(known[:, None], seen / row.seen, 1)
         power = ratio[:, :1].abs().log2().round()
         exact = torch.exp2(power)
-        same = ((ratio - exact).abs() <= SLACK[g.dtype] * exact).all(1)
+        apart = (ratio - exact).abs() / exact
+        same = (apart <= SLACK[g.dtype]).all(1)
         power, exact = power[:, 0].long() - 1, exact[:, 0]
         sample = row.sample + power * self.base**digit
         fits = same & (power >= 0) & (power < self.base) & (sample < self.n) & (row.sample != SEVERAL)
         row.sample = torch.where(known, torch.where(fits, sample, SEVERAL), torch.where(cancelled, SEVERAL, NONE))
+        if len(apart):
+            self.spread.append(torch.where(fits[:, None], apart, 0).amax().double())
         row.scale = torch.where(known & fits, 1 / exact, 1).to(g.dtype).view(row.lead)
 
     def samples(self, key: Key) -> Tensor:

@@ -70,7 +70,8 @@ class Dependence(TorchDispatchMode):
 
     def _draw(self, generator: torch.Generator | None) -> None:
         """Keep the state of a generator that is not torch's own, which nothing puts back."""
-        if generator is not None and generator not in (torch.default_generator, *torch.cuda.default_generators):
+        own = {g._cdata for g in (torch.default_generator, *torch.cuda.default_generators)}
+        if generator is not None and generator._cdata not in own:  # ops get an object of their own for it
             self.states.append(generator.get_state())
 
     def leave(self, x: Tensor) -> None:

@@ -55,6 +55,7 @@ class Pass:
     called: Counter[str] = field(default_factory=Counter)
     modes: int = 0  # that a forward begins in
     unforeseen: str | None = None  # why it is to be audited, whatever it looks like
+    spread: list[Tensor] = field(default_factory=list)  # of the colours
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
@@ -116,6 +117,7 @@ class Pass:
         """
         together = follow and not self.narrow  # float16's powers would cost digits
         colours = Colours(self.samples.n, narrow=self.narrow)
+        self.spread = colours.spread
         before = self.layouts, self.proven
         self.layouts, self.proven, self.blank = {}, set(), set()
         self._ask_norms()

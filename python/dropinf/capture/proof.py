@@ -44,31 +44,60 @@ class Proof:
             return unforeseen
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
-    def is_first_gradient(self, plan: Plan, store: Mapping[str, Tensor]) -> bool:
-        """Return whether a layer has a gradient that had none in any audit of batches that look alike."""
+    def first_gradient(self, plan: Plan, store: Mapping[str, Tensor]) -> str | None:
+        """Return that a layer has a gradient that had none in any audit of batches that look alike, or None."""
         if self.known.audit == "never":
-            return False
-        return any_true(store[name].any() for name in self.layers if name not in plan.compared)
+            return None
+        first = any_true(store[name].any() for name in self.layers if name not in plan.compared)
+        return "first gradient of a layer" if first else None
+
+    def faint(self, store: Mapping[str, Tensor], spread: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """Return the samples [N] whose gradients are so far below others' that colours of rows may miss them, if any.
+
+        ``spread``: how far the rows' ratios were from powers of two. Where samples meet in a row, a part below that
+        goes to the other sample, and may be much of what the sample has.
+        """
+        if self.known.audit == "never" or not self.layers or not spread:
+            return None
+        norms = [store[name].flatten(1).double().norm(dim=1) for name in self.layers]
+        device = norms[0].device
+        sizes = torch.stack([(x / x.max()).nan_to_num().to(device) for x in norms]).amax(0)
+        least = torch.stack([x.to(device) for x in spread]).max().clamp(min=torch.finfo(dtype).eps)
+        found = sizes * TOLERANCE[dtype] < least
+        return found if bool(found.any()) else None
 
     def expect(
         self,
         losses_of: Callable[[], Tensor],
         store: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        only: Tensor | None = None,
     ) -> Expected:
-        """Return what the batch's rows must sum to, from the model as its user has it.
+        """Return what the batch's rows, or ``only`` some [N], must sum to, from the model as its user has it.
 
         ``store``: rows to compare with, computed in ``dtype`` at the coarsest. Samples are weighted so that a small
         one's counts as much as a large one's.
         """
+        if only is not None:
+            return self._expect(losses_of, store, dtype, only)
         if self._expected is None or (store is not None and not self._weighted):
             self._weighted = store is not None
-            self.start.restore()
-            parameters = {name: self.known.targets[name].tensor for name in self.layers}
-            sizes = None if store is None else _norms([store[name] for name in self.layers])
-            self._expected = expected(self.known.model, losses_of, self.layers, parameters, self.flags, sizes, dtype)
-            self.start.restore()
+            self._expected = self._expect(losses_of, store, dtype)
         return self._expected
+
+    def _expect(
+        self,
+        losses_of: Callable[[], Tensor],
+        store: Mapping[str, Tensor] | None,
+        dtype: torch.dtype,
+        only: Tensor | None = None,
+    ) -> Expected:
+        parameters = {name: self.known.targets[name].tensor for name in self.layers}
+        sizes = None if store is None else _norms([store[name] for name in self.layers])
+        self.start.restore()
+        found = expected(self.known.model, losses_of, self.layers, parameters, self.flags, sizes, dtype, only)
+        self.start.restore()
+        return found
 
     def coarsest(self, dtypes: Set[torch.dtype]) -> torch.dtype:
         """Return the least precise dtype of parameters and of what was seen."""

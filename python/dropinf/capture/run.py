@@ -28,7 +28,7 @@ from .knowledge import Plan
 from .labels import Labels
 from .ladder import RUNGS, TAPPED, AttributionError
 from .moments import NotFinite
-from .outside import Outside, mark_data
+from .outside import mark_data
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing
@@ -198,31 +198,6 @@ class Run(Sharing):
         plan.follow |= not known.follows.isdisjoint(current.emitted)
         return plan
 
-    def _lower_failed(self, current: Pass) -> None:
-        for name, why in current.failed.items():
-            use = self.hooked.capture.uses.get(name) or current.uses[name]
-            self._lower([plan.name for plan in use.plans], why)
-
-    def _lower_counted(self, counted: set[int]) -> None:
-        """Take one backward a sample for weights whose gradient is scaled by how often ids stand in the whole batch."""
-        ladder = self.known.ladder
-        found = [n for n, t in self.known.targets.items() if id(t.tensor) in counted and ladder.rungs[n] != RUNGS[-1]]
-        for name in found:
-            ladder.lower(name, "scale_grad_by_freq counts the ids of the whole batch", RUNGS[-1])
-        if found:
-            raise Again
-
-    def _lower_leaked(self) -> None:
-        """Take a surer way for parameters that got a gradient in another way than by their module."""
-        why = "the parameter is used where nothing sees it, as in an autograd Function"
-        self._lower(sorted(self.leaked), why, "alone")  # vmap puts other parameters in their modules, and nowhere else
-
-    def _lower_unfit(self, outside: Outside | None) -> None:
-        if outside is not None:
-            self._lower(
-                sorted(outside.unfit), "the parameter is used by an op whose gradient cannot be mapped over samples"
-            )
-
     def _exact(self, recorder: Recorder, losses: Tensor) -> None:
         """Hand the recorder whole gradients of what no hook covers."""
         known = self.known
@@ -270,10 +245,14 @@ class Run(Sharing):
             self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
         check_finite(store, hooked.where)
-        if not why and hooked.probe is None and self.proof.is_first_gradient(plan, store):
-            why = self.why = "first gradient of a layer"
+        dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
+        if not why and hooked.probe is None:
+            why = self.why = self.proof.first_gradient(plan, store)
         if why and hooked.probe is None:
-            self._audit(store, losses, current, (plan, look), why)
+            self._audit(store, losses, dtype, (plan, look), why)
+        faint = self.proof.faint(store, current.spread, dtype) if plan.follow and hooked.probe is None else None
+        if faint is not None:
+            self._audit(store, losses, dtype, (plan, look), "a sample's gradient is far below others'", faint)
         plan.trusted = 0 if why else plan.trusted + 1
         if not self.proof.says_nothing:
             plan.gradients.add(reached)
@@ -338,12 +317,17 @@ class Run(Sharing):
         return shown
 
     def _audit(
-        self, store: Mapping[str, Tensor], losses: Tensor, current: Pass, known: tuple[Plan, Any], why: str
+        self,
+        store: Mapping[str, Tensor],
+        losses: Tensor,
+        dtype: torch.dtype,
+        known: tuple[Plan, Any],
+        why: str,
+        only: Tensor | None = None,
     ) -> None:
-        """Compare the batch's rows with plain autograd. Where they differ, change what is known and run again."""
-        dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
+        """Compare the batch's rows, or ``only`` some [N], with plain autograd; where they differ, run again."""
         with self.hooked.capture.removed():
-            want = self.proof.expect(self._plain_losses, store, dtype)
+            want = self.proof.expect(self._plain_losses, store, dtype, only)
         plan, look = known
         wrong = self.proof.wrong(store, losses, dtype, plan, why, want)
         if wrong:
