@@ -44,7 +44,7 @@ DTYPES = [torch.float64, torch.float32]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_sample_that_meets_a_far_larger_one_is_refused(dtype, size):
-    with pytest.raises(dropinf.AttributionError, match="samples 0 and 1|do not sum to what plain autograd gives"):
+    with pytest.raises(dropinf.AttributionError, match=r"samples 0 and 1|do not sum to what plain autograd gives"):
         dropinf.Compressor(model_of(dtype), dropinf.Identity(), loss).compress(batches_of(dtype, size, 1.0))
 
 
