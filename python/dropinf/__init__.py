@@ -15,6 +15,7 @@ from .fisher.kronecker import KroneckerBlock
 from .fisher.ledger import Ledger
 from .gradients import Gradients
 from .index import Index
+from .index.parts import Parts
 from .readonly import ReadOnly
 from .score import TopK, score, self_influence
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
@@ -35,6 +36,7 @@ __all__ = [
     "Identity",
     "Index",
     "Layer",
+    "Parts",
     "Rademacher",
     "Sketch",
     "TopK",

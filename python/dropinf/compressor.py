@@ -230,7 +230,7 @@ class Compressor:
         ``ids(batch) -> [str]``: what to call a batch's samples.
         ``append``: add these batches to those of a finished index, unless a run in it has the same ones throughout.
         ``group``: ranks of ``torch.distributed`` that share the work, each calling this with the same batches in the
-        same order; they need one file system. None: this process alone.
+        same order; they need one file system. None: this process alone. See `Parts` for a sampler of parts.
         ``progress`` shows a bar on standard error.
         """
         if out is not None:

@@ -96,6 +96,47 @@ def main(kind: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def part_of(data, each: int, **options) -> dropinf.Parts:
+    return dropinf.Parts(DataLoader(data, each, sampler=DistributedSampler(data, shuffle=False, **options)))
+
+
+def parts(folder: Path) -> None:
+    """Each rank has a part of 46 samples; then one of 14 more, and all of it once more."""
+    dist.init_process_group("gloo")
+    group, rank = dist.group.WORLD, dist.get_rank()
+    generator = torch.Generator().manual_seed(4)
+    sets = [
+        TensorDataset(torch.randn(n, 12, generator=generator).double(), torch.randint(4, (n,), generator=generator))
+        for n in (46, 14)
+    ]
+    seen: set[str] = set()
+
+    def losses(model, batch):
+        seen.update(names(batch))
+        return loss_fn(model, batch)
+
+    compressor = dropinf.Compressor(make_model(), dropinf.Dropout(6), losses)
+    plain = dropinf.Compressor(make_model(), dropinf.Dropout(6), loss_fn)
+    rows = [plain.compress([data.tensors]).flat for data in sets]
+    query = plain.compress(make_batches(2, 9))
+    for again in range(2):
+        for i, (data, each) in enumerate(zip(sets, (3, 2), strict=True)):
+            seen.clear()
+            batches = part_of(data, each)
+            index = compressor.compress(batches, out=folder, append=i > 0, ids=names, fisher="block", group=group)
+            assert index.verify() == []
+            # Its part and the first batch of all; of a finished index, its first and its last besides.
+            assert len(seen) <= (3 * each if again and not i else len(data) // 2 + each), "more than its part"
+            want = torch.cat(rows if again else rows[: i + 1])
+            close(index[:].flat, want)
+            told = [name for part in (sets if again else sets[: i + 1]) for name in names(part.tensors)]
+            assert index.ids() == told
+    both = dropinf.Gradients.cat([plain.compress([data.tensors]) for data in sets])
+    close(index.fisher().solve(query).flat, dropinf.build_fisher(both, "block").solve(query).flat)
+    print(f"rank {rank} has {len(index)} samples of its parts")
+    dist.destroy_process_group()
+
+
 def stop(kind: str, folder: Path) -> None:
     """Do half a minute's work on each rank, and say how it ends. Rank 1 does what ``kind`` says."""
     if kind != "fail":
@@ -127,6 +168,14 @@ def stop(kind: str, folder: Path) -> None:
     if kind == "sampler":
         data = TensorDataset(torch.randn(48, 12).double(), torch.randint(4, (48,)))
         batches = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=False))
+    if kind == "padded":
+        batches = part_of(TensorDataset(torch.randn(47, 12).double(), torch.randint(4, (47,))), 4)
+    if kind == "replicas":
+        data = TensorDataset(torch.randn(48, 12).double(), torch.randint(4, (48,)))
+        batches = part_of(data, 4, num_replicas=3, rank=rank)
+    if kind == "uneven":
+        data = TensorDataset(torch.randn(48, 12).double(), torch.randint(4, (48,)))
+        batches = dropinf.Parts(DataLoader(data, 4, sampler=range(0, 48, 2) if odd else range(1, 40, 2)))
     if kind == "batch" and odd:
         batches[9] = make_batches(23, 2)[9]
     scale = 2 if kind == "loss" and odd else 1
@@ -143,6 +192,9 @@ def stop(kind: str, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks.PATIENCE = HOUR
+    if sys.argv[1] == "parts":
+        parts(Path(sys.argv[2]))
+        sys.exit()
     if sys.argv[1] not in ("plain", "ddp", "fsdp2"):
         stop(sys.argv[1], Path(sys.argv[2]))
     main(sys.argv[1], Path(sys.argv[2]))

@@ -61,6 +61,13 @@ def test_ranks_make_what_one_process_makes(world, kind, tmp_path):
             assert f"rank {number} of {world}, {kind}: 123 samples" in text, text[-3000:]
 
 
+def test_parts_of_a_sampler_stand_in_the_order_of_the_data(tmp_path):
+    with started(2, "parts", tmp_path / "index") as ranks:
+        for number, rank in enumerate(ranks):
+            text = said(rank)
+            assert f"rank {number} has 60 samples of its parts" in text, text[-3000:]
+
+
 def test_a_failed_rank_fails_the_run_with_its_own_error(tmp_path):
     with started(2, "fail", tmp_path / "index") as ranks:
         first, second = map(said, ranks)
@@ -101,6 +108,9 @@ def test_a_rank_that_others_would_wait_for_in_vain_ends_them(kind, says, tmp_pat
         ("fisher", "group: rank 1 has another fisher than rank 0 (None, not ('block', 0.1, False))"),
         ("loss", "group: rank 1 has other losses of the first batch than rank 0"),
         ("sampler", "batches: their DistributedSampler gives each rank a part of the samples, and group= has"),
+        ("padded", "batches: their sampler gives sample 0 more than once, as DistributedSampler does"),
+        ("replicas", "batches: their DistributedSampler makes 3 parts, and group= has 2 ranks"),
+        ("uneven", "batches: the ranks have [5, 6] of them; each must have as many"),
         ("batch", "batches: batch 9 is another one on rank 1 than on rank 0"),
     ],
 )

@@ -110,7 +110,7 @@ def clear(error: BaseException, folder: Path, forged: bool) -> bool:
     """Whether it is an error that a user can act on: of a file, or, of other values, of what they are not fit for."""
     if not isinstance(error, ValueError | OSError) or isinstance(error, UnicodeError):
         return False
-    values = r"^(query|fisher) and (train|gradients) differ: layer|is singular to working precision"
+    values = r"^(query|fisher) and (train|gradients) (differ: layer|are of different models)|is singular to working precision"
     return str(folder) in str(error) or (forged and re.search(values, str(error)) is not None)
 
 

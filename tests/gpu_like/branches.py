@@ -22,14 +22,6 @@ _BLOCKS = ("body", "orelse", "finalbody")
 _ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 Mark = tuple[str, int, str]  # file, line, what: the question and its answer, or a statement
 
-# Ways that nothing can take, and why: file, what.
-BLOCKED = {
-    (
-        "python/dropinf/capture/dependence.py",
-        "generator not in (torch.default_generator, *torch.cuda.default_generators): False",
-    ): ("torch hands each call of a dispatch mode another object for one generator"),
-}
-
 taken: set[Mark] = set()
 
 
@@ -173,10 +165,8 @@ def every() -> Iterator[tuple[Path, set[Mark]]]:
 
 
 def missing() -> list[Mark]:
-    """Return the marks that were not taken, and those that were though nothing can take them."""
-    wanted = set().union(*(found for _, found in every()))
-    blocked = {mark for mark in wanted if (mark[0], mark[2]) in BLOCKED}
-    return sorted((wanted - blocked - taken) | (blocked & taken))
+    """Return the marks that were not taken."""
+    return sorted(set().union(*(found for _, found in every())) - taken)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):

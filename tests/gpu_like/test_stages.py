@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import dropinf
+from dropinf.index.codec import by_layers
+from dropinf.index.products import Products, Stored
 from dropinf.score import ScoreKind
 from tests.gpu_like.helpers import on_gpu, on_hooks, ways
 from tests.gpu_like.pretend import move
@@ -75,9 +77,30 @@ def test_indices(gpu, tmp_path, dtype):
         query = compressor.compress(data[:1])
         assert on_hooks(compressor)
         scores = dropinf.score(query, index, kind="dot"), dropinf.score(query, index, index.fisher())
-        found.append((index[:].flat, *scores, dropinf.score(query, index, index.fisher(), top=5).values))
+        best = [
+            dropinf.score(query, index, f, kind=k, top=5).values
+            for f, k in ((index.fisher(), "influence"), (None, "dot"))
+        ]
+        found.append((index[:].flat, *scores, *best))
     for here, there in zip(*found, strict=True):
         near(there, here, 10 * STEPS[dtype])
+
+
+def exact_mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    return out.copy_(a.long() @ b.long())
+
+
+def test_products_of_many_queries_with_integers(gpu, monkeypatch):
+    # As on a processor whose products of integers are exact, which not every one has that runs this.
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch, "_int_mm", exact_mm)
+    generator, widths = torch.Generator().manual_seed(3), (1024, 5, 1030)
+    q = torch.randn(9, sum(widths), generator=generator)
+    values = torch.randint(-127, 128, (40, sum(widths)), generator=generator, dtype=torch.int8)
+    scale = torch.rand(40, len(widths), generator=generator).bfloat16()
+    here = Products(q, widths).dot(Stored(values, scale))
+    near(Products(on_gpu(q), widths).dot(Stored(values, scale)), here, 10)
+    near(here, q @ by_layers(values.float(), scale.float(), widths).T, 10)
 
 
 @pytest.mark.parametrize("kind", ["block", "kronecker", *(pytest.param(k, marks=LATER) for k in ("joint", "diagonal"))])

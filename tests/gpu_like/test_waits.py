@@ -135,9 +135,9 @@ def test_packed_documents(gpu, depth, bounds_on):
     compressor = dropinf.Compressor(stack(depth), dropinf.Dropout(4), packed, cu_seqlens=lambda batch: batch[1])
     compressor.compress(batches)
     assert on_hooks(compressor)
-    # Lengths that the loss reads as numbers: samples are found anew in each batch, with two questions a module.
+    # Lengths that the loss reads as numbers: samples are found anew in each batch, with two questions a module, and one
     modules, read = 3 * depth + 1, bounds_on == "cuda:0"  # of the bounds, how many rows there are is read once
-    found = {("item", "python/dropinf/capture/hooks.py"): modules}
+    found = {("item", "python/dropinf/capture/hooks.py"): modules, ("item", "python/dropinf/capture/proof.py"): 1}
     assert batches.steady == ASKED | found | {("item", "python/dropinf/capture/samples.py"): modules + read}
 
 

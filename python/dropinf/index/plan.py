@@ -21,6 +21,7 @@ from .codec import DTYPES
 from .compact import sweep_merged
 from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
 from .manifest import LayerEntry, Manifest
+from .parts import Share
 from .runs import Plan
 from .shards import SHARD_BYTES
 
@@ -100,10 +101,13 @@ class Opening:
             )
         self._warn_of_loss(manifest)
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
-        manifest = manifest.begun(found, self.count, last.shard_batches)
+        manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
         manifest.save(self.folder)
         make_folder(self.folder / PARTS)
         return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
+
+    def _shard_batches(self, most: int) -> int:
+        return self.batches.shard_batches(most) if isinstance(self.batches, Share) else most
 
     def _sweep(self) -> None:
         """Remove the files that a run was writing as it was killed."""
@@ -178,6 +182,7 @@ class Opening:
         a_shard = max(1, SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))
         if self.count is not None:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))
+        a_shard = self._shard_batches(a_shard)
         self.source.save(self.folder / SKETCH)
         for kept in (SKETCH, PASSAGES):
             if (self.folder / kept).exists():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
 from ..workload import Ids, check_order, first_batch, order_of, sampler_of_ranks, shuffles
-from .agreement import LOOKS, agree, compare_batches, looks
+from .agreement import agree, compare_batches
 from .codec import DTYPES
 from .compact import compact_gathered
 from .discard import discard
@@ -32,103 +32,12 @@ from .folder import FISHER, PARTS, locked, shard_path
 from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
+from .parts import Parts, Share
 from .plan import Opening, RowSource
 from .reader import Index
 from .runs import Plan, plans_of
 from .shards import ShardHeader, join_rows, pack_texts
-
-
-class Work:
-    """The batches that a rank computes, in order; `at` is the number of the one that is being computed.
-
-    Those that are finished are compared as they come; where batches can be had in any order, before any is computed.
-    """
-
-    def __init__(
-        self, batches: Iterable[Any], first: str, finished: Finished, share: Callable[[int], bool], ids: Ids | None
-    ) -> None:
-        self.batches, self.first, self.finished, self.share, self.ids = batches, first, finished, share, ids
-        mine = [b for b in finished if share(b)]
-        # What no fingerprint is of, such as the loss, shows in the rows of the first and of the last.
-        self.again = set(mine if finished.plan.every else mine[:1] + mine[-1:])
-        self.at: int | None = None  # None: computed only so that other ranks need not wait
-        self.batch: Any = None
-        self.print = ""  # fingerprint of the batch, as it was before loss_fn had it
-        self.count: int | None = len(batches) if isinstance(batches, Sized) else None
-        self.prints: dict[int, str] = {}  # of batches that other ranks may have looked at too
-        self.rounds = 0  # computed by each rank, where all must compute together
-
-    def __iter__(self) -> Iterator[Any]:
-        done = 0
-        for at, batch in self._all():
-            self.at, self.batch = at, batch
-            done += 1
-            yield batch
-        self.at = None
-        for _ in range(self.rounds - done):
-            yield first_batch(self.batches)[0]
-
-    def __len__(self) -> int:
-        if self.count is None:
-            raise TypeError("the number of batches is not known")
-        return max(self.rounds, len(self.again) + sum(map(self.wanted, range(self.count))))
-
-    def wanted(self, b: int) -> bool:
-        """Return whether a batch is this rank's, and is not finished.
-
-        Raises:
-            ValueError: more batches than were stored.
-        """
-        if self.share(b) and b not in self.finished:
-            self.finished.check_missing(b)
-            return True
-        return False
-
-    def _all(self) -> Iterator[tuple[int, Any]]:
-        if isinstance(self.batches, Sequence):
-            count = len(self.batches)
-            for b in self.finished:
-                if self.share(b) and self.finished.tells(b):
-                    self._compare(b, self.batches[b])
-            for b in (*sorted(self.again), *filter(self.wanted, range(count))):
-                batch = self.batches[b]
-                self.print = self._print(b, batch)
-                yield b, batch
-            return
-        b = -1
-        for b, batch in enumerate(self.batches):
-            if not self.share(b):
-                if b < LOOKS or b & (b - 1) == 0:
-                    self._print(b, batch)
-                continue
-            if b in self.finished:
-                self._compare(b, batch)
-            if b in self.again or self.wanted(b):
-                self.print = self._print(b, batch)
-                yield b, batch
-        self.count = b + 1
-
-    def _print(self, b: int, batch: Any) -> str:
-        # loss_fn may have had the first batch already, and changed it.
-        found = self.first if b == 0 else fingerprint(batch, named=self.ids is not None)
-        self.prints[b] = found
-        return found
-
-    def looked_at(self) -> Mapping[int, str]:
-        """Return the fingerprints of batches that are known here, with some of other ranks'."""
-        if isinstance(self.batches, Sequence):
-            for b in looks(len(self.batches)):
-                if b not in self.prints:
-                    self._print(b, self.batches[b])
-        return self.prints
-
-    def _compare(self, b: int, batch: Any) -> None:
-        difference = self.finished.difference(b, self._print(b, batch), None if self.ids is None else self.ids(batch))
-        if difference is not None:
-            raise ValueError(
-                f"{difference}; go on with the batches of then, pass append=True to add others to a finished index, "
-                "or name another folder"
-            )
+from .work import Work
 
 
 class Writer:
@@ -152,9 +61,7 @@ class Writer:
         self.finished = Finished(plan)
         self.done, self.parts = self.finished.shards, self.finished.parts
         # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
-        self.next = ranks.rank
-        if fisher is None or plan.undecided:
-            self.next += max(0, -(-(plan.base - ranks.rank) // ranks.world)) * ranks.world
+        self.next = self._next(plan.base if fisher is None or plan.undecided else 0)
         self.work = self._work(first)
 
     def write(self, progress: bool) -> None:
@@ -167,17 +74,36 @@ class Writer:
         self._finish()
 
     def _work(self, first: str) -> Work:
-        world, size, base = self.ranks.world, self.plan.run.shard_batches, self.plan.base
+        size, base = self.plan.run.shard_batches, self.plan.base
+        if isinstance(self.batches, Share) and self.plan.run.shards is None and self.batches.each % size:
+            raise ValueError(
+                f"batches: {self.folder} was begun without dropinf.Parts, or by more or fewer ranks; go on as it was "
+                "begun, or delete the folder"
+            )
 
         def share(b: int) -> bool:
-            return (base + b // size) % world == self.ranks.rank
+            return self.batches.is_mine(b) if isinstance(self.batches, Share) else self._is_mine(base + b // size)
 
         work = Work(self.batches, first, self.finished, share, self.ids)
-        if world > 1 and self.source.is_sharded:
+        if self.ranks.world > 1 and self.source.is_sharded:
             if not isinstance(self.batches, Sized):
                 raise ValueError("batches: a sharded model needs a list or a DataLoader, whose length is known")
             work.rounds = max(self.ranks.everyone(len(work)))
         return work
+
+    def _is_mine(self, shard: int) -> bool:
+        """Return whether a shard is this rank's."""
+        if isinstance(self.batches, Share):
+            first = (shard - self.plan.base) * self.plan.run.shard_batches
+            if 0 <= first < len(self.batches):
+                return self.batches.is_mine(first)
+        return shard % self.ranks.world == self.ranks.rank
+
+    def _next(self, shard: int) -> int:
+        """Return this rank's first shard from this one on."""
+        while not self._is_mine(shard):
+            shard += 1
+        return shard
 
     def _check_count(self) -> None:
         """Raise ValueError where more batches are finished than there are."""
@@ -233,7 +159,7 @@ class Writer:
             entry = self.done[self.next]
             if not self.plan.undecided:
                 self._add_to_fisher(self.plan.manifest, self.next, entry)
-            self.next += self.ranks.world
+            self.next = self._next(self.next + 1)
 
     def _add_to_fisher(self, manifest: Manifest, number: int, shard: ShardEntry) -> None:
         if self.fisher is not None:
@@ -279,7 +205,7 @@ class Writer:
         """Return the manifest with all shards of the run."""
         if self.plan.call is not None:
             return self.plan.manifest
-        mine = {i: s for i, s in self.done.items() if i % self.ranks.world == self.ranks.rank}
+        mine = {i: s for i, s in self.done.items() if self._is_mine(i)}
         every = {i: s for part in self.ranks.everyone(mine) for i, s in part.items()}
         assert self.work.count is not None
         stop = self.plan.base + -(-self.work.count // self.plan.run.shard_batches)
@@ -353,6 +279,21 @@ def _facts(
     }
 
 
+def _first(batches: Iterable[Any], ranks: Ranks) -> tuple[Any, Iterable[Any]]:
+    """Return the first batch that this rank has, and all of its batches."""
+    if isinstance(batches, Parts):
+        share = Share(batches, ranks)
+        return share.first, share
+    sampler = sampler_of_ranks(batches) if ranks.world > 1 else None
+    if sampler is not None:
+        raise ValueError(
+            f"batches: their {sampler} gives each rank a part of the samples, and group= has the ranks share the "
+            "batches themselves; pass all batches to every rank, by the same DataLoader without this sampler, or "
+            "dropinf.Parts(loader), which takes them as parts"
+        )
+    return first_batch(batches)
+
+
 def write_index(
     source: RowSource,
     batches: Iterable[Any],
@@ -371,7 +312,8 @@ def write_index(
     """Compress into a folder; see `Compressor.compress`. `wrote` is told how many samples each batch added."""
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
-    if shuffles(batches):
+    loader = batches.loader if isinstance(batches, Parts) else batches
+    if shuffles(loader):
         raise ValueError(
             "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
             "sampler of a fixed order. Ranks share the work by group=, each with all batches"
@@ -380,16 +322,12 @@ def write_index(
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
     ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
     with ranks.watched(), locked(folder, ranks):
-        sampler = sampler_of_ranks(batches) if ranks.world > 1 else None
-        if sampler is not None:
-            raise ValueError(
-                f"batches: their {sampler} gives each rank a part of the samples, and group= has the ranks share the "
-                "batches themselves; pass all batches to every rank: the same DataLoader without this sampler"
-            )
-        first, batches = first_batch(batches)
-        found = fingerprint(first, named=ids is not None)
+        first, batches = _first(batches, ranks)
+        mine = found = fingerprint(first, named=ids is not None)
+        if isinstance(batches, Share):
+            first, found, places = *ranks.first(lambda: (first, found)), order_of(None, batches.order)
         if ranks.world > 1:
             agree(ranks, _facts(source, batches, found, dtype, fisher, ids, append), source.losses(first))
         plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
-        Writer(source, batches, found, plan, ranks, ids, fisher, places, wrote).write(progress)
+        Writer(source, batches, mine, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)

@@ -1,0 +1,113 @@
+"""The batches of a run that one rank computes, and those that it only compares with what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+from ..workload import Ids, first_batch
+from .agreement import LOOKS, looks
+from .fingerprint import fingerprint
+from .finished import Finished
+from .parts import Share
+
+
+class Work:
+    """The batches that a rank computes, in order; `at` is the number of the one that is being computed.
+
+    Those that are finished are compared as they come; where batches can be had in any order, before any is computed.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], first: str, finished: Finished, share: Callable[[int], bool], ids: Ids | None
+    ) -> None:
+        """Of the batches, ``share`` says which are this rank's; ``first`` is the fingerprint of the first it has."""
+        self.batches, self.first, self.finished, self.share, self.ids = batches, first, finished, share, ids
+        mine = [b for b in finished if share(b)]
+        # What no fingerprint is of, such as the loss, shows in the rows of the first and of the last.
+        self.again = set(mine if finished.plan.every else mine[:1] + mine[-1:])
+        self.first_number = batches.rank * batches.each if isinstance(batches, Share) else 0
+        self.at: int | None = None  # None: computed only so that other ranks need not wait
+        self.batch: Any = None
+        self.print = ""  # fingerprint of the batch, as it was before loss_fn had it
+        self.count: int | None = len(batches) if isinstance(batches, Sized) else None
+        self.prints: dict[int, str] = {}  # of batches that other ranks may have looked at too
+        self.spare = batches.first if isinstance(batches, Share) else None
+        self.rounds = 0  # computed by each rank, where all must compute together
+
+    def __iter__(self) -> Iterator[Any]:
+        done = 0
+        for at, batch in self._all():
+            self.at, self.batch = at, batch
+            done += 1
+            yield batch
+        self.at = None
+        for _ in range(self.rounds - done):
+            yield self.spare if isinstance(self.batches, Share) else first_batch(self.batches)[0]
+
+    def __len__(self) -> int:
+        if self.count is None:
+            raise TypeError("the number of batches is not known")
+        return max(self.rounds, len(self.again) + sum(map(self.wanted, range(self.count))))
+
+    def wanted(self, b: int) -> bool:
+        """Return whether a batch is this rank's, and is not finished.
+
+        Raises:
+            ValueError: more batches than were stored.
+        """
+        if self.share(b) and b not in self.finished:
+            self.finished.check_missing(b)
+            return True
+        return False
+
+    def _all(self) -> Iterator[tuple[int, Any]]:
+        if isinstance(self.batches, Sequence):
+            count = len(self.batches)
+            for b in self.finished:
+                if self.share(b) and self.finished.tells(b):
+                    self._compare(b, self.batches[b])
+            for b in (*sorted(self.again), *filter(self.wanted, range(count))):
+                batch = self.batches[b]
+                self.print = self._print(b, batch)
+                yield b, batch
+            return
+        b = -1
+        for b, batch in self._numbered():
+            if not self.share(b):
+                if b < LOOKS or b & (b - 1) == 0:
+                    self._print(b, batch)
+                continue
+            if b in self.finished:
+                self._compare(b, batch)
+            if b in self.again or self.wanted(b):
+                self.print = self._print(b, batch)
+                yield b, batch
+        self.count = len(self.batches) if isinstance(self.batches, Share) else b + 1
+
+    def _numbered(self) -> Iterable[tuple[int, Any]]:
+        if isinstance(self.batches, Share):
+            return enumerate(self.batches, self.first_number)
+        return enumerate(self.batches)
+
+    def _print(self, b: int, batch: Any) -> str:
+        # loss_fn may have had the first batch already, and changed it.
+        found = self.first if b == self.first_number else fingerprint(batch, named=self.ids is not None)
+        self.prints[b] = found
+        return found
+
+    def looked_at(self) -> Mapping[int, str]:
+        """Return the fingerprints of batches that are known here, with some of other ranks'."""
+        if isinstance(self.batches, Sequence):
+            for b in looks(len(self.batches)):
+                if b not in self.prints:
+                    self._print(b, self.batches[b])
+        return self.prints
+
+    def _compare(self, b: int, batch: Any) -> None:
+        difference = self.finished.difference(b, self._print(b, batch), None if self.ids is None else self.ids(batch))
+        if difference is not None:
+            raise ValueError(
+                f"{difference}; go on with the batches of then, pass append=True to add others to a finished index "
+                f"({self.finished.plan.folder}), or name another folder"
+            )
