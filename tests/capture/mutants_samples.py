@@ -94,8 +94,8 @@ def colour_of_another_sample(patch):
 
 @fault("scattered")
 def colour_digits_in_the_wrong_order(patch):
-    def init(old, colours, n, *, narrow):
-        old(colours, n, narrow=narrow)
+    def init(old, colours, *args, **options):
+        old(colours, *args, **options)
         colours.base, colours.passes = 2, 2
 
     around(patch, Colours, "__init__", init)

@@ -80,7 +80,7 @@ class Attempts:
 
     def _pass(self) -> Pass:
         anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
-        return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor)
+        return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, place=self.proof.place)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [target.tensor for target in self.known.targets.values()]

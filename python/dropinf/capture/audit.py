@@ -53,15 +53,20 @@ class Expected:
             r = self.r.to(c)
             rows = c.flatten(1) * r[:, None]
             want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
-            apart[name] = _norm(rows.sum(0) - want)
-            size[name] = math.hypot(_norm(rows), _norm(want))
+            apart[name] = float(norm(rows.sum(0) - want))
+            size[name] = math.hypot(float(norm(rows)), float(norm(want)))
         largest = max(size.values(), default=0.0)
         floors = {name: (FLOOR if len(layers[name].shape) > 1 else FLOOR_OF_SUMS)[dtype] for name in store}
         return {name: apart[name] / (size[name] + floors[name] * largest) for name in store if size[name]}
 
 
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))  # squares of small numbers are nothing in float32
+def norm(x: Tensor, dim: int | None = None) -> Tensor:
+    """Return the norm of a tensor, or along a dimension, float64, of numbers whose squares no dtype may hold."""
+    if not x.numel():
+        return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
+    largest = x.detach().abs().amax(() if dim is None else dim, keepdim=True).double()
+    scaled = x.double() / torch.where(largest > 0, largest, 1)
+    return torch.linalg.vector_norm(scaled, dim=dim) * largest.reshape(() if dim is None else scaled.sum(dim).shape)
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

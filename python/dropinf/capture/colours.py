@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -18,75 +19,105 @@ from torch import Tensor
 NONE, SEVERAL = -1, -2
 # How far a ratio may be from a power of two, where sums are formed in an order that changes.
 SLACK = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+_LOST = 1e-3  # of all gradients of a layer, in rows that are too small to tell whose they are
 Key = tuple[str, int]  # a module, and which of its gradients in a backward
 
 
 @dataclass
 class _Rows:
-    """Of the rows of one gradient: two random projections of each, [rows, 2], which scale as the row does."""
+    """Of the rows of one gradient: random projections of each, [rows, 2 or 4], which scale as the row does.
+
+    ``code``: what is known of each row's sample so far; ``weak``: rows that do not scale exactly, nor far from it.
+    """
 
     seen: Tensor
     lead: torch.Size
-    sample: Tensor
+    code: Tensor
+    weak: Tensor
     scale: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))  # of the last pass
 
 
 @functools.lru_cache(256)
 def _directions(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(2, d, generator=torch.Generator().manual_seed(d), device="cpu").to(device, dtype)
+    count = 4 if dtype == torch.float16 else 2  # that a row is small in all of them is then rare
+    drawn = torch.randn(count, d, generator=torch.Generator().manual_seed(d), device="cpu")
+    return drawn.to(device, torch.float32 if dtype == torch.float16 else dtype)
 
 
 def _projected(rows: Tensor) -> Tensor:
-    """Return two projections of each row; where a row is multiplied by a power of two, so are they, exactly."""
-    rows = rows.float() if rows.dtype == torch.float16 else rows
-    return F.linear(rows, _directions(rows.shape[1], rows.dtype, rows.device))  # five times as fast as rows @ [d, 2]
+    """Return projections of each row; where a row is multiplied by a power of two, so are they, exactly."""
+    directions = _directions(rows.shape[1], rows.dtype, rows.device)
+    return F.linear(rows.to(directions.dtype), directions)  # five times as fast as rows @ [d, 2]
 
 
 class Colours:
-    """The samples of the rows of ``n`` samples' gradients. ``narrow``: some gradients are float16, of few powers."""
+    """The samples of the rows of ``n`` samples' gradients, which are of these dtypes.
 
-    def __init__(self, n: int, *, narrow: bool) -> None:
-        self.n, self.base = n, 8 if narrow else 64
+    Each sample has a code, by chance, and each code a power of two. The powers lie apart, so that two samples in one
+    row do not give the ratio of a third, however simple the factor is between their parts.
+    """
+
+    def __init__(self, n: int, dtypes: Collection[torch.dtype], *, seed: int = 0) -> None:
+        self.n = n
+        wide = {*dtypes} == {torch.float64}
+        self.base, self.step = (8, 1) if torch.float16 in dtypes else (64, 8) if wide else (32, 3)
         self.passes = max(1, math.ceil(math.log(n, self.base) - 1e-9))
+        self.codes = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
         self.rows: dict[Key, _Rows] = {}
-        self.spread: list[Tensor] = []  # how far ratios were from powers of two
+        self.spread: dict[Key, Tensor] = {}  # how far ratios were from powers of two
+        self.unsure: list[Tensor] = []  # whether some rows are too small to tell whose they are
+        self._shift = torch.zeros((), device="cpu")
 
     def weights(self, losses: Tensor, digit: int) -> Tensor:
         """Return the losses' weights [N] of one pass."""
-        power = torch.arange(self.n, device=losses.device) // self.base**digit % self.base
-        # From two on: what a clamp made the same in all passes is no sample's.
-        return torch.exp2(power.to(losses.dtype) + 1)
+        if self.step > 1:  # float32 has room for large losses below one
+            size = losses.detach().abs().nan_to_num().amax().log2().clamp(min=0)
+            self._shift = (size / self.step).ceil() * self.step
+        power = self.codes.to(losses.device) // self.base**digit % self.base
+        # None is one: what a clamp made the same in all passes is no sample's.
+        return torch.exp2((1 + self.step * power).to(losses.dtype) - self._shift.to(losses))
 
     def sign(self, key: Key, g: Tensor) -> None:
         """Take a gradient [*lead, d] of all losses with weight one."""
         seen = _projected(g.reshape(-1, g.shape[-1]))
-        # Entries below the smallest normal number do not scale exactly.
-        least = g.shape[-1] * torch.finfo(g.dtype).tiny
-        known = (seen.isfinite() & (seen.abs() > least)).all(1)
-        self.rows[key] = _Rows(seen, g.shape[:-1], torch.where(known, 0, NONE))
+        d, limits = g.shape[-1], torch.finfo(g.dtype)
+        normal = least = d * limits.tiny  # entries below the smallest normal number do not scale exactly
+        if g.dtype == torch.float16:  # of which many are: there they are right to a step, each
+            least = 4 * d**0.5 * limits.smallest_normal * limits.eps / SLACK[g.dtype]
+        largest = seen.abs().amax(1)
+        known = seen.isfinite().all(1) & (largest > least)
+        self.rows[key] = _Rows(seen, g.shape[:-1], torch.where(known, 0, NONE), known & (largest <= normal))
 
     def read(self, key: Key, g: Tensor, digit: int) -> None:
         """Take the same gradient of the losses with the weights of a digit."""
         row = self.rows[key]
-        known = row.sample != NONE
+        known, shift = row.code != NONE, self._shift.to(g.device)
         seen = _projected(g.reshape(-1, g.shape[-1]))
         # What samples with the same weight take from each other leaves nothing; with others it does.
-        least = (g.shape[-1] * torch.finfo(g.dtype).tiny + row.seen.abs()) * 2.0 ** (self.base + 1)
+        most = torch.exp2(1 + self.step * self.base - shift)
+        least = (g.shape[-1] * torch.finfo(g.dtype).tiny + row.seen.abs()) * most.to(seen)
         cancelled = ~known & (seen.isfinite() & (seen.abs() > least)).any(1)
-        ratio = torch.where(known[:, None], seen / row.seen, 1)
-        power = ratio[:, :1].abs().log2().round()
-        exact = torch.exp2(power)
-        apart = (ratio - exact).abs() / exact
-        same = (apart <= SLACK[g.dtype]).all(1)
-        power, exact = power[:, 0].long() - 1, exact[:, 0]
-        sample = row.sample + power * self.base**digit
-        fits = same & (power >= 0) & (power < self.base) & (sample < self.n) & (row.sample != SEVERAL)
-        row.sample = torch.where(known, torch.where(fits, sample, SEVERAL), torch.where(cancelled, SEVERAL, NONE))
+        size, place = row.seen.abs().max(1, keepdim=True)
+        exponent = torch.where(known[:, None], (seen / row.seen).gather(1, place), 1).abs().log2().round()
+        exact = torch.exp2(exponent)
+        apart = torch.where(known, ((seen - exact * row.seen).abs() / (exact * size)).amax(1), 0)
+        power = (exponent[:, 0].long() + shift.long() - 1) / self.step
+        code = row.code + power.long() * self.base**digit
+        fits = (apart <= SLACK[g.dtype]) & (power == power.long()) & (power >= 0) & (power < self.base)
+        fits &= (code < self.n) & (row.code != SEVERAL)
+        lost = torch.where(row.weak, NONE, SEVERAL)
+        row.code = torch.where(known, torch.where(fits, code, lost), torch.where(cancelled, SEVERAL, NONE))
+        row.scale = torch.where(known & fits, 1 / exact[:, 0], 1).to(g.dtype).view(row.lead)
         if len(apart):
-            self.spread.append(torch.where(fits[:, None], apart, 0).amax().double())
-        row.scale = torch.where(known & fits, 1 / exact, 1).to(g.dtype).view(row.lead)
+            found = torch.where(fits, apart, 0).amax().double()
+            self.spread[key] = torch.maximum(found, self.spread[key]) if key in self.spread else found
+            lost = torch.where(row.code == NONE, size[:, 0], 0)
+            self.unsure.append((lost > 0).any())
+            if g.dtype == torch.float16 and bool(lost.sum() > _LOST * size.sum()):
+                raise ValueError("gradients too small for float16 to tell whose they are; scale the loss up")
 
     def samples(self, key: Key) -> Tensor:
         """Return the sample of each row [*lead]; NONE where it has no gradient, SEVERAL where it has more than one."""
-        row = self.rows[key]
-        return row.sample.view(row.lead)
+        code = self.rows[key].code
+        named = self.codes.argsort().to(code.device)
+        return torch.where(code >= 0, named[code.clamp(min=0)], code).view(self.rows[key].lead)

@@ -23,7 +23,7 @@ from ..workload import samples_of, tensors
 from . import moves  # noqa: F401  its rules
 from .colours import NONE, SEVERAL
 from .followed import Shown
-from .labels import Labels
+from .labels import Labels, combined
 from .ladder import AttributionError
 from .rules import RULES, Run, flat, pointwise, together
 
@@ -76,8 +76,9 @@ class Dependence(TorchDispatchMode):
 
     def leave(self, x: Tensor) -> None:
         """Note numbers that Python gets, of which it may make an index; a truth value decides what runs."""
+        decides = x.dtype == torch.bool and not self.known.strict  # where samples are taken alone, each decides
         whole = not x.is_floating_point() and x.dtype != torch.bool
-        self.left |= whole or (x.dtype != torch.bool and self.known.of(x) is not None)
+        self.left |= whole or (not decides and self.known.of(x) is not None)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         arguments = _named(func, args, kwargs)
@@ -86,23 +87,27 @@ class Dependence(TorchDispatchMode):
             if not self.known.knows(x):
                 self._meet(x)
             self.look_at_source(x)
+            self.known.carry(x)
         if func is torch.ops.aten._local_scalar_dense.default:
             self.leave(inputs[0])
         results = flat(out)
         storages = {x.untyped_storage()._cdata for x in inputs}
         own = func.namespace in ("aten", "prim", "prims")
+        labelled = any(self.known.of(x) is not None for x in inputs)
+        self.left |= labelled and not self.depth  # in a script, say, whose other branches no path shows
         changes = func._schema.is_mutable and func._schema.name not in _VIEWS_IN_PLACE
         if own and not changes and all(x.untyped_storage()._cdata in storages for x in results):
             return  # views
-        labelled = any(self.known.of(x) is not None for x in inputs)
         self.foreign |= labelled and not own  # of a library, with a backward of its own
-        self.left |= labelled and not self.depth  # in a script, say, whose other branches no path shows
         fixed = _counts(func, arguments) or (func in _COPIES and self.known.is_fixed(inputs[0]))
         firm = any(self.known.is_firm(x) for x in inputs)
+        written = _written(func, arguments) if changes else []
+        unseen = {x.untyped_storage()._cdata for x in written if self.known.keeps(x)}
         for x, found in zip(results, self._labels(func, arguments, inputs, out), strict=True):
-            self._give(x, found, fixed, firm)
+            both = unseen and x.untyped_storage()._cdata in unseen
+            self._give(x, self._added(x, found) if both else found, fixed, firm)
         given = {x.untyped_storage()._cdata for x in results}
-        for x in _written(func, arguments) if changes else ():
+        for x in written:
             if x.untyped_storage()._cdata not in given:  # as of _foreach ops
                 self._give(x, together(Run("", func, arguments, out, self.known)), False, firm)
 
@@ -118,6 +123,11 @@ class Dependence(TorchDispatchMode):
         self.known.add(x, fixed=False)
         if (x.numel() > 1 and not x.requires_grad) or (x.requires_grad and not x.is_leaf):
             self.known.put(x, torch.tensor(SEVERAL), fixed=False)
+
+    def _added(self, x: Tensor, found: Tensor | None) -> Tensor | None:
+        """Return the labels of numbers that were replaced where autograd does not see it, with those of before."""
+        before = self.known.of(x)
+        return found if before is None else combined(before, torch.tensor(NONE) if found is None else found)
 
     def _give(self, x: Tensor, labels: Tensor | None, fixed: bool, firm: bool) -> None:
         self.known.add(x, fixed=fixed, firm=firm and not torch.is_grad_enabled())
@@ -188,7 +198,8 @@ def _counts(func: Any, arguments: Mapping[str, Any]) -> bool:
     """Return whether an op makes the numbers 0, 1, 2, ..."""
     if func._schema.name != "aten::arange":
         return False
-    return bool(arguments.get("start", 0) == 0 and arguments.get("step", 1) == 1)
+    given = [arguments.get("start", 0), arguments.get("step", 1), arguments.get("end", 0)]
+    return given[:2] == [0, 1] and not any(isinstance(number, float) for number in given)  # which are in no path
 
 
 def _broadcasts(labels: Tensor, shape: torch.Size) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..workload import LossFn, replace_tensors, tensors
+from .audit import TOLERANCE
 from .preserved import Flags, Start, gradients_taken
 
 # Per-sample gradients that exist at once.
@@ -137,10 +138,10 @@ class ExactGradients:
         """
         if self.random:
             return
-        tolerance = 1e-3 if losses.dtype.itemsize >= 4 else 5e-2
         value, largest = value.reshape(-1).to(losses.dtype), float(losses.detach().abs().nan_to_num().max())
+        rounding = 64 * torch.finfo(losses.dtype).eps * min(largest, 1)  # of what a small loss is the difference of
         close = value.numel() == losses.numel() and torch.allclose(
-            value, losses, rtol=tolerance, atol=tolerance * min(largest, 1), equal_nan=True
+            value, losses, rtol=TOLERANCE[losses.dtype], atol=rounding, equal_nan=True
         )
         if not close:
             raise ValueError("the losses of single samples differ from the batch's")

@@ -15,6 +15,7 @@ from . import sharded
 from .hooks import Capture
 from .movement import Movement
 from .outside import Outside
+from .taps import overrides
 
 _SEQUENCES = (list, tuple)
 
@@ -45,6 +46,8 @@ class UseGuard(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.movement.pass_by(func, args, kwargs or {})
+        if types:
+            self._override(types)
         look = _LOOKED_AT.get(func)
         if look is not None:
             look(self, args, kwargs or {})
@@ -52,12 +55,20 @@ class UseGuard(TorchFunctionMode):
             result = self.outside(func, args, kwargs or {})
         else:
             result = func(*args, **kwargs) if kwargs else func(*args)
+        self.movement.made(result)
         for value in (*args, *kwargs.values()) if kwargs else args:
             for item in value if isinstance(value, _SEQUENCES) else (value,):
                 # The ids of every call of the model: nothing but a look-up until one is found.
                 if id(item) in self.owners or self.shards:
                     self._note(item, result)
         return result
+
+    def _override(self, types: Iterable[type]) -> None:
+        """Note tensors whose class has functions of torch of its own: which, is in no path, nor in a layer's kind."""
+        own = [t for t in types if overrides(t)]
+        if own:
+            self.movement.unknowable = True
+            self.unforeseen = f"it has a {own[0].__name__}, which overrides functions of torch"
 
     def _hook(self, args: Any, _kwargs: Any) -> None:
         self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
@@ -130,7 +141,7 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     Tensor.register_hook: UseGuard._hook,
     **dict.fromkeys((torch.autograd.grad, torch.autograd.backward, Tensor.backward), UseGuard._differentiate),
     _TENSOR["grad_fn"].__get__: UseGuard._node,  # which may get hooks that change a weight's gradient
-    _TENSOR["data"].__get__: UseGuard._data,  # which nobody sees written
+    **dict.fromkeys((_TENSOR["data"].__get__, _TENSOR["data"].__set__), UseGuard._data),  # which nobody sees written
     Tensor.requires_grad_: UseGuard._flag,
     Tensor.to: UseGuard._cast,
     Tensor.type: UseGuard._cast,
@@ -166,6 +177,7 @@ def watch(
         places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
     originals = {key: p for use in capture.uses.values() for key, p in use.originals.items()}
-    names = {id(p): i for i, p in enumerate(capture.model.parameters())}
+    held = (*capture.model.parameters(), *capture.model.buffers())
+    names = {id(p): i for i, p in enumerate(held)}
     names |= {key: names[id(p)] for key, p in originals.items() if id(p) in names}
     return UseGuard(owners, capture.active, shards, Movement(n, leaves, names), outside, capture.changed, originals)

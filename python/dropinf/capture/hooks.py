@@ -55,17 +55,13 @@ class Pass:
     called: Counter[str] = field(default_factory=Counter)
     modes: int = 0  # that a forward begins in
     unforeseen: str | None = None  # why it is to be audited, whatever it looks like
-    spread: list[Tensor] = field(default_factory=list)  # of the colours
+    place: int = 0  # of the batch in its call
+    colours: Colours | None = None  # of its rows, where these were looked at
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
     _surprises: list[Tensor] = field(default_factory=list)
     _waiting: list[tuple[Node, int, Call]] = field(default_factory=list)  # which listen as the first backward begins
-
-    @property
-    def narrow(self) -> bool:
-        """Whether some gradient is float16, of few powers."""
-        return torch.float16 in self.dtypes
 
     @no_autograd
     def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
@@ -115,9 +111,8 @@ class Pass:
 
         ``follow``: layouts follow the data, so rows are taken from the last pass, and scaled back.
         """
-        together = follow and not self.narrow  # float16's powers would cost digits
-        colours = Colours(self.samples.n, narrow=self.narrow)
-        self.spread = colours.spread
+        together = follow and torch.float16 not in self.dtypes  # whose powers would cost digits
+        colours = self.colours = Colours(self.samples.n, self.dtypes | {losses.dtype}, seed=self.place)
         before = self.layouts, self.proven
         self.layouts, self.proven, self.blank = {}, set(), set()
         self._ask_norms()
@@ -129,6 +124,7 @@ class Pass:
             weights = colours.weights(losses, digit)
             into = Unweighted(self.recorder, 1 / weights) if last and together else None
             self._run(losses, weights, partial(self._read, colours, digit, before, into), retain=into is None)
+        colours.rows.clear()
         if not together and not self.several and not self.failed:
             self._run(losses, torch.ones_like(losses), None)
 

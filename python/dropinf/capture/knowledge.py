@@ -17,11 +17,11 @@ from .colours import Key
 from .exact import ExactGradients
 from .hooks import Capture
 from .kinds import USES, module_kind
-from .ladder import Ladder, Route
+from .ladder import RUNGS, Ladder, Route
 from .layer import Layer, clean_name
 from .modules import Use
 from .samples import Layout
-from .taps import Signature
+from .taps import Signature, overrides
 from .targets import Target
 
 
@@ -71,6 +71,9 @@ class Knowledge:
         self.audit, self.mixing = audit, mixing
         exact = {n: "no hook covers their kind of module" for n, t in targets.items() if t.route == "exact"}
         self.ladder = Ladder(exact, [n for n in targets if n not in exact], route)
+        for name, target in targets.items():
+            if overrides(type(target.tensor)):
+                self.ladder.lower(name, "its class overrides functions of torch", RUNGS[-1])
         sharded.check_whole((name, targets[name].tensor) for name in sorted(self.exact_names))
         self.audits: list[Audited] = []
         self.plans: dict[Any, Plan] = {}

@@ -97,7 +97,7 @@ class _Entry:
     """A storage's labels from its number ``start`` on, each for ``block`` numbers of ``itemsize`` bytes.
 
     ``labels`` is None where no number has one. ``fixed``: it counts 0, 1, 2, ..., and so for every batch.
-    ``firm``: made of what a gradient flows through, where autograd was off.
+    ``firm``: made of what a gradient flows through, where autograd was off. ``carries``: a gradient flows through it.
     """
 
     storage: StorageWeakRef
@@ -107,6 +107,7 @@ class _Entry:
     block: int = 1
     itemsize: int = 1
     firm: bool = False
+    carries: bool = False
 
     def refine(self, start: int, end: int) -> Tensor:
         """Give each number from start to end a label of its own; return the labels of all."""
@@ -141,6 +142,17 @@ class Labels:
             return self.strict or x.requires_grad
         entry = self._entry(x)
         return entry is not None and entry.firm
+
+    def carry(self, x: Tensor) -> None:
+        """Note a tensor that an op reads, through which a gradient may flow."""
+        entry = self._entry(x) if x.requires_grad else None
+        if entry is not None:
+            entry.carries = True
+
+    def keeps(self, x: Tensor) -> bool:
+        """Return whether a gradient goes where it went before though the tensor is about to be written to."""
+        entry = self._entry(x)
+        return entry is not None and entry.carries and not (x.requires_grad and torch.is_grad_enabled())
 
     def add(self, x: Tensor, *, fixed: bool, firm: bool = False) -> None:
         """Take a tensor without labels; one that is known is fixed only if both are, and firm if one is."""

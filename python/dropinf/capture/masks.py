@@ -24,6 +24,7 @@ from .sharded import is_sharded
 FORMAT = "dropinf-masks-1"
 Sums = dict[Place, Tensor]
 _SUM = "moments"
+_SETTINGS = (bool, int, float, str, type(None))
 
 
 def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
@@ -186,6 +187,23 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
             about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
             parts.append(about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode()))
     return checksum(b"\n".join(sorted(parts)))
+
+
+def code_of(model: nn.Module) -> dict[str, str]:
+    """Return checksums of a model's classes and constants (buffers that are not saved), and of its modules' settings.
+
+    Settings are numbers and text in attributes; some may be counts that mean nothing to a gradient.
+    """
+    constants, settings = [], []
+    for prefix, module in model.named_modules():
+        kind = type(module).__qualname__
+        kept = {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set) if n in module._buffers}
+        found = [f"{n} {checksum(tensor_bytes(x))}" for n, x in kept.items() if x is not None and not x.is_meta]
+        constants.append(f"{clean_name(prefix)} {kind} {found}")
+        plain = {n: x for n, x in vars(module).items() if isinstance(x, _SETTINGS) and n[0] != "_" and n != "training"}
+        settings.append(f"{clean_name(prefix)} {sorted(plain.items())}")
+    lines = {"classes and constants": constants, "settings": settings}
+    return {name: checksum("\n".join(found).encode()) for name, found in lines.items()}
 
 
 def check_weights(model: nn.Module, expected: str, folder: object) -> None:

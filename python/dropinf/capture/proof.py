@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due
+from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due, norm
+from .hooks import Pass
 from .knowledge import Knowledge, Plan
 from .layer import Layer
 from .preserved import Flags, Start
@@ -51,19 +52,26 @@ class Proof:
         first = any_true(store[name].any() for name in self.layers if name not in plan.compared)
         return "first gradient of a layer" if first else None
 
-    def faint(self, store: Mapping[str, Tensor], spread: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        """Return the samples [N] whose gradients are so far below others' that colours of rows may miss them, if any.
+    def doubted(self, store: Mapping[str, Tensor], current: Pass, dtype: torch.dtype) -> Tensor | None:
+        """Return the samples [N] of which colours may have missed a part, if any.
 
-        ``spread``: how far the rows' ratios were from powers of two. Where samples meet in a row, a part below that
-        goes to the other sample, and may be much of what the sample has.
+        Where samples meet in a row, what lies below the exactness of colours goes to the other sample. It may be much
+        of what a sample has that is far below others: in all layers, or in one whose colours were not exact.
         """
-        if self.known.audit == "never" or not self.layers or not spread:
+        colours = current.colours
+        if self.known.audit == "never" or not self.layers or colours is None:
             return None
-        norms = [store[name].flatten(1).double().norm(dim=1) for name in self.layers]
-        device = norms[0].device
-        sizes = torch.stack([(x / x.max()).nan_to_num().to(device) for x in norms]).amax(0)
-        least = torch.stack([x.to(device) for x in spread]).max().clamp(min=torch.finfo(dtype).eps)
-        found = sizes * TOLERANCE[dtype] < least
+        spread: dict[str, Tensor] = {}
+        for (name, _), found in colours.spread.items():
+            for plan in current.uses[name].plans:
+                spread[plan.name] = torch.maximum(found, spread[plan.name]) if plan.name in spread else found
+        norms = torch.stack([norm(store[name].flatten(1), 1).cpu() for name in self.layers])
+        sizes = (norms / norms.amax(1, keepdim=True)).nan_to_num()
+        zero, eps = torch.zeros((), device="cpu"), torch.finfo(dtype).eps
+        apart = torch.stack([spread.get(name, zero).cpu().double() for name in self.layers])
+        found = (sizes * TOLERANCE[dtype] < apart[:, None]).any(0) | (sizes.amax(0) * TOLERANCE[dtype] < eps)
+        if any_true(colours.unsure):
+            found |= True
         return found if bool(found.any()) else None
 
     def expect(
@@ -122,8 +130,7 @@ class Proof:
 
 def _norms(rows: Sequence[Tensor]) -> Tensor:
     """Return the norm of each sample's rows of all layers, [N]."""
-    squares = [c.flatten(1).double().square().sum(1).cpu() for c in rows]
-    return torch.stack(squares).sum(0).sqrt()
+    return norm(torch.stack([norm(c.flatten(1), 1).cpu() for c in rows], 1), 1)
 
 
 def _has_gradient(parameter: Tensor) -> bool:

@@ -205,6 +205,8 @@ _KEEP: dict[str, tuple[int, int]] = {
 @rule(*_KEEP)
 def kept(run: Run) -> list[Tensor]:
     keep, many = _KEEP[run.name]
+    if run.name == "native_group_norm" and run.args["N"] != run.args["input"].shape[0]:
+        return [together(run)] * len(flat(run.out))
     tensors, results = run.tensors(), flat(run.out)
     keep = keep if keep > 0 else tensors[0].ndim + keep
     while keep > 1 and len({x.shape[keep - 1] for x in tensors[:many]}) > 1:
@@ -270,7 +272,8 @@ def nll(run: Run) -> Tensor:
         return together(run)
     piece = run.piece(x)
     rows = [] if piece is None else [Piece(piece.over([1]).labels.squeeze(1), piece.firm)]
-    return joined([*rows, *run.pieces([target])])
+    rest = [piece.alone() for piece in run.pieces([run.args.get("weight")])]
+    return joined([*rows, *run.pieces([target]), *rest])
 
 
 @rule(

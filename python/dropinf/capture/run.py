@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +18,12 @@ from . import sharded
 from .attempt import Again
 from .audit import TOLERANCE
 from .checks import cached_message, check_finite, late_message, refused_message, unrepeatable_message
-from .dependence import stay_apart
 from .exact import ExactGradients
-from .followed import Followed, Shown, settled
 from .guard import UseGuard, watch
 from .hooks import Pass
 from .knowledge import Plan
-from .labels import Labels
 from .ladder import RUNGS, TAPPED, AttributionError
 from .moments import NotFinite
-from .outside import mark_data
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing
@@ -69,6 +64,7 @@ class Run(Sharing):
         current.modes = modes() + 1  # the guard
         with capture.running(current, hides=hides), self._flags(outside):
             losses = self._losses(guard)
+            guard.movement.end(losses)
             self._check_forward(current, guard, losses)
             self.unforeseen, self.dtypes = self.unforeseen or guard.unforeseen, guard.dtypes
             if any(target.tensor._backward_hooks for target in known.targets.values()):
@@ -250,9 +246,9 @@ class Run(Sharing):
             why = self.why = self.proof.first_gradient(plan, store)
         if why and hooked.probe is None:
             self._audit(store, losses, dtype, (plan, look), why)
-        faint = self.proof.faint(store, current.spread, dtype) if plan.follow and hooked.probe is None else None
-        if faint is not None:
-            self._audit(store, losses, dtype, (plan, look), "a sample's gradient is far below others'", faint)
+        doubted = self.proof.doubted(store, current, dtype) if plan.follow and hooked.probe is None else None
+        if doubted is not None:
+            self._audit(store, losses, dtype, (plan, look), "a sample's gradient is far below others'", doubted)
         plan.trusted = 0 if why else plan.trusted + 1
         if not self.proof.says_nothing:
             plan.gradients.add(reached)
@@ -265,6 +261,7 @@ class Run(Sharing):
         alike = movement, tuple(leaf.shape for leaf in tensors(self.batch))
         if self.n > 1 and (ladder.on("vmap") or ladder.on("alone")):
             if alike not in plan.single:
+                self.unforeseen = self.unforeseen or "samples are taken one by one, of tensors of new shapes"
                 plan.single[alike] = movement is not None and self._stay_apart(current, strict=True)
             if not plan.single[alike] or values_by_sample(self.batch, self.n):
                 self.unforeseen = self.unforeseen or "samples may meet"  # which single samples do not show
@@ -278,43 +275,6 @@ class Run(Sharing):
         if not self.coloured:
             self.known.plans[look] = plan
             raise Again
-
-    def _stay_apart(self, current: Pass, *, strict: bool = False) -> bool:
-        """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
-        if sharded.is_any(self.model):
-            return False
-        tracked = [self.known.targets[name].tensor for name in self.proof.layers]
-        self.start.restore()
-        try:
-            with self.hooked.capture.removed(), self.hooked.flags.own(tracked), torch.enable_grad():
-                return stay_apart(
-                    self.model,
-                    self._plain_losses,
-                    self.batch,
-                    self.n,
-                    self.cu,
-                    None if strict else partial(self._shown, current),
-                    strict=strict,
-                )
-        except (AttributionError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            return False  # a loss that differentiates, say, for which nothing was kept
-        finally:
-            self.start.restore()
-            self._unmark()
-
-    def _shown(self, current: Pass, labels: Labels) -> Shown:
-        """Return what looks at the outputs that are captured, in a forward that is followed."""
-        hooked, shared = self.hooked, {signature[0] for signature in self.known.shared}
-        uses = {name: use for name, use in hooked.capture.uses.items() if use.plans}
-        shown = Shown(labels, uses, current.emitted, partial(settled, current, shared))
-        raw = self._raw()
-        if raw:
-            shown.outside = Followed(current, raw, self.known.constant, shown)
-            for leaf in tensors(self.batch):
-                mark_data(leaf)
-        return shown
 
     def _audit(
         self,

@@ -116,7 +116,7 @@ def mixing_leaves(losses_of: Callable[[Any], Tensor], batch: Any, n: int) -> boo
         losses = losses_of(map_tensors(leaf, batch))
     if not rows or len(losses) != n or not losses.requires_grad:
         return False
-    colours = Colours(n, narrow=any(t.dtype == torch.float16 for t in rows))
+    colours = Colours(n, {losses.dtype, *(t.dtype for t in rows)})
     for digit in range(-1, colours.passes):
         weights = torch.ones_like(losses) if digit < 0 else colours.weights(losses, digit)
         for i, g in enumerate(torch.autograd.grad(losses, rows, weights, retain_graph=True, allow_unused=True)):

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ..workload import tensors
+from . import sharded
 from .attempt import Again, Attempts
 from .checks import mixing_message
+from .dependence import stay_apart
+from .followed import Followed, Shown, settled
 from .guard import watch
 from .hooks import Pass
-from .ladder import SamplesMix
+from .labels import Labels
+from .ladder import AttributionError, SamplesMix
 from .outside import OpUse, mark_data
 from .shared import constant, meeting, mixing_leaves, outputs_of
 
@@ -33,12 +37,15 @@ class Sharing(Attempts):
             self.known.constant |= guessed  # what they make serves all samples
             raise Again
         if ops:
-            self._refuse_mixed({use.name for use in ops}, self._op_outputs, {p.name for use in ops for p in use.plans})
+            layers = {p.name for use in ops for p in use.plans}
+            self._refuse_mixed(current, {use.name for use in ops}, self._op_outputs, layers)
             self._lower([p.name for use in ops for p in use.plans], "its op's rows belong to several samples")
         modules = {name: self.hooked.capture.uses[name].module for name in sorted(names)}
         signatures = set(current.several.values())
         outputs = partial(outputs_of, self._forward_only, modules, signatures, self.n)
-        self._refuse_mixed(names, outputs, {plan.name for n in names for plan in self.hooked.capture.uses[n].plans})
+        self._refuse_mixed(
+            current, names, outputs, {plan.name for n in names for plan in self.hooked.capture.uses[n].plans}
+        )
         new = signatures - self.hooked.capture.shared
         if not new:
             self._lower_shared(names)
@@ -53,16 +60,24 @@ class Sharing(Attempts):
             for plan in self.hooked.capture.uses[name].plans:
                 self.known.ladder.lower(plan.name, "all samples share its output, in a way that cannot be expanded")
 
-    def _refuse_mixed(self, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
+    def _refuse_mixed(self, current: Pass, names: set[str], outputs: Callable[[Any], Any], layers: set[str]) -> None:
         """Raise SamplesMix where rows of several samples depend on samples, unless the loss may mix them."""
         mixed = names - constant(outputs, self.batch, self.n, self.cu, self.known.others)
         if mixed and not self.known.mixing:
+            if self._stay_apart(current, strict=True):  # the rows are not samples': their columns are, say
+                self._lower_to_whole(layers)
             name = min(mixed)
             raise SamplesMix(mixing_message(name.split("@")[0], self._who_met(name), self.n))
         if mixed:
             for layer in layers:
                 self.known.ladder.lower(layer, "the loss mixes samples, and mixing=True allows it", "backward")
             raise Again
+
+    def _lower_to_whole(self, layers: set[str]) -> None:
+        """Take whole gradients of layers whose rows are of several samples that do not meet."""
+        for layer in sorted(layers):
+            self.known.ladder.lower(layer, "its rows belong to several samples, as where these stand last", "vmap")
+        raise Again
 
     def _op_outputs(self, batch: Any) -> Mapping[str, list[Tensor]]:
         """Return the outputs of the ops that use parameters in a forward of the batch."""
@@ -98,3 +113,40 @@ class Sharing(Attempts):
             return  # a batch that takes no copies of its tensors
         if mixes:
             raise SamplesMix(mixing_message(min(self.known.exact_names), None, self.n))
+
+    def _stay_apart(self, current: Pass, *, strict: bool = False) -> bool:
+        """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
+        if sharded.is_any(self.model):
+            return False
+        tracked = [self.known.targets[name].tensor for name in self.proof.layers]
+        self.start.restore()
+        try:
+            with self.hooked.capture.removed(), self.hooked.flags.own(tracked), torch.enable_grad():
+                return stay_apart(
+                    self.model,
+                    self._plain_losses,
+                    self.batch,
+                    self.n,
+                    self.cu,
+                    None if strict else partial(self._shown, current),
+                    strict=strict,
+                )
+        except (AttributionError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            return False  # a loss that differentiates, say, for which nothing was kept
+        finally:
+            self.start.restore()
+            self._unmark()
+
+    def _shown(self, current: Pass, labels: Labels) -> Shown:
+        """Return what looks at the outputs that are captured, in a forward that is followed."""
+        hooked, shared = self.hooked, {signature[0] for signature in self.known.shared}
+        uses = {name: use for name, use in hooked.capture.uses.items() if use.plans}
+        shown = Shown(labels, uses, current.emitted, partial(settled, current, shared))
+        raw = self._raw()
+        if raw:
+            shown.outside = Followed(current, raw, self.known.constant, shown)
+            for leaf in tensors(self.batch):
+                mark_data(leaf)
+        return shown

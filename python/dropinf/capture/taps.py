@@ -87,6 +87,13 @@ def unforeseen(begun_in: int) -> str | None:
     return None
 
 
+def overrides(kind: type) -> bool:
+    """Return whether a class, not of torch's, says itself what functions of torch do with its tensors."""
+    own = getattr(kind, "__torch_function__", None)
+    usual = (vars(Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
+    return getattr(own, "__func__", own) not in usual and kind.__module__.split(".")[0] not in ("torch", "torchvision")
+
+
 def any_true(flags: Iterable[Tensor]) -> bool:
     """Return whether one of some truth values, on any devices, is true; wait for each device once."""
     by_device: dict[torch.device, list[Tensor]] = {}
