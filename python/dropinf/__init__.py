@@ -5,7 +5,7 @@ from torch.serialization import add_safe_globals
 from .budget import Choice, choose
 from .capture.ladder import AttributionError
 from .capture.layer import Layer
-from .compressor import Compressor, compress
+from .compressor import Compressor
 from .fisher import Fisher, build_fisher
 from .fisher.blocks import DiagonalBlock
 from .fisher.cholesky import Cholesky
@@ -16,6 +16,7 @@ from .fisher.ledger import Ledger
 from .gradients import Gradients
 from .index import Index
 from .index.parts import Parts
+from .one_call import compress
 from .readonly import ReadOnly
 from .score import TopK, score, self_influence
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch

@@ -38,7 +38,10 @@ class GradientsBuilder:
         if capacity < 0:
             raise ValueError(f"capacity is {capacity}; it must be a number of samples, 0 if unknown")
         width = sum(map(math.prod, self._shapes.values()))
-        self._buffer = torch.empty(capacity, width, dtype=dtype, device=device)
+        try:
+            self._buffer = torch.empty(capacity, width, dtype=dtype, device=device)
+        except RuntimeError:  # out of memory: the first batch may have been the largest by far
+            self._buffer = torch.empty(0, width, dtype=dtype, device=device)
         self._count, self._origin = 0, origin
 
     def __len__(self) -> int:

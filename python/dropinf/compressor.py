@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -17,7 +17,7 @@ from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
-from .capture.masks import check_weights, fingerprint, layer_digest, load_masks, masked_layers, save_masks
+from .capture.masks import check_weights, code_of, fingerprint, layer_digest, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
@@ -35,11 +35,11 @@ from .workload import (
     CuSeqlens,
     Ids,
     LossFn,
-    check_batches,
     check_ids,
     check_loss,
     check_model,
     check_order,
+    count_of,
     name_of_loss,
     order_of,
     unwrap,
@@ -90,7 +90,7 @@ class Compressor:
         self.sketch: Sketch | None = sketch
         self._track(model, loss_fn, layers, cu_seqlens, audit=audit, route=route, mixing=mixing)
         self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
-        if not self._moments.needed:
+        if not self.needs_calibration:
             self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
 
     @classmethod
@@ -259,7 +259,7 @@ class Compressor:
             for batch in bar:
                 store, n = model(batch)
                 if builder is None:
-                    (dtype, device), count = kind_of(store), n * len(batches) if isinstance(batches, Sized) else n
+                    (dtype, device), count = kind_of(store), n * (count_of(batches) or 1)
                     builder = GradientsBuilder(
                         self.shapes, self.digest(), capacity=count, dtype=dtype, device=device, origin=origin
                     )
@@ -278,7 +278,7 @@ class Compressor:
         progress: bool = False,
         where: Callable[[int], str] | None = None,
     ) -> None:
-        """Call ``take`` with the compressed gradients [n, K] of each batch, on the CPU.
+        """Call ``take`` with the compressed gradients [n, K] of each batch, where they were computed.
 
         ``where`` names a sample of the current batch in errors.
         """
@@ -286,7 +286,7 @@ class Compressor:
         with self._sweep.hooked(self._placed(), Compression, where) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
                 store, n = model(batch)
-                take(rows_of(shapes, digest, store, n).cpu())  # one copy a batch, not one a layer
+                take(rows_of(shapes, digest, store, n))
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
@@ -295,7 +295,7 @@ class Compressor:
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> None:
         """Gather the statistics that the sketch needs. A second call adds to the first; one that fails adds nothing."""
         self._check_draws()
-        if not self._moments.needed:
+        if not self.needs_calibration:
             return
         plain = {n: t.kept_whole() for n, t in self._targets.items()}
         probe = {n: make_layer(t, Dropout(PROBE), {}).to(t.tensor.device) for n, t in self._targets.items()}
@@ -320,7 +320,7 @@ class Compressor:
         The masks are then the same on all ranks. Every rank of the group must call it.
         """
         self._check_draws()
-        if self._moments.needed:
+        if self.needs_calibration:
             self._moments.all_reduce(group)
             self._draw()
 
@@ -348,6 +348,11 @@ class Compressor:
         return {name: layer.stored_shape for name, layer in self.layers.items()}
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the sketch is drawn from statistics of the data."""
+        return bool(self._moments.needed)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether parameters of the model are shards (FSDP2): every rank must then run every batch."""
         return any(sharded.is_sharded(p) for p in self.model.parameters())
@@ -355,6 +360,14 @@ class Compressor:
     def fingerprint(self) -> str:
         """Return a checksum of the model's weights: rows made with equal weights belong together."""
         return fingerprint(self.model)
+
+    def version(self) -> int:
+        """Return a number that changes where parameters are written to in place."""
+        return sum(p._version for p in self.model.parameters() if not p.is_inference())
+
+    def code(self) -> dict[str, str]:
+        """Return checksums of what else the model computes with: its classes and constants, and its settings."""
+        return {} if self.is_sharded else code_of(self.model)
 
     def origin(self) -> Origin:
         """Return what makes the gradients: a checksum of the model's parameters, and the loss function's name."""
@@ -375,25 +388,3 @@ class Compressor:
         """
         plain = {name: target.kept_whole() for name, target in self._targets.items()}
         self._layers, self._moments.sums, self._moments.samples = load_masks(plain, path)
-
-
-def compress(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn,
-    sketch: Sketch,
-    *,
-    layers: LayerFilter = None,
-    progress: bool = False,
-) -> Gradients:
-    """Calibrate on ``batches`` where the sketch needs it, then compress them: :class:`Compressor` in one call.
-
-    Masks without statistics agree between calls with the same seed.
-    """
-    compressor = Compressor(model, sketch, loss_fn, layers=layers)
-    check_batches(batches)
-    if compressor._moments.needed:
-        if iter(batches) is batches:
-            raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")
-        compressor.calibrate(batches)
-    return compressor.compress(batches, progress=progress)

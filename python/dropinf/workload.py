@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import dis
 import functools
 import inspect
 import itertools
 import random
-import re
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,18 +122,55 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+HELD = ", holding "
+
+
 def name_of_loss(loss_fn: object) -> str:
-    """Return the qualified name of a loss function and a fingerprint of its source, where there is one."""
+    """Return the qualified name of a loss function, and fingerprints of its source and of what it holds, if any.
+
+    It holds constants: numbers, text and tensors that a closure, a partial, defaults or attributes bind.
+    """
     if isinstance(loss_fn, functools.partial):
-        bound = re.sub(r" at 0x[0-9a-f]+", "", repr((loss_fn.args, loss_fn.keywords)))
-        return f"{name_of_loss(loss_fn.func)}, bound {checksum(bound.encode())[:8]}"
+        return f"{name_of_loss(loss_fn.func)}, bound {checksum(_constants(loss_fn.args, loss_fn.keywords))[:8]}"
     about: Any = inspect.unwrap(loss_fn) if inspect.isroutine(loss_fn) else type(loss_fn)
     try:
         source = inspect.getsource(about).encode()
     except (OSError, TypeError):
         source = getattr(getattr(about, "__code__", None), "co_code", b"")
     name = f"{getattr(about, '__module__', '')}.{getattr(about, '__qualname__', type(about).__name__)}"
-    return f"{name} {checksum(source)[:8]}" if source else name
+    name = f"{name} {checksum(source)[:8]}" if source else name
+    held = _constants(_bound(about if inspect.isfunction(about) else loss_fn))
+    return f"{name}{HELD}{checksum(held)[:8]}" if held else name
+
+
+def _bound(loss_fn: Any) -> Mapping[str, Any]:
+    """Return what a function or an object binds by name, but for what the function itself binds anew, as a count."""
+    if not inspect.isfunction(loss_fn):
+        return dict(getattr(getattr(loss_fn, "__self__", loss_fn), "__dict__", {}))
+    code = loss_fn.__code__
+    counts = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
+    cells = zip(code.co_freevars, loss_fn.__closure__ or (), strict=True)
+    found = {name: cell for name, cell in cells if name not in counts}
+    held = {name: cell.cell_contents for name, cell in found.items() if cell != types.CellType()}
+    return held | {"defaults": loss_fn.__defaults__ or ()} | (loss_fn.__kwdefaults__ or {})
+
+
+def _constants(*values: Any) -> bytes:
+    """Return the constants in values, in bytes: nothing for what has none, such as a model, a list, or a function."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(f"{tuple(value.shape)} {value.dtype}".encode() + tensor_bytes(value))
+        elif isinstance(value, bool | int | float | complex | str | bytes):
+            found.append(repr(value).encode())
+        elif isinstance(value, tuple):
+            found.append(_constants(*value))
+        elif isinstance(value, Mapping):
+            parts = [(str(key).encode(), _constants(value[key])) for key in sorted(value, key=str)]
+            found.append(b"".join(key + b"=" + part for key, part in parts if part))
+        elif inspect.isfunction(value):
+            found.append(name_of_loss(value).encode())
+    return b";".join(part for part in found if part)
 
 
 def check_loss(loss_fn: object) -> None:
@@ -286,13 +324,21 @@ def order_of(batches: object, order: Sequence[int] | Tensor | None = None) -> Te
     if len(found) > 1 and not bool((numbers[found].diff() > 0).all()):
         raise ValueError("order has a number twice; each sample stands somewhere else")
     places: Tensor = found.argsort()
-    return None if bool((places.diff() == 1).all()) else places
+    return places
 
 
 def check_order(order: Tensor, rows: int) -> None:
     """Raise ValueError unless an order is of so many samples."""
     if len(order) != rows:
         raise ValueError(f"order: it is of {len(order)} samples, and the batches have {rows}; it needs one number each")
+
+
+def count_of(batches: object) -> int | None:
+    """Return how many batches there are, or None where that is not known before, as of a stream."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

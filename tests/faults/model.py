@@ -90,6 +90,12 @@ class Source:
     def origin(self) -> Origin:
         return Origin("model", "loss")
 
+    def version(self) -> int:
+        return 0
+
+    def code(self) -> dict[str, str]:
+        return {}
+
     def save(self, path) -> None:
         dropinf.files.write_whole(Path(path), safetensors.torch.save({"mask": torch.zeros(1)}))
 

@@ -162,7 +162,10 @@ def test_order_may_be_given(rows, tmp_path):
     made = make_compressor().compress(plain, out=tmp_path / "idx", order=numbers)
     torch.testing.assert_close(made[:].flat, rows.flat, rtol=1e-9, atol=1e-12)
     assert torch.equal(make_compressor().compress(batches).flat, make_compressor().compress(plain).flat)
-    assert order_of(plain, range(53)) is None
+    assert torch.equal(order_of(plain, range(53)), torch.arange(53))
+    for few in (range(3), range(1000)):
+        with pytest.raises(ValueError, match=r"order: it is of .* samples, and the batches have 53"):
+            make_compressor().compress(plain, out=tmp_path / f"few-{len(few)}", order=few)
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,9 @@ def test_an_interrupted_run_goes_on(at, tmp_path):
     with pytest.raises(ValueError, match="not finished; run the same compress again"):
         dropinf.Index.open(tmp_path / "idx")
     assert any("not finished" in line for line in verify(tmp_path / "idx"))
-    calls = []
-
-    def counted(model, batch):
-        calls.append(len(batch[0]))
-        return loss_fn(model, batch)
-
-    again = dropinf.Compressor(make_model(), dropinf.Dropout(6), counted, audit="never")
+    calls, model = [], make_model()
+    model.register_forward_hook(lambda _, args, _out: calls.append(len(args[0])))
+    again = dropinf.Compressor(model, dropinf.Dropout(6), loss_fn, audit="never")
     assert again.compress(batches, out=tmp_path / "idx", fisher="block", ids=names).verify() == []
     again_computed = 1 if at == 1 else 2  # the first and the last that were finished: their rows show the loss
     computed = [0, at - 1, *range(at, 140)]

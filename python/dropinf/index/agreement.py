@@ -11,7 +11,7 @@ from ..ranks import Ranks
 
 LOOKS = 64  # batches of other ranks that each rank looks at
 _CLOSE = 1e-2  # of losses that are computed on other devices
-_CHECKSUMS = ("model", "sketch", "first batch")  # facts whose values say nothing to a reader
+_CHECKSUMS = ("model", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
 _WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
 
 

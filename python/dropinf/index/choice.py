@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..workload import Ids, batch_checksum
+from ..workload import Ids, batch_checksum, count_of
 from .fingerprint import fingerprint
 from .finished import Finished
 from .manifest import Call, Manifest, Run
@@ -51,7 +51,7 @@ def choose_run(
 
 def runs_alike(folder: Path, manifest: Manifest, batches: Iterable[Any], first: Any) -> list[Plan]:
     """Return the runs that begin with the same batch and have, where both are known, as many."""
-    count = len(batches) if isinstance(batches, Sized) else None
+    count = count_of(batches)
     new = fingerprint(first, named=manifest.ids)
     old = "" if all(run.printed for run in manifest.runs) else batch_checksum(first)
 

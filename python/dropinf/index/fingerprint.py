@@ -10,6 +10,7 @@ import enum
 import fractions
 import pathlib
 import uuid
+from collections import UserDict, UserList
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -51,13 +52,25 @@ class _Print:
         self.named = named
 
     def of(self, value: Any, at: str) -> bytes:
-        """Return the fingerprint of a value that stands at `at` in the batch."""
+        """Return the fingerprint of a value that stands at `at` in the batch, with what was set on it."""
+        found = self._of(value, at)
+        fields = {f.name for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
+        extra = {} if isinstance(value, enum.Enum) else getattr(value, "__dict__", {})
+        extra = extra if isinstance(value, Tensor | Mapping | list | tuple | Set) or fields else {}
+        held = value.data if isinstance(value, UserDict | UserList) else None
+        rest = {name: x for name, x in extra.items() if name not in fields and x is not held and name[0] != "_"}
+        return _digest("with", found, self.of(rest, at)) if rest else found
+
+    def _of(self, value: Any, at: str) -> bytes:
         if isinstance(value, Tensor):
             return self._tensor(value, at)
         if isinstance(value, np.ndarray | np.generic):
             return self._array(np.asanyarray(value), at)
-        if value is None or isinstance(value, bool | enum.Enum):
+        if value is None or isinstance(value, bool):
             return _digest(f"{type(value).__name__} {value}")
+        if isinstance(value, enum.Enum):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            return _digest(f"enum {kind} {value.name}", self.of(value.value, at))
         if isinstance(value, bytes | bytearray | memoryview):
             return _digest("bytes", bytes(value))
         if isinstance(value, Mapping):

@@ -24,6 +24,9 @@ _APART = {
     torch.bfloat16: 6e-2,
     torch.int8: 1e-1,
 }
+# And how far the factor between them may be from one, in which rounding cancels.
+_FACTOR = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2, torch.int8: 2e-2}
+_MANY = 64  # numbers of a layer in which it does
 
 
 class _Place(NamedTuple):
@@ -155,6 +158,9 @@ class Finished:
         if now.shape == kept.shape:
             layer, error = _worst(self.plan.manifest.shapes, codec.widths, now.double(), kept.double())
             if error <= apart:
+                layer, error = _scaled(self.plan.manifest.shapes, codec.widths, now.double(), kept.double())
+                apart = max(_FACTOR.get(dtype, 0.0) for dtype in (flat.dtype, stored))
+            if error <= apart:
                 return
             what = f"layer {layer!r} differs by {error:.1%}"
         else:
@@ -212,4 +218,20 @@ def _worst(shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kep
         error = float((apart / (size + size.square().mean().sqrt()).clamp_min(torch.finfo(torch.float64).tiny)).max())
         if error > found[1]:
             found = (name, error)
+    return found
+
+
+def _scaled(shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kept: Tensor) -> tuple[str, float]:
+    """Return the layer whose rows [n, K] are most of all a multiple of the others, and by how much that is not one."""
+    found, both = ("", 0.0), []
+    for name, a, b in zip(shapes, now.split(list(widths), 1), kept.split(list(widths), 1), strict=True):
+        peak = b.abs().max() if b.numel() else b.new_zeros(())
+        if peak > 0:
+            a, b = (a / peak).flatten(), (b / peak).flatten()
+            both.append((a @ b, b @ b))
+            error = float((a @ b / (b @ b) - 1).abs())
+            found = (name, error) if error > found[1] and len(b) >= _MANY else found
+    if both:
+        error = float((sum(ab for ab, _ in both) / sum(bb for _, bb in both) - 1).abs())
+        found = (next(iter(shapes)), error) if error > found[1] else found
     return found

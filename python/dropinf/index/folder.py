@@ -26,6 +26,9 @@ SHARD_NAME = re.compile(r"(\d{6,})-([0-9a-f]{32})" + re.escape(SUFFIX))
 _STRAY = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY))
 
 
+_held: set[int] = set()  # locks of this process, as open files
+
+
 @contextmanager
 def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Keep other runs out of the folder while inside; the lock is released however this run ends."""
@@ -48,11 +51,23 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         return handle
 
     handle = ranks.first(acquire)
+    if ranks.rank == 0:
+        _held.add(handle)
     try:
         yield
     finally:
         if ranks.rank == 0:
+            _held.discard(handle)
             os.close(handle)
+
+
+def _let_go() -> None:
+    """Let go of the locks of the process that this one was forked of: a worker of a loader would keep them."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:

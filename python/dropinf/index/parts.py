@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..ranks import Ranks
 from ..workload import sampler_of_ranks
@@ -26,9 +26,11 @@ class Parts:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        streams = isinstance(getattr(loader, "dataset", None), IterableDataset)
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None or streams:
             raise TypeError(
-                f"loader is {type(loader).__name__}; it must be a DataLoader that makes batches of numbered samples, "
+                f"loader is {type(loader).__name__}{' of a stream' if streams else ''}; it must be a DataLoader that "
+                "makes batches of numbered samples, "
                 "with a sampler such as DistributedSampler(data, shuffle=False, drop_last=True)"
             )
         self.loader = loader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..files import TEMPORARY, file_checksum, make_folder
 from ..gradients import Origin
 from ..ranks import Ranks
-from ..workload import Ids
+from ..workload import HELD, Ids, count_of
 from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
@@ -39,6 +39,8 @@ class RowSource(Protocol):
     def digest(self) -> Mapping[str, str]: ...
     def fingerprint(self) -> str: ...
     def origin(self) -> Origin: ...
+    def version(self) -> int: ...
+    def code(self) -> dict[str, str]: ...
     def losses(self, batch: Any) -> list[float]: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
     def stream(
@@ -56,7 +58,7 @@ class Opening:
 
     def __init__(self, source: RowSource, batches: Iterable[Any], folder: Path, ranks: Ranks, ids: Ids | None) -> None:
         self.source, self.batches, self.folder, self.ranks, self.ids = source, batches, folder, ranks, ids
-        self.count = len(batches) if isinstance(batches, Sized) else None
+        self.count = count_of(batches)
 
     def plan(self, first: Any, found: str, dtype: torch.dtype | None, append: bool, about: Mapping[str, str]) -> Plan:
         """Return what is to be done for batches that begin with `first`; the same on all ranks.
@@ -84,8 +86,9 @@ class Opening:
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
+            other = self._is_other_loss(manifest)
             make_folder(self.folder / PARTS)
-            return chosen
+            return replace(chosen, every=chosen.every or (other and chosen.run.shards is None))
         last = manifest.runs[-1]
         if last.shards is None:
             give_up = "; to give up what was appended of them: Index.discard()" if manifest.shards else ""
@@ -99,7 +102,7 @@ class Opening:
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
             )
-        self._warn_of_loss(manifest)
+        self._is_other_loss(manifest)
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
         manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
         manifest.save(self.folder)
@@ -129,6 +132,17 @@ class Opening:
             raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
         if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
+        for what, found in self.source.code().items():
+            if manifest.about.get(what, found) == found:
+                continue
+            if what == "settings":
+                warnings.warn(
+                    f"model: its {what} (numbers and text in attributes of modules) are others than when "
+                    f"{self.folder} was made; unless they change no gradient, name another folder",
+                    stacklevel=2,
+                )
+                continue
+            raise ValueError(f"out: {self.folder} was made with another model's code ({what}); {way_out}")
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
             raise ValueError(
                 f"dtype is {dtype}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
@@ -148,16 +162,18 @@ class Opening:
         origin = self.source.origin()
         return replace(manifest, origin=origin._replace(loss="") if append else origin)
 
-    def _warn_of_loss(self, manifest: Manifest) -> None:
-        """Say where the rows of an append may be of another loss: none of those before can be computed again."""
+    def _is_other_loss(self, manifest: Manifest) -> bool:
+        """Return whether the rows may be of another loss, and say so; all of an unfinished run are then compared."""
         assert manifest.origin is not None
         before, now = manifest.origin[1], self.source.origin().loss
-        if before not in ("", now):
-            warnings.warn(
-                f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in "
-                "one index: unless both give the same, name another folder",
-                stacklevel=2,
-            )
+        if before in ("", now, now.partition(HELD)[0]):  # an earlier version did not look at what a loss holds
+            return False
+        warnings.warn(
+            f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in one "
+            "index: unless both give the same, name another folder",
+            stacklevel=2,
+        )
+        return True
 
     def _create(self, first: Any, found: str, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
@@ -167,7 +183,7 @@ class Opening:
     def _rows(self, batch: Any) -> Tensor:
         found: list[Tensor] = []
         self.source.stream([batch], found.append)
-        return found[0]
+        return found[0].cpu()
 
     def _write_first(
         self, found: str, flat: Tensor | None, dtype: torch.dtype | None, about: Mapping[str, str]
@@ -177,6 +193,7 @@ class Opening:
         shapes = self.source.shapes
         digest = self.source.digest()
         layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
+        about = {**about, **self.source.code()}
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
         manifest = replace(manifest, origin=self.source.origin())
         a_shard = max(1, SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))

@@ -33,7 +33,7 @@ _HEADER_BYTES = 1 << 26
 SHARD_BYTES = 1 << 26  # of a large shard
 SMALL_BYTES = 1 << 21  # of shards that are read as one block
 READ_BYTES = 1 << 22  # read at a time: what the cache still holds as it is used
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int, int]
 
 
 def pack_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ def _offsets(path: Path, name: str, entry: object, size: int) -> tuple[int, int]
 
 
 def _stamp(found: os.stat_result) -> Stamp:
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read(file: FileIO, start: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..workload import Ids, first_batch
+from ..workload import Ids, count_of, first_batch
 from .agreement import LOOKS, looks
 from .fingerprint import fingerprint
 from .finished import Finished
@@ -21,16 +21,17 @@ class Work:
     def __init__(
         self, batches: Iterable[Any], first: str, finished: Finished, share: Callable[[int], bool], ids: Ids | None
     ) -> None:
-        """Of the batches, ``share`` says which are this rank's; ``first`` is the fingerprint of the first it has."""
+        """Take ``batches``, of which ``share`` says whether they are this rank's; ``first``: its first fingerprint."""
         self.batches, self.first, self.finished, self.share, self.ids = batches, first, finished, share, ids
         mine = [b for b in finished if share(b)]
         # What no fingerprint is of, such as the loss, shows in the rows of the first and of the last.
         self.again = set(mine if finished.plan.every else mine[:1] + mine[-1:])
         self.first_number = batches.rank * batches.each if isinstance(batches, Share) else 0
+        self.named = ids is not None
         self.at: int | None = None  # None: computed only so that other ranks need not wait
         self.batch: Any = None
         self.print = ""  # fingerprint of the batch, as it was before loss_fn had it
-        self.count: int | None = len(batches) if isinstance(batches, Sized) else None
+        self.count = count_of(batches)
         self.prints: dict[int, str] = {}  # of batches that other ranks may have looked at too
         self.spare = batches.first if isinstance(batches, Share) else None
         self.rounds = 0  # computed by each rank, where all must compute together
@@ -72,8 +73,13 @@ class Work:
                 self.print = self._print(b, batch)
                 yield b, batch
             return
-        b = -1
-        for b, batch in self._numbered():
+        b, told = self.first_number - 1, self.count
+        for b, batch in enumerate(self.batches, self.first_number):
+            if b == 0 and not isinstance(self.batches, Iterator) and fingerprint(batch, named=self.named) != self.first:
+                raise ValueError(
+                    "batches: their first batch is another one when they are iterated again, as of a wrapper around an "
+                    "iterator, or with random augmentation; pass a list, or iter(batches) to read them once"
+                )
             if not self.share(b):
                 if b < LOOKS or b & (b - 1) == 0:
                     self._print(b, batch)
@@ -83,16 +89,15 @@ class Work:
             if b in self.again or self.wanted(b):
                 self.print = self._print(b, batch)
                 yield b, batch
-        self.count = len(self.batches) if isinstance(self.batches, Share) else b + 1
-
-    def _numbered(self) -> Iterable[tuple[int, Any]]:
         if isinstance(self.batches, Share):
-            return enumerate(self.batches, self.first_number)
-        return enumerate(self.batches)
+            return
+        self.count = b + 1
+        if told not in (None, self.count):
+            raise ValueError(f"batches: their len() is {told}, and {self.count} came; give the length that is")
 
     def _print(self, b: int, batch: Any) -> str:
         # loss_fn may have had the first batch already, and changed it.
-        found = self.first if b == self.first_number else fingerprint(batch, named=self.ids is not None)
+        found = self.first if b == self.first_number else fingerprint(batch, named=self.named)
         self.prints[b] = found
         return found
 

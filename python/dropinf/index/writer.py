@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher
 from ..ranks import Ranks
-from ..workload import Ids, check_order, first_batch, order_of, sampler_of_ranks, shuffles
+from ..workload import HELD, Ids, check_order, count_of, first_batch, order_of, sampler_of_ranks, shuffles
 from .agreement import agree, compare_batches
 from .codec import DTYPES
 from .compact import compact_gathered
@@ -32,6 +33,7 @@ from .folder import FISHER, PARTS, locked, shard_path
 from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
+from .outflow import Outflow
 from .parts import Parts, Share
 from .plan import Opening, RowSource
 from .reader import Index
@@ -58,6 +60,8 @@ class Writer:
         self.source, self.batches, self.plan, self.ranks, self.ids = source, batches, plan, ranks, ids
         self.fisher, self.folder, self.codec, self.wrote = fisher, plan.folder, plan.manifest.codec, wrote
         self.places = places  # of the run's samples
+        self.made: list[Path] = []  # files of this call
+        self.version = source.version()
         self.finished = Finished(plan)
         self.done, self.parts = self.finished.shards, self.finished.parts
         # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
@@ -67,7 +71,11 @@ class Writer:
     def write(self, progress: bool) -> None:
         """Compare what is finished, compress what is missing, and finish the run."""
         self._check_count()
-        self.source.stream(self.work, self._take, progress=progress, where=self._where)
+        try:
+            with Outflow() as self.outflow:
+                self.source.stream(self.work, self._take, progress=progress, where=self._where)
+        finally:
+            self._check_model()
         self._check_count()
         self._check_order(self.plan)
         self._advance()
@@ -86,7 +94,7 @@ class Writer:
 
         work = Work(self.batches, first, self.finished, share, self.ids)
         if self.ranks.world > 1 and self.source.is_sharded:
-            if not isinstance(self.batches, Sized):
+            if work.count is None:
                 raise ValueError("batches: a sharded model needs a list or a DataLoader, whose length is known")
             work.rounds = max(self.ranks.everyone(len(work)))
         return work
@@ -112,38 +120,65 @@ class Writer:
             raise ValueError(
                 f"batches: not as many as before: {self.folder} has batch {last}, and there are {self.work.count} now"
             )
+        begun = self.plan.run.batches
+        if self.plan.call is None and None not in (begun, self.work.count) and begun != self.work.count:
+            raise ValueError(
+                f"batches: {self.folder} was begun with {begun} of them, and there are {self.work.count} now; go on "
+                "with those of then, or give them up (Index.discard(), or delete the folder)"
+            )
+
+    def _check_model(self) -> None:
+        """Raise ValueError where the model is another than it was, and take back what was made of its batches."""
+        if self.source.is_sharded or self.source.fingerprint() == self.plan.manifest.model:
+            self.version = self.source.version()
+            return
+        for path in self.made:
+            path.unlink(missing_ok=True)
+        raise ValueError(
+            f"model: its weights changed while its batches were compressed into {self.folder}; rows of this call are "
+            "taken back: compress with the weights of then, and train a copy (copy.deepcopy(model))"
+        )
 
     def _where(self, row: int) -> str:
         return f"sample {row} of batch {self.work.at}"
 
     def _take(self, flat: Tensor) -> None:
-        """Keep the rows of the batch that was computed."""
+        """Have the rows of the batch that was computed kept, behind those before."""
         self.ranks.check()
+        if self.source.version() != self.version:
+            self._check_model()
         b = self.work.at
         if b is None:
             return
-        if b in self.finished:
-            self.finished.check_rows(b, flat)
+        if b in self.work.again:
+            self.outflow.put(flat, partial(self.finished.check_rows, b))
             return
-        kept = self.codec.encode(flat, self._where)
-        if self.ids is not None:
-            kept["ids"], kept["id_offsets"] = pack_texts(self._ids_of(self.work.batch, len(flat)))
-        data = serialize(kept, ShardHeader((len(flat),), (self.work.print,), self.plan.run.key).plain())
+        texts = {} if self.ids is None else self._ids_of(self.work.batch, len(flat))
+        self.outflow.put(flat, partial(self._keep, b, self.work.print, texts))
+
+    def _keep(self, b: int, found: str, texts: Mapping[str, Tensor], flat: Tensor) -> None:
+        """Keep the rows of a batch of this fingerprint."""
+        kept = self.codec.encode(flat, lambda row: f"sample {row} of batch {b}") | texts
+        data = serialize(kept, ShardHeader((len(flat),), (found,), self.plan.run.key).plain())
         name = f"{self.plan.first_part + b:09d}-{checksum(data)}{SUFFIX}"
         write_whole(self.folder / PARTS / name, data)
+        self.made.append(self.folder / PARTS / name)
         self.parts[b] = name
         if self.wrote is not None:
             self.wrote(len(flat))
         self._advance()
 
-    def _ids_of(self, batch: Any, count: int) -> list[str]:
+    def _ids_of(self, batch: Any, count: int) -> dict[str, Tensor]:
         assert self.ids is not None
-        found = list(self.ids(batch))
+        given = self.ids(batch)
+        found = [] if given is None or isinstance(given, str) else list(given)
         if len(found) != count or not all(isinstance(name, str) for name in found):
             raise ValueError(
-                f"ids: it gave {found[:3]}... for a batch of {count} samples; it must give {count} strings"
+                f"ids: it gave {found[:3] if found else given!r}... for a batch of {count} samples; it must give "
+                f"{count} strings"
             )
-        return found
+        texts, offsets = pack_texts(found)
+        return {"ids": texts, "id_offsets": offsets}
 
     def _advance(self) -> None:
         """Make every shard whose batches are all there, in order, and add it to the Fisher matrix."""
@@ -179,6 +214,7 @@ class Writer:
         number = self.plan.first_number + shard - self.plan.base
         entry = ShardEntry(checksum(data), sum(counts), number)
         write_whole(shard_path(self.folder, number, entry.checksum), data)
+        self.made.append(shard_path(self.folder, number, entry.checksum))
         self.done[shard] = entry
         self.finished.move(shard, dict(zip(batches, counts, strict=True)))
         for b in batches:
@@ -224,9 +260,14 @@ class Writer:
         plan = replace(self.plan, manifest=manifest)
         for other in plans_of(self.folder, manifest):
             alike = other.number < plan.number and other.began.first == plan.run.first
-            if alike and Finished(plan).twin(Finished(other)):
+            mine, its = Finished(plan), Finished(other)
+            if alike and mine.twin(its):
+                rows = {b: mine.rows(b) for b in list(mine)[:1] + list(mine)[-1:]}
+                without = discard(self.folder, self.plan.manifest)
+                for b, found in rows.items():
+                    its.check_rows(b, found)
                 self._check_order(other)
-                return discard(self.folder, self.plan.manifest)
+                return without
         return manifest
 
     def _check_order(self, plan: Plan) -> None:
@@ -265,13 +306,18 @@ def _facts(
     fisher: Fisher | None,
     ids: Ids | None,
     append: bool,
+    places: Tensor | None,
+    folder: Path,
 ) -> dict[str, object]:
     """Return what must be the same on all ranks, by name."""
     return {
         "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
         "sketch": dict(source.digest()),
-        "number of batches": len(batches) if isinstance(batches, Sized) else None,
+        "number of batches": count_of(batches),
         "first batch": first,
+        "loss": source.origin().loss.partition(HELD)[0],  # ranks may hold their own numbers
+        "order": None if places is None else checksum(places.numpy().tobytes()),
+        "folder": os.path.realpath(folder),
         "dtype": dtype,
         "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
         "choice of ids": ids is not None,
@@ -279,9 +325,11 @@ def _facts(
     }
 
 
-def _first(batches: Iterable[Any], ranks: Ranks) -> tuple[Any, Iterable[Any]]:
+def _first(batches: Iterable[Any], ranks: Ranks, places: Tensor | None) -> tuple[Any, Iterable[Any]]:
     """Return the first batch that this rank has, and all of its batches."""
     if isinstance(batches, Parts):
+        if places is not None:
+            raise ValueError("order: Parts has the order of its sampler; leave order out")
         share = Share(batches, ranks)
         return share.first, share
     sampler = sampler_of_ranks(batches) if ranks.world > 1 else None
@@ -322,12 +370,14 @@ def write_index(
         raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
     ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
     with ranks.watched(), locked(folder, ranks):
-        first, batches = _first(batches, ranks)
+        first, batches = _first(batches, ranks, places)
         mine = found = fingerprint(first, named=ids is not None)
         if isinstance(batches, Share):
             first, found, places = *ranks.first(lambda: (first, found)), order_of(None, batches.order)
         if ranks.world > 1:
-            agree(ranks, _facts(source, batches, found, dtype, fisher, ids, append), source.losses(first))
+            agree(
+                ranks, _facts(source, batches, found, dtype, fisher, ids, append, places, folder), source.losses(first)
+            )
         plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
         Writer(source, batches, mine, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)
