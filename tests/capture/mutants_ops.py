@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import dropinf
-from dropinf.capture import exact, outside, run
+from dropinf.capture import exact, outside, sharing
 from dropinf.capture.exact import ExactGradients
 from dropinf.capture.hooks import Pass
 from dropinf.capture.layer import Layer
@@ -348,7 +348,7 @@ def rows_of_the_batch_before(patch):
 
 @fault("halves", acts=1, audit="every", heals=True)
 def layout_of_the_first_batch_forgotten(patch):
-    patch.setattr(run, "settled", lambda *given: given[-1])
+    patch.setattr(sharing, "settled", lambda *given: given[-1])
 
     def backward(old, current, losses):
         current.layouts = {}
@@ -364,7 +364,7 @@ def rows_that_move_not_noticed(patch):
 
 @fault("resting", acts=1, audit="every", heals=True)
 def first_gradient_of_a_layer_at_rest_not_noticed(patch):
-    patch.setattr(run, "settled", lambda *given: given[-1])
+    patch.setattr(sharing, "settled", lambda *given: given[-1])
 
     def backward(old, current, losses):
         old(current, losses)

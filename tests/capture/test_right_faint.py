@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -75,3 +77,80 @@ def test_a_clipped_gradient_is_not_said_to_be_mixed():
         dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().sum(1)).compress(
             [torch.randn(4, 6).double()]
         )
+
+
+class Two(nn.Module):
+    """Two layers whose rows are sorted by a batch's ``order``."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, order):
+        return self.a(x)[order].square().sum(1), self.b(x)[order].square().sum(1)
+
+
+def sorted_batches(dtype, factors, n=6):
+    """Return five batches that are sorted by data; in the last, samples meet by ``factors`` [n]."""
+    of = torch.Generator().manual_seed(8)
+    usual, turned = torch.arange(n), torch.tensor([3, 1, 0, 2, 5, 4])
+    orders, none = [usual, turned, turned, usual, usual], torch.zeros(n, dtype=dtype)
+    xs = torch.randn(5, n, 6, generator=of).to(dtype)
+    return [(x, o, factors.to(dtype) if i == 4 else none) for i, (x, o) in enumerate(zip(xs, orders, strict=True))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("factor", "apart"), [(0.5, 2), (0.25, 4), (0.125, 3), (1.0, 1)])
+def test_parts_of_two_samples_are_not_taken_for_a_third(dtype, factor, apart):
+    def losses(model, batch):
+        first, second = model(*batch[:2])
+        return first + batch[2] * first.roll(apart) + second
+
+    torch.manual_seed(1)
+    factors = torch.zeros(6)
+    factors[5] = factor  # one row alone is of two samples
+    batches = sorted_batches(dtype, factors)
+    with pytest.raises(dropinf.AttributionError):
+        dropinf.Compressor(Two().to(dtype), dropinf.Identity(), losses).compress(batches)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 2e-3)])
+def test_a_sample_that_is_small_in_one_layer_alone_is_not_lost(dtype, factor):
+    own = torch.ones(6, dtype=dtype)
+    own[3] = 0
+
+    def losses(model, batch):
+        first, second = model(*batch[:2])
+        return first * torch.where(batch[2].any(), own, 1) + batch[2] * first.roll(1) + second
+
+    torch.manual_seed(1)
+    factors = torch.zeros(6)
+    factors[3] = factor
+    with pytest.raises(dropinf.AttributionError):
+        dropinf.Compressor(Two().to(dtype), dropinf.Identity(), losses).compress(sorted_batches(dtype, factors))
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.02])
+def test_small_gradients_in_float16_are_of_their_own_samples(size):
+    n, tokens, d = 8, 16, 64
+    torch.manual_seed(2)
+    model = nn.ModuleDict({"a": nn.Linear(d, d), "o": nn.Linear(d, 10)}).half()
+    turned = torch.tensor([3, 1, 0, 2, 5, 4, 7, 6])
+    batches = [
+        (torch.randn(n, tokens, d).half(), torch.randint(0, 10, (n * tokens,)), order)
+        for order in (torch.arange(n), turned, turned)
+    ]
+
+    def losses(model, batch):
+        z = model["o"](torch.tanh(model["a"](batch[0]))[batch[2]])
+        each = nn.functional.cross_entropy(z.flatten(0, 1).float(), batch[1], reduction="none")
+        return each.view(n, tokens).mean(1) * size
+
+    rows = dropinf.Compressor(model, dropinf.Identity(), losses).compress(batches)
+    exact = copy.deepcopy(model).float()
+    for i, (x, y, order) in enumerate(batches):
+        found = losses(exact, (x.float(), y, order))
+        for j in range(n):
+            for name, p in (("a", exact["a"].weight), ("a.bias", exact["a"].bias)):
+                want = torch.autograd.grad(found[j], p, retain_graph=True)[0].flatten()
+                assert (rows[name][i * n + j].flatten() - want).norm() <= 0.1 * want.norm(), (name, i, j)
