@@ -17,7 +17,16 @@ from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
-from .capture.masks import check_weights, code_of, fingerprint, layer_digest, load_masks, masked_layers, save_masks
+from .capture.masks import (
+    check_code,
+    check_weights,
+    code_of,
+    fingerprint,
+    layer_digest,
+    load_masks,
+    masked_layers,
+    save_masks,
+)
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
@@ -123,6 +132,7 @@ class Compressor:
             folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens, audit=audit, route=route, mixing=mixing
         )
         check_weights(compressor.model, manifest.model, folder)
+        check_code(compressor.code(), manifest.about, folder)
         return compressor
 
     @classmethod

@@ -179,10 +179,11 @@ def stop(kind: str, folder: Path) -> None:
     if kind == "batch" and odd:
         batches[9] = make_batches(23, 2)[9]
     scale = 2 if kind == "loss" and odd else 1
+    loss = losses if kind == "source" and odd else lambda m, b: scale * losses(m, b)
     try:
-        index = dropinf.Compressor(
-            model, dropinf.Dropout(6, seed=kind == "sketch" and odd), lambda m, b: scale * losses(m, b)
-        ).compress(batches, out=folder, fisher=fisher, group=dist.group.WORLD)
+        index = dropinf.Compressor(model, dropinf.Dropout(6, seed=kind == "sketch" and odd), loss).compress(
+            batches, out=folder, fisher=fisher, group=dist.group.WORLD
+        )
         print(f"rank {rank} ends with {len(index)} samples", flush=True)
     except (ValueError, RuntimeError) as error:
         print(f"rank {rank} ends: {type(error).__name__}: {error}", flush=True)

@@ -107,6 +107,7 @@ def test_a_rank_that_others_would_wait_for_in_vain_ends_them(kind, says, tmp_pat
         ("sketch", "group: rank 1 has another sketch than rank 0"),
         ("fisher", "group: rank 1 has another fisher than rank 0 (None, not ('block', 0.1, False))"),
         ("loss", "group: rank 1 has other losses of the first batch than rank 0"),
+        ("source", "group: rank 1 has another loss than rank 0"),
         ("sampler", "batches: their DistributedSampler gives each rank a part of the samples, and group= has"),
         ("padded", "batches: their sampler gives sample 0 more than once, as DistributedSampler does"),
         ("replicas", "batches: their DistributedSampler makes 3 parts, and group= has 2 ranks"),

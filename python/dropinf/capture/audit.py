@@ -85,11 +85,13 @@ def expected(
     sizes: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     only: Tensor | None = None,
+    place: int = 0,
 ) -> Expected:
     """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once.
 
     ``sizes`` [N]: the norms of the rows to compare with. A sample's weight is then the larger the smaller its row.
     ``dtype``: the coarsest that gradients are computed in. ``only`` [N]: samples beside which all have weight zero.
+    ``place``: of the batch; weights are drawn anew for each.
     """
     sketches: dict[str, Tensor] = {}
 
@@ -100,7 +102,7 @@ def expected(
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model, take):
         losses = losses_of()
-        r = _weights(losses, sizes, dtype, only)
+        r = _weights(losses, sizes, dtype, only, place)
         if losses.requires_grad:
             losses.backward(r)
     return Expected(r, sketches, losses.detach())
@@ -114,17 +116,18 @@ def sketched(layer: Layer, g: Tensor) -> Tensor:
     return layer.out_axis.apply(layer.in_axis.apply(matrix).mT).mT
 
 
-def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype, only: Tensor | None) -> Tensor:
+def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype, only: Tensor | None, place: int) -> Tensor:
     """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same.
 
     In half precision they are powers of two: each gradient is then rounded as without weights, whatever is behind it.
     """
-    generator = torch.Generator().manual_seed(len(losses))
+    generator = torch.Generator().manual_seed(place)
     half = dtype.itemsize < 4
     if half:
-        # 1/4, -1/2, 1, ... in each six samples: neighbours differ, others mostly, and like gradients do not cancel.
-        blocks = [torch.randperm(6, generator=generator, device="cpu") for _ in range(0, len(losses), 6)]
-        r = (-2.0) ** (torch.cat(blocks)[: len(losses)] - 2)
+        # 1/2 to 4 of either sign in each eight samples: neighbours differ, others mostly, and not the same each time.
+        blocks = [torch.randperm(8, generator=generator, device="cpu") for _ in range(0, len(losses), 8)]
+        order = torch.cat(blocks)[: len(losses)]
+        r = 2.0 ** (order // 2 - 1) * (1 - 2 * (order % 2))
     else:
         signs = torch.randint(0, 2, (len(losses),), generator=generator, device="cpu") * 2 - 1
         r = (torch.rand(len(losses), generator=generator, device="cpu") + 0.5) * signs

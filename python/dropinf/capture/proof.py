@@ -103,7 +103,8 @@ class Proof:
         parameters = {name: self.known.targets[name].tensor for name in self.layers}
         sizes = None if store is None else _norms([store[name] for name in self.layers])
         self.start.restore()
-        found = expected(self.known.model, losses_of, self.layers, parameters, self.flags, sizes, dtype, only)
+        model, place = self.known.model, self.place
+        found = expected(model, losses_of, self.layers, parameters, self.flags, sizes, dtype, only, place)
         self.start.restore()
         return found
 

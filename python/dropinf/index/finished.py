@@ -85,6 +85,12 @@ class Finished:
 
     def check_missing(self, b: int) -> None:
         """Raise ValueError where a batch that is not finished comes after the last one of the run."""
+        begun = self.plan.run.batches
+        if self.plan.run.shards is None and begun is not None and b >= begun:
+            raise ValueError(
+                f"batches: {self.folder} was begun with {begun} of them, and there are more now; go on with those of "
+                "then, or give them up (Index.discard(), or delete the folder)"
+            )
         if not self.missing(b):
             raise ValueError(
                 f"batches: not as many as before: {self.folder} has {b} of them, and there are more now; pass "

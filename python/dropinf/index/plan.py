@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..capture.masks import check_code
 from ..files import TEMPORARY, file_checksum, make_folder
 from ..gradients import Origin
 from ..ranks import Ranks
@@ -132,17 +133,7 @@ class Opening:
             raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
         if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
-        for what, found in self.source.code().items():
-            if manifest.about.get(what, found) == found:
-                continue
-            if what == "settings":
-                warnings.warn(
-                    f"model: its {what} (numbers and text in attributes of modules) are others than when "
-                    f"{self.folder} was made; unless they change no gradient, name another folder",
-                    stacklevel=2,
-                )
-                continue
-            raise ValueError(f"out: {self.folder} was made with another model's code ({what}); {way_out}")
+        check_code(self.source.code(), manifest.about, self.folder)
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
             raise ValueError(
                 f"dtype is {dtype}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
