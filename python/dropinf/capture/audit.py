@@ -63,10 +63,10 @@ class Expected:
 def norm(x: Tensor, dim: int | None = None) -> Tensor:
     """Return the norm of a tensor, or along a dimension, float64, of numbers whose squares no dtype may hold."""
     if not x.numel():
-        return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
+        return x.new_zeros(() if dim is None else x.sum(dim).shape, dtype=torch.float64)
     largest = x.detach().abs().amax(() if dim is None else dim, keepdim=True).double()
-    scaled = x.double() / torch.where(largest > 0, largest, 1)
-    return torch.linalg.vector_norm(scaled, dim=dim) * largest.reshape(() if dim is None else scaled.sum(dim).shape)
+    found: Tensor = torch.linalg.vector_norm(x.double() / torch.where(largest > 0, largest, 1), dim=dim)
+    return found * largest.reshape(found.shape)
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

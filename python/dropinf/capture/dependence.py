@@ -70,8 +70,8 @@ class Dependence(TorchDispatchMode):
 
     def _draw(self, generator: torch.Generator | None) -> None:
         """Keep the state of a generator that is not torch's own, which nothing puts back."""
-        own = {g._cdata for g in (torch.default_generator, *torch.cuda.default_generators)}
-        if generator is not None and generator._cdata not in own:  # ops get an object of their own for it
+        own = {_address(g) for g in (torch.default_generator, *torch.cuda.default_generators)}
+        if generator is not None and _address(generator) not in own:  # ops get an object of their own for it
             self.states.append(generator.get_state())
 
     def leave(self, x: Tensor) -> None:
@@ -176,6 +176,10 @@ class _Leaving(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self.dependence.depth -= 1
+
+
+def _address(generator: Any) -> int:
+    return int(generator._cdata)
 
 
 def _is_of_torch(function: Any) -> bool:

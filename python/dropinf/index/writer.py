@@ -156,7 +156,7 @@ class Writer:
         texts = {} if self.ids is None else self._ids_of(self.work.batch, len(flat))
         self.outflow.put(flat, partial(self._keep, b, self.work.print, texts))
 
-    def _keep(self, b: int, found: str, texts: Mapping[str, Tensor], flat: Tensor) -> None:
+    def _keep(self, b: int, found: str, texts: dict[str, Tensor], flat: Tensor) -> None:
         """Keep the rows of a batch of this fingerprint."""
         kept = self.codec.encode(flat, lambda row: f"sample {row} of batch {b}") | texts
         data = serialize(kept, ShardHeader((len(flat),), (found,), self.plan.run.key).plain())
