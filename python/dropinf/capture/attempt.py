@@ -79,7 +79,7 @@ class Attempts:
         self.tried_flags, self.tried = False, 0  # its user's flags, and how many layers were wrong before
 
     def _pass(self) -> Pass:
-        anchor = torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
+        anchor = torch.zeros((), device=self.hooked.attributes.parameters[0].device, requires_grad=True)
         return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, place=self.proof.place)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -97,7 +97,7 @@ class Attempts:
 
     def _unmark(self) -> None:
         """Take the marks off what outlives a forward."""
-        for leaf in (*tensors(self.batch), *self.model.buffers()):
+        for leaf in (*tensors(self.batch), *self.hooked.attributes.held):
             unmark(leaf)
 
     @contextlib.contextmanager
@@ -122,14 +122,14 @@ class Attempts:
         try:
             for leaf in leaves:
                 mark_data(leaf)
-            with flags, gradients_taken(self.model, taken):
+            with flags, gradients_taken(self.hooked.attributes.parameters, taken):
                 yield
         finally:
             self._unmark()
 
     def _hidden(self) -> list[Target]:
         """Return the hooked parameters that get a gradient only where something else than their module uses them."""
-        if sharded.is_any(self.model):
+        if self.hooked.attributes.is_sharded:
             return []
         names = {plan.name for use in self.hooked.capture.uses.values() for plan in use.hidden.values()}
         return [target for name, target in self.known.targets.items() if name in names]

@@ -100,7 +100,7 @@ def expected(
         sketches[layer.name] = c if before is None else before + c  # a reentrant checkpoint finishes a gradient each
 
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
-    with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model, take):
+    with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model.parameters(), take):
         losses = losses_of()
         r = _weights(losses, sizes, dtype, only, place)
         if losses.requires_grad:

@@ -96,7 +96,7 @@ class ExactGradients:
         rows = []
         for n in range(first, last):
             single = (t[n : n + 1] if b else t for t, b in zip(tensors(batch), batched, strict=True))
-            with self.flags.own(wanted.values()), gradients_taken(self.model, {}), torch.enable_grad():
+            with self.flags.own(wanted.values()), gradients_taken(self.model.parameters(), {}), torch.enable_grad():
                 value = self.loss_fn(self.model, replace_tensors(batch, single))
                 self._check(value, losses[n : n + 1])
                 rows.append(self._gradients(value.sum(), wanted, retain=False))
@@ -111,7 +111,7 @@ class ExactGradients:
         start: Start,
     ) -> Iterator[Gradients]:
         start.restore()
-        with self.flags.own(wanted.values()), gradients_taken(self.model, {}), torch.enable_grad():
+        with self.flags.own(wanted.values()), gradients_taken(self.model.parameters(), {}), torch.enable_grad():
             value = self.loss_fn(self.model, batch)
             for first, last in chunks:
                 rows = [self._gradients(value[n], wanted, retain=n + 1 < len(losses)) for n in range(first, last)]
@@ -127,7 +127,7 @@ class ExactGradients:
 
         take = {p: partial(add, name) for name, p in wanted.items()}
         if value.requires_grad:
-            with gradients_taken(self.model, take):
+            with gradients_taken(self.model.parameters(), take):
                 value.backward(retain_graph=retain)
         return {name: found[name] if name in found else torch.zeros_like(p) for name, p in wanted.items()}
 

@@ -177,7 +177,5 @@ def watch(
         places = ((m, name, p) for m in capture.model.modules() for name, p in m.named_parameters(recurse=False))
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
     originals = {key: p for use in capture.uses.values() for key, p in use.originals.items()}
-    held = (*capture.model.parameters(), *capture.model.buffers())
-    names = {id(p): i for i, p in enumerate(held)}
-    names |= {key: names[id(p)] for key, p in originals.items() if id(p) in names}
+    names = capture.names | {key: capture.names[id(p)] for key, p in originals.items() if id(p) in capture.names}
     return UseGuard(owners, capture.active, shards, Movement(n, leaves, names), outside, capture.changed, originals)

@@ -250,6 +250,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, uses: Mapping[str, Use]) -> None:
         self.model, self.uses = model, dict(uses)
+        self.names = {id(x): i for i, x in enumerate((*model.parameters(), *model.buffers()))}  # numbers
         self.active: Counter[nn.Module] = Counter()
         self.shared: set[Signature] = set()  # calls whose output has no sample dimension
         self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were

@@ -57,12 +57,14 @@ class Attributes:
     def __init__(self, model: nn.Module) -> None:
         training = any(m.training for m in model.modules())
         # In eval mode few models write to their buffers: copies of large ones would not be worth their memory.
-        kept = [b for b in model.buffers() if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
+        # Of a call, which asks for them in each batch.
+        self.parameters, self.held = list(model.parameters()), list(model.buffers())
+        self.is_sharded = any(map(sharded.is_sharded, self.parameters))
+        kept = [b for b in self.held if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
         self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
-        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        self._parameters = [] if sharded.is_any(model) else list(model.parameters())
+        self.devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
         self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
-        own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if sharded.is_any(model) else {"_parameters"})
+        own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
         self._containers = [
             (value, type(value)(value))
             for _, attributes in self._modules
@@ -72,7 +74,7 @@ class Attributes:
 
     def versions(self) -> list[tuple[nn.Parameter, int]]:
         """Return each parameter, and how often something wrote to it."""
-        return [(parameter, _version(parameter)) for parameter in self._parameters]
+        return [] if self.is_sharded else [(parameter, _version(parameter)) for parameter in self.parameters]
 
     def buffers(self) -> list[tuple[Tensor, Tensor, int]]:
         """Return each buffer, a copy of what it holds (the first one where nothing wrote to it), and its version."""
@@ -221,7 +223,7 @@ class Flags:
 
 
 @contextlib.contextmanager
-def gradients_taken(model: nn.Module, take: Mapping[Tensor, Callable[[Tensor], None]]) -> Iterator[None]:
+def gradients_taken(parameters: Iterable[Any], take: Mapping[Tensor, Callable[[Tensor], None]]) -> Iterator[None]:
     """Hand each parameter's gradient to its ``take`` as soon as autograd has it, and drop it.
 
     The parameters' ``.grad`` and their hooks on finished gradients (an optimizer's step, say) are put back.
@@ -232,7 +234,6 @@ def gradients_taken(model: nn.Module, take: Mapping[Tensor, Callable[[Tensor], N
         if g is not None and parameter in take:
             take[parameter](g)
 
-    parameters: list[Any] = list(model.parameters())
     kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
     for parameter, *_ in kept:
         parameter.grad = None

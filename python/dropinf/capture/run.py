@@ -60,7 +60,7 @@ class Run(Sharing):
         outside = self._outside(current)
         guard = watch(capture, self._parameters(), self.n, outside, tensors(self.batch))
         began = time.perf_counter()
-        hides = not known.own_flags and bool(known.ladder.tapped) and not sharded.is_any(self.model)
+        hides = not known.own_flags and bool(known.ladder.tapped) and not self.hooked.attributes.is_sharded
         current.modes = modes() + 1  # the guard
         with capture.running(current, hides=hides), self._flags(outside):
             losses = self._losses(guard)

@@ -58,8 +58,3 @@ def check_whole(parameters: Iterable[tuple[str, Tensor]]) -> None:
                 "hooks, so its gradient needs the whole parameter; name the other layers in layers=, or compress the "
                 "model before it is sharded"
             )
-
-
-def is_any(model: nn.Module) -> bool:
-    """Return whether a parameter of the model is a shard."""
-    return any(is_sharded(p) for p in model.parameters())

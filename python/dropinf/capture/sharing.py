@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..workload import tensors
-from . import sharded
 from .attempt import Again, Attempts
 from .checks import mixing_message
 from .dependence import stay_apart
@@ -116,7 +115,7 @@ class Sharing(Attempts):
 
     def _stay_apart(self, current: Pass, *, strict: bool = False) -> bool:
         """Return whether samples stay apart in any batch that runs the same ops, by the model as its user has it."""
-        if sharded.is_any(self.model):
+        if self.hooked.attributes.is_sharded:
             return False
         tracked = [self.known.targets[name].tensor for name in self.proof.layers]
         self.start.restore()
