@@ -33,7 +33,7 @@ test-kernels: $(READY)
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
 
-# What differs on a GPU, without one: five minutes. It is not part of continuous integration yet.
+# What differs on a GPU, without one.
 test-gpu-like: $(READY)
 	$(GPU_LIKE) -m "not kernels"
 	$(GPU_LIKE) -m kernels
