@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -212,18 +211,4 @@ def check_weights(model: nn.Module, expected: str, folder: object) -> None:
     if fingerprint(model) != expected:
         raise ValueError(
             f"model: its weights are not those that {folder} was made with; pass the model of then, in the same dtype"
-        )
-
-
-def check_code(code: Mapping[str, str], expected: Mapping[str, str], folder: object) -> None:
-    """Raise ValueError where a model computes something else than when an index was made; warn where it may."""
-    for what, found in code.items():
-        if expected.get(what, found) == found:
-            continue
-        message = f"model: its {what} are not those that {folder} was made with"
-        if what != "settings":
-            raise ValueError(f"{message}: this is another model's code; pass the model of then, or name another folder")
-        warnings.warn(
-            f"{message} (numbers and text in attributes of modules); if they change gradients, name another folder",
-            stacklevel=2,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -324,3 +325,17 @@ def _strings(value: object, what: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} is {value!r}")
     return {key: _string(text) for key, text in value.items()}
+
+
+def check_code(code: Mapping[str, str], expected: Mapping[str, str], folder: object) -> None:
+    """Raise ValueError where a model computes something else than when an index was made; warn where it may."""
+    for what, found in code.items():
+        if expected.get(what, found) == found:
+            continue
+        message = f"model: its {what} are not those that {folder} was made with"
+        if what != "settings":
+            raise ValueError(f"{message}: this is another model's code; pass the model of then, or name another folder")
+        warnings.warn(
+            f"{message} (numbers and text in attributes of modules); if they change gradients, name another folder",
+            stacklevel=2,
+        )

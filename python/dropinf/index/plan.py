@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..capture.masks import check_code
 from ..files import TEMPORARY, file_checksum, make_folder
 from ..gradients import Origin
 from ..ranks import Ranks
@@ -21,7 +20,7 @@ from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
 from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
-from .manifest import LayerEntry, Manifest
+from .manifest import LayerEntry, Manifest, check_code
 from .parts import Share
 from .runs import Plan
 from .shards import SHARD_BYTES
