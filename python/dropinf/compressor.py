@@ -18,7 +18,6 @@ from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
 from .capture.masks import (
-    check_code,
     check_weights,
     code_of,
     fingerprint,
@@ -35,7 +34,7 @@ from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
 from .gradients import Gradients, Origin
 from .index.folder import SKETCH
-from .index.manifest import Manifest
+from .index.manifest import Manifest, check_code
 from .index.reader import Index
 from .index.writer import write_index
 from .readonly import ReadOnly
