@@ -66,14 +66,17 @@ class Colours:
         self.rows: dict[Key, _Rows] = {}
         self.spread: dict[Key, Tensor] = {}  # how far ratios were from powers of two
         self.unsure: list[Tensor] = []  # whether some rows are too small to tell whose they are
-        self._shift = torch.zeros((), device="cpu")
+        self._named, self._shift = self.codes.argsort(), torch.zeros((), device="cpu")
 
     def weights(self, losses: Tensor, digit: int) -> Tensor:
         """Return the losses' weights [N] of one pass."""
         if self.step > 1:  # float32 has room for large losses below one
             size = losses.detach().abs().nan_to_num().amax().log2().clamp(min=0)
             self._shift = (size / self.step).ceil() * self.step
-        power = self.codes.to(losses.device) // self.base**digit % self.base
+        if self.codes.device != losses.device:  # once, not for each gradient
+            self.codes, self._named = self.codes.to(losses.device), self._named.to(losses.device)
+            self._shift = self._shift.to(losses.device)
+        power = self.codes // self.base**digit % self.base
         # None is one: what a clamp made the same in all passes is no sample's.
         return torch.exp2((1 + self.step * power).to(losses.dtype) - self._shift.to(losses))
 
@@ -119,5 +122,5 @@ class Colours:
     def samples(self, key: Key) -> Tensor:
         """Return the sample of each row [*lead]; NONE where it has no gradient, SEVERAL where it has more than one."""
         code = self.rows[key].code
-        named = self.codes.argsort().to(code.device)
+        named = self._named.to(code.device)
         return torch.where(code >= 0, named[code.clamp(min=0)], code).view(self.rows[key].lead)

@@ -65,13 +65,15 @@ class Proof:
         for (name, _), found in colours.spread.items():
             for plan in current.uses[name].plans:
                 spread[plan.name] = torch.maximum(found, spread[plan.name]) if plan.name in spread else found
-        norms = torch.stack([norm(store[name].flatten(1), 1).cpu() for name in self.layers])
+        each = [norm(store[name].flatten(1), 1) for name in self.layers]
+        device = each[0].device
+        norms = torch.stack([x.to(device) for x in each])
         sizes = (norms / norms.amax(1, keepdim=True)).nan_to_num()
-        zero, eps = torch.zeros((), device="cpu"), torch.finfo(dtype).eps
-        apart = torch.stack([spread.get(name, zero).cpu().double() for name in self.layers])
+        zero, eps = norms.new_zeros(()), torch.finfo(dtype).eps
+        apart = torch.stack([spread.get(name, zero).to(norms) for name in self.layers])
         found = (sizes * TOLERANCE[dtype] < apart[:, None]).any(0) | (sizes.amax(0) * TOLERANCE[dtype] < eps)
-        if any_true(colours.unsure):
-            found |= True
+        for unsure in colours.unsure:
+            found |= unsure.to(device)
         return found if bool(found.any()) else None
 
     def expect(

@@ -75,7 +75,8 @@ class Writer:
             with Outflow() as self.outflow:
                 self.source.stream(self.work, self._take, progress=progress, where=self._where)
         finally:
-            self._check_model()
+            if self.made:
+                self._check_model()
         self._check_count()
         self._check_order(self.plan)
         self._advance()
