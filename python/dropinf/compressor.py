@@ -17,15 +17,7 @@ from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
-from .capture.masks import (
-    check_weights,
-    code_of,
-    fingerprint,
-    layer_digest,
-    load_masks,
-    masked_layers,
-    save_masks,
-)
+from .capture.masks import check_weights, code_of, fingerprint, layer_digest, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
