@@ -33,7 +33,7 @@ test-kernels: $(READY)
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
 
-# What differs on a GPU, without one. Not part of continuous integration yet: its GPU has no streams, which an index uses.
+# What differs on a GPU, without one. Not part of continuous integration yet.
 test-gpu-like: $(READY)
 	$(GPU_LIKE) -m "not kernels"
 	$(GPU_LIKE) -m kernels

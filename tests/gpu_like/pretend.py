@@ -169,6 +169,7 @@ class Gpu(TorchDispatchMode):
             to_gpu = torch.device(asked).type == "cuda" or frame.f_code.co_name == "_engine_run_backward"
         if asked is not None:
             kwargs = kwargs | {"device": CPU}
+        kwargs.pop("pin_memory", None)  # all memory is
         if on_gpu or to_gpu:
             self._check(func, args, kwargs, tensors, to_gpu, frame)
         held = {id(t.held): t for t in tensors if isinstance(t, OnGpu)}
@@ -244,6 +245,19 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
         _run_kernel(self, *args, **kwargs)
 
 
+class Stream:
+    """A stream on which all is done at once."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        """Wait for what was done already."""
+
+    def record_event(self) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: None)
+
+
 PROPERTIES = SimpleNamespace(
     name="pretended",
     major=9,
@@ -264,6 +278,9 @@ def gpu() -> Iterator[Gpu]:
         "current_device": lambda: 0,
         "get_device_properties": lambda device=None: PROPERTIES,
         "get_device_name": lambda device=None: PROPERTIES.name,
+        "Stream": Stream,
+        "current_stream": lambda device=None: Stream(device),
+        "stream": lambda stream: contextlib.nullcontext(stream),
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
@@ -273,6 +290,7 @@ def gpu() -> Iterator[Gpu]:
         mock.patch.multiple(torch.cuda, **answers),
         mock.patch.object(Tensor, "to", _to),
         mock.patch.multiple(torch, tensor=_made_on_cpu(torch.tensor), as_tensor=_made_on_cpu(torch.as_tensor)),
+        mock.patch.object(Tensor, "record_stream", return_value=None),
         mock.patch.object(Tensor, "cuda", lambda x, *_, **__: x.to(CUDA)),
         mock.patch.object(interpreter.GridExecutor, "__call__", _launch),
         mock.patch.object(Gpu, "current", mode),
