@@ -249,19 +249,21 @@ def repeated_ids_counted_once(patch):
 
 @fault("sequence")
 def norm_of_an_input_that_is_not_normalised(patch):
-    patch.setattr(NormUse, "inputs", lambda use, x, out: use.rows(x))
+    patch.setattr(
+        NormUse, "_inputs", lambda use, x, out, axis: use.rows(x) if axis is None else axis.apply(use.rows(x))
+    )
 
 
 @fault("sequence")
 def norm_without_its_epsilon(patch):
-    def inputs(old, use, x, out):
+    def inputs(old, use, x, out, axis):
         eps, use.module.eps = use.module.eps, 0.0
         try:
-            return old(use, x, out)
+            return old(use, x, out, axis)
         finally:
             use.module.eps = eps
 
-    around(patch, NormUse, "inputs", inputs)
+    around(patch, NormUse, "_inputs", inputs)
 
 
 @fault("sequence")
@@ -271,27 +273,27 @@ def norm_taken_for_a_bias(patch):
 
 @fault("images")
 def norm_of_channels_in_the_wrong_groups(patch):
-    def inputs(old, use, x, out):
+    def inputs(old, use, x, out, axis):
         groups = getattr(use.module, "num_groups", None)
         if groups is None:
-            return old(use, x, out)
+            return old(use, x, out, axis)
         use.module.num_groups = 1
         try:
-            return old(use, x, out)
+            return old(use, x, out, axis)
         finally:
             use.module.num_groups = groups
 
-    around(patch, NormUse, "inputs", inputs)
+    around(patch, NormUse, "_inputs", inputs)
 
 
 @fault("images")
 def norm_by_the_statistics_of_the_batch(patch):
-    def inputs(old, use, x, out):
+    def inputs(old, use, x, out, axis):
         if isinstance(use.module, torch.nn.BatchNorm2d):
             x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
-        return old(use, x, out)
+        return old(use, x, out, axis)
 
-    around(patch, NormUse, "inputs", inputs)
+    around(patch, NormUse, "_inputs", inputs)
 
 
 @fault("tied")

@@ -273,6 +273,7 @@ class Raw(nn.Module):
         for name, shape in {
             "shift": (3, 6), "bias": (6,), "scale": (6,), "gate": (3, 1), "left": (6, 6), "right": (6, 6), "mixed": (6, 6),
             "doubled": (6, 6), "v": (6, 6), "g": (6, 6), "token": (1, 1, 6),
+            "slope": (3,),
         }.items():  # fmt: skip
             setattr(self, name, nn.Parameter(torch.randn(shape)))
         self.head = nn.Linear(6, 3)
@@ -284,6 +285,7 @@ class Raw(nn.Module):
         x = torch.tanh(torch.einsum("nti,ij->ntj", x, self.mixed))
         x = torch.tanh(F.linear(x, 2 * self.doubled))
         x = torch.tanh(F.linear(x, torch.tanh(self.v) * self.g))
+        x = torch.tanh(F.prelu(x, self.slope))
         x = torch.cat([self.token.expand(len(x), -1, -1) * x[:, :1], x], 1)
         return self.head(x)
 

@@ -6,7 +6,7 @@ import torch
 
 from dropinf.capture import hooks
 from dropinf.capture.colours import Colours
-from dropinf.capture.modules import Use
+from dropinf.capture.recorders import Unweighted
 from dropinf.capture.samples import Grid, Rows, Samples
 from tests.capture.mutants import around, fault
 
@@ -102,16 +102,26 @@ def colour_digits_in_the_wrong_order(patch):
     around(patch, Colours, "read", lambda old, colours, key, g, digit: old(colours, key, g, 1 - digit))
 
 
+def factors(patch, change):
+    """Change what takes the powers out again, of each sample."""
+    around(patch, Unweighted, "__init__", lambda old, into, recorder, factor: old(into, recorder, change(factor)))
+
+
 @fault("sorted_rows", acts=1)
 def colour_powers_left_in(patch):
-    patch.setattr(Use, "scaled", lambda use, g, factor: g)
+    factors(patch, torch.ones_like)
 
 
 @fault("sorted_rows", acts=1)
-def colour_powers_of_the_next_row_taken_out(patch):
-    around(patch, Use, "scaled", lambda old, use, g, factor: old(use, g, factor.roll(1, 0)))
+def colour_powers_of_the_next_sample_taken_out(patch):
+    factors(patch, lambda factor: factor.roll(1, 0))
 
 
 @fault("sorted_positions", acts=1)
-def colour_powers_taken_out_by_position(patch):
-    around(patch, Use, "scaled", lambda old, use, g, factor: old(use, g, factor.mT))
+def colour_powers_of_codes_taken_out(patch):
+    factors(patch, lambda factor: factor.sort(descending=True).values)
+
+
+@fault("sorted_rows", acts=1, audit="every", heals=True)
+def rows_of_another_order_confirmed(patch):
+    patch.setattr(Colours, "confirm", lambda colours, key, g, owner, some=False: True)

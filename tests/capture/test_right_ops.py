@@ -46,7 +46,46 @@ def joined_heads(y, x):
     return y.unflatten(0, (len(x), 2)).transpose(1, 2).flatten(2)
 
 
+def split(x):
+    """[N, T, 4] as [N, 2, T, 2]: heads."""
+    return x.unflatten(2, (2, 2)).transpose(1, 2)
+
+
+def attention(x, mask, *rest, **more):
+    return F.scaled_dot_product_attention(split(x), split(x), split(x), mask, *rest, **more).transpose(1, 2).flatten(2)
+
+
+def attention_heads_first(x, mask):
+    """Samples in the second dimension of all."""
+    h = split(x).transpose(0, 1)
+    return F.scaled_dot_product_attention(h, h, h, attn_mask=mask).permute(1, 2, 0, 3).flatten(2)
+
+
+def learned_queries(x, queries, mask):
+    return F.scaled_dot_product_attention(queries.expand(len(x), -1, -1), x, x, attn_mask=mask)
+
+
+def by_expert(x, table):
+    """Add a row of a table to each position, the positions sorted by the row."""
+    rows = x.flatten(0, 1)
+    expert = (rows[:, 0] > 0).long() + (rows[:, 1] > 0)
+    order = expert.argsort(stable=True)
+    return torch.empty_like(rows).index_copy(0, order, rows[order] + table[expert[order]]).view_as(x)
+
+
 OPS = {
+    "attention_mask_of_all_heads": (lambda x, w: attention(x, w), (6, 6)),
+    "attention_mask_of_each_head": (lambda x, w: attention(x, w, scale=0.3), (2, 6, 6)),
+    "attention_mask_that_is_computed": (lambda x, w: attention(x, torch.tanh(w)[None], 0.0), (2, 6, 6)),
+    "attention_mask_of_queries_alone": (lambda x, w: attention(x, w * torch.arange(6.0).to(w)), (6, 1)),
+    "attention_of_learned_queries": (learned_queries, (1, 3, 4), (3, 6)),
+    "token_for_all": (lambda x, w: torch.cat([w.expand(len(x), 1, -1), x], 1), (4,)),
+    "token_broadcast": (lambda x, w: torch.cat([torch.broadcast_to(w, (len(x), 2, 4)), x], 1), (1, 2, 4)),
+    "sinks": (
+        lambda x, w: torch.softmax(torch.cat([x, w.reshape(1, -1, 1).expand(len(x), -1, 2)], 2), 2)[..., :4],
+        (6,),
+    ),
+    "rows_by_expert": (by_expert, (3, 4)),
     "einsum": (lambda x, w: torch.einsum("nti,io->nto", x, w), (4, 4)),
     "einsum_of_the_weight_first": (lambda x, w: torch.einsum("oi,nti->nto", w, x), (4, 4)),
     "einsum_time_first": (lambda x, w: torch.einsum("tni,io->tno", x.transpose(0, 1), w).transpose(0, 1), (4, 4)),
@@ -122,6 +161,11 @@ for name, (op, *shapes) in OPS.items():
 
     of.__name__ = name
     CASES.add()(of)
+
+
+@CASES.add()
+def attention_mask_heads_first():
+    return case(lambda x, w: attention_heads_first(x, w[:, None]), (2, 6, 6))
 
 
 @CASES.add()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,17 @@ class _Rows:
     """Of the rows of one gradient: random projections of each, [rows, 2 or 4], which scale as the row does.
 
     ``code``: what is known of each row's sample so far; ``weak``: rows that do not scale exactly, nor far from it.
+    ``owner``: the samples that the digits so far were those of, where nobody had to read them.
     """
 
     seen: Tensor
+    size: Tensor  # of each row
     lead: torch.Size
-    code: Tensor
-    weak: Tensor
-    scale: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))  # of the last pass
+    least: float  # size of a row that scales well enough
+    normal: float  # of one that scales exactly
+    code: Tensor | None = None
+    weak: Tensor | None = None
+    owner: Tensor | None = None
 
 
 @functools.lru_cache(256)
@@ -67,6 +71,7 @@ class Colours:
         self.spread: dict[Key, Tensor] = {}  # how far ratios were from powers of two
         self.unsure: list[Tensor] = []  # whether some rows are too small to tell whose they are
         self._named, self._shift = self.codes.argsort(), torch.zeros((), device="cpu")
+        self._weights = torch.ones(n, device="cpu")  # of the pass that runs
 
     def weights(self, losses: Tensor, digit: int) -> Tensor:
         """Return the losses' weights [N] of one pass."""
@@ -78,7 +83,8 @@ class Colours:
             self._shift = self._shift.to(losses.device)
         power = self.codes // self.base**digit % self.base
         # None is one: what a clamp made the same in all passes is no sample's.
-        return torch.exp2((1 + self.step * power).to(losses.dtype) - self._shift.to(losses))
+        self._weights = torch.exp2((1 + self.step * power).to(losses.dtype) - self._shift.to(losses))
+        return self._weights
 
     def sign(self, key: Key, g: Tensor) -> None:
         """Take a gradient [*lead, d] of all losses with weight one."""
@@ -87,13 +93,43 @@ class Colours:
         normal = least = d * limits.tiny  # entries below the smallest normal number do not scale exactly
         if g.dtype == torch.float16:  # of which many are: there they are right to a step, each
             least = 4 * d**0.5 * limits.smallest_normal * limits.eps / SLACK[g.dtype]
-        largest = seen.abs().amax(1)
-        known = seen.isfinite().all(1) & (largest > least)
-        self.rows[key] = _Rows(seen, g.shape[:-1], torch.where(known, 0, NONE), known & (largest <= normal))
+        self.rows[key] = _Rows(seen, seen.abs().amax(1), g.shape[:-1], least, normal)
+
+    def confirm(self, key: Key, g: Tensor, owner: Tensor, *, some: bool = False) -> bool:
+        """Return whether the gradient's rows are all of the samples [rows] that they are taken for; else `read` it.
+
+        Rows that are small, or not exact, are left to `read`, and float16 has too many of them. ``some``: not all rows
+        may be zero.
+        """
+        row = self.rows[key]
+        if row.code is not None or self.base == 8 or len(owner) != len(row.seen):
+            return False
+        factor = self._weights.to(row.seen)[owner]
+        apart = (_projected(g.reshape(-1, g.shape[-1])) - row.seen * factor[:, None]).abs_().amax(1)
+        spread = (apart / (row.size * factor).clamp_(min=torch.finfo(apart.dtype).tiny)).amax()
+        least = torch.where(row.size == 0, torch.inf, row.size).amin()
+        whole = (least > row.normal) & (least.isfinite() if some else True)
+        if not bool((spread <= SLACK[g.dtype]) & whole):
+            return False
+        self._note_spread(key, spread)
+        row.owner = owner
+        return True
+
+    def _begin(self, row: _Rows, digit: int) -> tuple[Tensor, Tensor]:
+        """Return the code of each row before a digit is read, and which rows are weak."""
+        known = row.seen.isfinite().all(1) & (row.size > row.least)
+        before: int | Tensor = 0 if row.owner is None else self.codes[row.owner] % self.base**digit
+        return torch.where(known, before, NONE), known & (row.size <= row.normal)
+
+    def _note_spread(self, key: Key, found: Tensor) -> None:
+        found = found.double()
+        self.spread[key] = torch.maximum(found, self.spread[key]) if key in self.spread else found
 
     def read(self, key: Key, g: Tensor, digit: int) -> None:
         """Take the same gradient of the losses with the weights of a digit."""
         row = self.rows[key]
+        if row.code is None or row.weak is None:
+            row.code, row.weak = self._begin(row, digit)
         known, shift = row.code != NONE, self._shift.to(g.device)
         seen = _projected(g.reshape(-1, g.shape[-1]))
         # What samples with the same weight take from each other leaves nothing; with others it does.
@@ -110,10 +146,8 @@ class Colours:
         fits &= (code < self.n) & (row.code != SEVERAL)
         lost = torch.where(row.weak, NONE, SEVERAL)
         row.code = torch.where(known, torch.where(fits, code, lost), torch.where(cancelled, SEVERAL, NONE))
-        row.scale = torch.where(known & fits, 1 / exact[:, 0], 1).to(g.dtype).view(row.lead)
         if len(apart):
-            found = torch.where(fits, apart, 0).amax().double()
-            self.spread[key] = torch.maximum(found, self.spread[key]) if key in self.spread else found
+            self._note_spread(key, torch.where(fits, apart, 0).amax())
             lost = torch.where(row.code == NONE, size[:, 0], 0)
             self.unsure.append((lost > 0).any())
             if g.dtype == torch.float16 and bool(lost.sum() > _LOST * size.sum()):
@@ -122,5 +156,6 @@ class Colours:
     def samples(self, key: Key) -> Tensor:
         """Return the sample of each row [*lead]; NONE where it has no gradient, SEVERAL where it has more than one."""
         code = self.rows[key].code
+        assert code is not None
         named = self._named.to(code.device)
         return torch.where(code >= 0, named[code.clamp(min=0)], code).view(self.rows[key].lead)

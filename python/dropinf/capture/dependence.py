@@ -171,9 +171,10 @@ class _Leaving(TorchFunctionMode):
         self.dependence.left |= not _is_of_torch(func)  # what it calls is in no path
         self.dependence.depth += 1
         try:
+            kwargs = kwargs or {}
             if shown is not None and shown.outside is not None:
-                return shown.outside(func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
+                return shown.outside(func, args, kwargs, flat((args, tuple(kwargs.values()))))
+            return func(*args, **kwargs)
         finally:
             self.dependence.depth -= 1
 

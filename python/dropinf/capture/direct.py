@@ -226,6 +226,11 @@ def _lookup(
     padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
     if padding is not None:
         g = g.masked_fill((ids == padding % len(d))[..., None], 0)
+    if isinstance(samples.layout, Rows) and samples.n * len(d) <= ids.numel():  # few rows of d: one sum for each
+        place = samples.layout.owner * len(d) + ids.flatten() % len(d)
+        sums = g.new_zeros(samples.n * len(d), g.shape[-1], dtype=torch.promote_types(g.dtype, torch.float32))
+        sums.index_add_(0, place, g.flatten(0, -2).to(sums.dtype))
+        return sums.view(samples.n, len(d), -1)[:, index[0], index[1]]
     (rows, cu), (g, _) = samples.tie(ids % len(d), 0), samples.tie(g)
     return ops.compress_flat(rows, g, index[1], index[0], cu)
 

@@ -17,8 +17,6 @@ from .movement import Movement
 from .outside import Outside
 from .taps import overrides
 
-_SEQUENCES = (list, tuple)
-
 
 class UseGuard(TorchFunctionMode):
     """Finds tracked parameters that are used by anything but their own module's forward, and movements of rows."""
@@ -45,22 +43,19 @@ class UseGuard(TorchFunctionMode):
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.movement.pass_by(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        tensors = self.movement.pass_by(func, args, kwargs)
         if types:
             self._override(types)
         look = _LOOKED_AT.get(func)
         if look is not None:
-            look(self, args, kwargs or {})
-        if self.outside is not None:
-            result = self.outside(func, args, kwargs or {})
-        else:
-            result = func(*args, **kwargs) if kwargs else func(*args)
+            look(self, args, kwargs)
+        result = func(*args, **kwargs) if self.outside is None else self.outside(func, args, kwargs, tensors)
         self.movement.made(result)
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            for item in value if isinstance(value, _SEQUENCES) else (value,):
-                # The ids of every call of the model: nothing but a look-up until one is found.
-                if id(item) in self.owners or self.shards:
-                    self._note(item, result)
+        for x in tensors:
+            # The ids of every call of the model: nothing but a look-up until one is found.
+            if id(x) in self.owners or self.shards:
+                self._note(x, result)
         return result
 
     def _override(self, types: Iterable[type]) -> None:

@@ -25,7 +25,7 @@ from dropinf_kernels.op import no_autograd
 from .colours import SEVERAL, Colours, Key
 from .modules import Use
 from .recorders import Recorder, Unweighted
-from .samples import Layout, Rows, Samples, learn
+from .samples import Layout, Rows, Samples, Untied, learn
 from .taps import FAILURES, MARK, Signature, any_true, inserted, listen, per_sample, reason, signature_of, unforeseen
 
 
@@ -61,6 +61,7 @@ class Pass:
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
     _surprises: list[Tensor] = field(default_factory=list)
+    _owners: dict[Any, Tensor] = field(default_factory=dict)  # of rows, by layout and shape
     _waiting: list[tuple[Node, int, Call]] = field(default_factory=list)  # which listen as the first backward begins
 
     @no_autograd
@@ -189,24 +190,45 @@ class Pass:
         g: Tensor,
     ) -> None:
         """Take one digit of the rows' samples. ``before``: the layouts that were proven; ``into`` takes the rows."""
-        colours.read(key, call.use.rows(g), digit)
+        rows, some = call.use.rows(g), True
+        found = self._known(colours, before, key, rows)
+        if found is None:
+            colours.read(key, rows, digit)
         if digit < colours.passes - 1:
             return
-        sample = colours.samples(key)
-        if bool((sample == SEVERAL).any()):
-            self.several[key] = call.signature
-            return
-        layout, proven = self._layout(key, sample, *before)
+        if found is None:
+            sample = colours.samples(key)
+            if bool((sample == SEVERAL).any()):
+                self.several[key] = call.signature
+                return
+            found, some = self._layout(key, sample, *before), bool((sample >= 0).any())
+        layout, proven = found
         if layout is not None:
             self.layouts[key] = layout
-        if proven:
-            self.proven.add(key)
-        else:
-            (self.open if bool((sample >= 0).any()) else self.blank).add(key)
-        if into is not None and isinstance(layout, Rows):
-            call.record(self.recorder, call.use.scaled(g, colours.rows[key].scale), self.tied(key))
-        elif into is not None:
+        (self.proven if proven else self.open if some else self.blank).add(key)
+        if into is not None:
             call.record(into, g, self.tied(key))
+
+    def _known(
+        self, colours: Colours, before: tuple[Mapping[Key, Layout], set[Key]], key: Key, rows: Tensor
+    ) -> tuple[Layout | None, bool] | None:
+        """Return the layout that rows have, and whether it is proven, where they have one that is known already: that
+        of before, or one that other rows of this backward follow. None: they are to be read."""
+        lead, (layouts, proven) = rows.shape[:-1], before
+        if key in proven:
+            layout = layouts.get(key)
+            place = layout, lead, rows.device
+            try:
+                if place not in self._owners:
+                    self._owners[place] = self.tied(key, layouts).owners(lead, rows.device).flatten()
+            except Untied:
+                return None
+            return (layout, True) if colours.confirm(key, rows, self._owners[place]) else None
+        followed = (x for x in reversed(self.layouts.values()) if isinstance(x, Rows) and x.sample.shape == lead)
+        alike = next(followed, None) if colours.passes == 1 else None
+        if alike is not None and colours.confirm(key, rows, alike.owner, some=True):
+            return alike, False
+        return None
 
     def _layout(
         self, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]

@@ -305,6 +305,10 @@ class NormUse(Use):
         return len(getattr(self.module, "normalized_shape", (0,)))
 
     def inputs(self, x: Tensor, out: Tensor) -> Tensor:
+        return self._inputs(x, out, None)
+
+    def _inputs(self, x: Tensor, out: Tensor, axis: Axis | None) -> Tensor:
+        """Return what the weight multiplies, [..., d], or what ``axis`` keeps of it."""
         m = self.module
         if isinstance(m, nn.GroupNorm):
             x = F.group_norm(x, m.num_groups, None, None, m.eps)
@@ -315,19 +319,29 @@ class NormUse(Use):
         elif isinstance(m, nn.RMSNorm):
             x = F.rms_norm(x, tuple(m.normalized_shape), None, m.eps)
         else:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            epsilon = rms_epsilon(m)
-            assert epsilon is not None
-            x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-            self._compare(x, out)
-        return super().inputs(self.rows(x), out)
+            return super().inputs(self._scaled(x, out, axis), out)
+        x = super().inputs(self.rows(x), out)
+        return x if axis is None else axis.apply(x)
 
-    def _compare(self, normalized: Tensor, out: Tensor) -> None:
+    def _scaled(self, x: Tensor, out: Tensor, axis: Axis | None) -> Tensor:
+        """Return the normalised input of an RMSNorm of no common class, compared with its output in what is kept."""
+        epsilon = rms_epsilon(self.module)
+        assert epsilon is not None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        factor = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(epsilon))
+        scale = self.module.get_parameter("weight").detach()
+        if axis is not None:
+            x, out, scale = axis.apply(x), axis.apply(out), axis.apply(scale)
+        normalized = (x.to(wide) * factor).to(x.dtype)
+        self._compare(normalized, out, scale)
+        return normalized
+
+    def _compare(self, normalized: Tensor, out: Tensor, scale: Tensor) -> None:
         """Note whether an RMSNorm's output is its normalised input times weight, or 1 + weight, as it was before.
 
         Raises ValueError where it is neither in the first call.
         """
-        scale = self.module.get_parameter("weight").detach()
         tolerance = 8 * torch.finfo(out.dtype).eps
         if self.added is None:
             for added in (0, 1):
@@ -335,14 +349,13 @@ class NormUse(Use):
                     self.added = added
                     return
             raise ValueError("it does not scale what it normalises by its weight")
-        wanted = (normalized * (self.added + scale)).to(out.dtype)
-        self.doubts.append(((out - wanted).abs_() > tolerance + tolerance * wanted.abs_()).any())
+        wanted = (normalized * (1 + scale if self.added else scale)).to(out.dtype)
+        self.doubts.append(((out - wanted).abs_() > wanted.abs_().mul_(tolerance).add_(tolerance)).any())
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
         if self.weight is None:
             return None
-        normalized = self.inputs(x, out)
-        return self.weight.out_axis.apply(normalized) if self.weight.out_axis.is_gather else normalized
+        return self._inputs(x, out, self.weight.out_axis if self.weight.out_axis.is_gather else None)
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         return sketched_sum(saved, self.rows(g), layer.out_axis, samples)

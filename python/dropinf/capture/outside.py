@@ -27,15 +27,9 @@ from .taps import MARK, signature_of
 CHUNK_BYTES = 1 << 26
 _SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union anew each time
 _DATA, _DERIVED = 1, 2  # what a tensor depends on: the batch, or tracked parameters alone
-_EXPANDS = {
-    Tensor.expand,
-    Tensor.expand_as,
-    torch.broadcast_to,
-    Tensor.broadcast_to,
-    Tensor.repeat,
-    torch.tile,
-    Tensor.tile,
-}
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # its arguments that may have no name
+_BROADCASTS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
+_EXPANDS = _BROADCASTS | {Tensor.repeat, torch.tile, Tensor.tile}
 
 
 def mark_data(x: Tensor) -> None:
@@ -57,9 +51,8 @@ class Outside:
         self.outputs: dict[str, list[Tensor]] | None = None  # by name, where they are asked for
         self.unfit: set[str] = set()  # layers that are used in a way that no op here covers
 
-    def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run a torch function of the model."""
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+    def __call__(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]) -> Any:
+        """Run a torch function of the model; ``tensors``: those among its arguments."""
         derived: list[Tensor] = []
         data: list[Tensor] = []
         for t in tensors:
@@ -109,6 +102,10 @@ class Outside:
             x = args[1] if function is F.linear else args[1].mT
             mark_data(x)
             return _marked(self._meeting(torch.matmul, (x, turned), {}, [turned]).mT, _DATA)
+        if function is F.scaled_dot_product_attention:
+            given = dict(zip(_ATTENTION, args, strict=False)) | dict(kwargs)
+            if any(t is given.get("attn_mask") for t in derived):
+                return self._attention(given, derived)
         name = getattr(function, "__name__", "")
         in_place = name.startswith(("__setitem__", "__i")) or (name.endswith("_") and not name.endswith("__"))
         result = self._run(function, args, kwargs, derived)
@@ -118,6 +115,18 @@ class Outside:
         if not result.is_floating_point():
             return _marked(result, _DATA)
         return self._tapped(result, function, args, kwargs, derived)
+
+    def _attention(self, given: dict[str, Any], derived: list[Tensor]) -> Any:
+        """Run attention whose mask is computed from parameters on a copy for each sample, whose gradient it forms."""
+        query, mask = given["query"], given["attn_mask"]
+        lead = torch.broadcast_shapes(query.shape[:-2], given["key"].shape[:-2])
+        nothing = query.new_zeros(*lead, 1, 1, dtype=mask.dtype)
+        mark_data(nothing)
+        given["attn_mask"] = self._meeting(torch.add, (nothing, mask), {}, [mask])
+        others = [t for t in derived if t is not mask]
+        if others:
+            return self._meeting(F.scaled_dot_product_attention, (), given, others)
+        return _marked(F.scaled_dot_product_attention(**given), _DATA)
 
     def _run(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: list[Tensor]) -> Any:
         """Run an op on what is derived from parameters, without a graph to them."""
@@ -284,6 +293,8 @@ class OpCall(Call):
         if self.function in SUMS and not self.kwargs and len(others) <= 1:
             sign = SUMS[self.function] if self.args and len(self.args) > 1 and self.args[1] is d else 1
             return _reduced(g.to(wide) * sign if sign != 1 else g.to(wide), d)
+        if self.function in _BROADCASTS:
+            return _reduced(g.to(wide), d)
         if self.function in PRODUCTS and len(others) == 1:
             other = others[0]
             same = other.ndim == g.ndim - 1 and other.shape[0] == n * g.shape[1]
