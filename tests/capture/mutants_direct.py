@@ -7,7 +7,7 @@ import inspect
 import torch
 
 import dropinf
-from dropinf.capture import direct, outside
+from dropinf.capture import direct, op_calls
 from tests.capture.mutants import around, fault
 
 
@@ -23,7 +23,7 @@ def source(patch, name, old, new):
     assert old in text
     names = dict(vars(direct))
     exec("from __future__ import annotations\n" + text.replace(old, new), names)
-    patch.setattr(outside if name == "direct" else direct, name, names[name])
+    patch.setattr(op_calls if name == "direct" else direct, name, names[name])
 
 
 # Sums and products.
@@ -179,7 +179,7 @@ def direct_second_view_of_a_parameter_lost(patch):
             torch.zeros_like(found) if found is not None and d._base is not None and d.storage_offset() == 0 else found
         )
 
-    around(patch, outside, "direct", once)
+    around(patch, op_calls, "direct", once)
 
 
 # Groups.

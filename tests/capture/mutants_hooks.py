@@ -9,8 +9,8 @@ import torch
 import dropinf
 from dropinf.capture import hooks, modules
 from dropinf.capture.convolution import ConvUse
-from dropinf.capture.hooks import Call
 from dropinf.capture.modules import EmbeddingUse, LinearUse, NormUse, Use
+from dropinf.capture.passes import Call
 from dropinf.capture.recorders import Compression
 from dropinf.capture.taps import _Tap, inserted, listen
 from tests.capture.mutants import around, fault

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 
 import dropinf
-from dropinf.capture import exact, outside, sharing
+from dropinf.capture import exact, op_calls, sharing
 from dropinf.capture.exact import ExactGradients
-from dropinf.capture.hooks import Pass
 from dropinf.capture.layer import Layer
 from dropinf.capture.modules import LinearUse
 from dropinf.capture.movement import Movement
-from dropinf.capture.outside import OpCall
+from dropinf.capture.op_calls import OpCall
+from dropinf.capture.passes import Pass
 from dropinf.capture.recorders import Compression
 from dropinf.capture.run import Run
 from tests.capture.mutants import DENSE, Batches, around, fault
@@ -24,7 +24,7 @@ from tests.capture.mutants_hooks import record
 
 def chunk_by_chunk(patch):
     """Have one sample a chunk."""
-    patch.setattr(outside, "CHUNK_BYTES", 1)
+    patch.setattr(op_calls, "CHUNK_BYTES", 1)
 
 
 def whole(patch, change, function):
@@ -39,7 +39,7 @@ def whole(patch, change, function):
 
 @fault("raw", sketch=DENSE)
 def difference_taken_for_a_sum(patch):
-    patch.setattr(outside, "SUMS", dict.fromkeys(outside.SUMS, 1))
+    patch.setattr(op_calls, "SUMS", dict.fromkeys(op_calls.SUMS, 1))
 
 
 @fault("raw", sketch=DENSE)
@@ -47,7 +47,7 @@ def product_with_the_data_of_another_chunk(patch):
     chunk_by_chunk(patch)
     around(
         patch, OpCall, "_whole",
-        lambda old, call, d, g, first, n: old(call, d, g, 0 if call.function in outside.PRODUCTS else first, n),
+        lambda old, call, d, g, first, n: old(call, d, g, 0 if call.function in op_calls.PRODUCTS else first, n),
     )  # fmt: skip
 
 
@@ -60,12 +60,12 @@ def broadcast_dimension_not_summed(patch):
             g = g.narrow(dim, 0, size)
         return g.reshape(len(g), *d.shape)
 
-    patch.setattr(outside, "_reduced", first)
+    patch.setattr(op_calls, "_reduced", first)
 
 
 @fault("raw", sketch=DENSE)
 def product_without_its_other_factor(patch):
-    patch.setattr(outside, "SUMS", outside.SUMS | dict.fromkeys(outside.PRODUCTS, 1))
+    patch.setattr(op_calls, "SUMS", op_calls.SUMS | dict.fromkeys(op_calls.PRODUCTS, 1))
 
 
 @fault("raw", sketch=DENSE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dropinf.capture import hooks
+from dropinf.capture import passes
 from dropinf.capture.colours import Colours
 from dropinf.capture.recorders import Unweighted
 from dropinf.capture.samples import Grid, Rows, Samples
@@ -43,7 +43,7 @@ def positions_taken_for_samples(patch):
 
 @fault("time_first")
 def usual_layout_assumed(patch):
-    patch.setattr(hooks, "learn", lambda *_: (None, True))
+    patch.setattr(passes, "learn", lambda *_: (None, True))
 
 
 @fault("scattered")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import dropinf
 from dropinf.capture import audit
-from dropinf.capture.hooks import Pass
 from dropinf.capture.ladder import AttributionError
 from dropinf.capture.moments import Moments
+from dropinf.capture.passes import Pass
 from dropinf.capture.proof import Proof
 from tests.api.oracle import oracle, sketched
 from tests.capture import mutants_direct, mutants_hooks, mutants_ops, mutants_samples

@@ -15,11 +15,13 @@ from ..workload import tensors
 from . import sharded
 from .checks import check_losses, explain
 from .guard import UseGuard
-from .hooks import Capture, Pass
+from .hooks import Capture
 from .knowledge import Knowledge
 from .ladder import RUNGS, Rung
 from .layer import Layer
-from .outside import Outside, mark_data, unmark
+from .op_calls import mark_data, unmark
+from .outside import Outside
+from .passes import Pass
 from .preserved import Attributes, Flags, Start, gradients_taken
 from .proof import Proof
 from .recorders import Recorder

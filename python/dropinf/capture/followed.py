@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .colours import NONE
-from .hooks import Pass
 from .labels import Labels, Piece, compact, unlabelled
 from .layer import Layer
 from .modules import Use
-from .outside import OpUse, Outside, mark_data
+from .op_calls import OpUse, mark_data
+from .outside import Outside
+from .passes import Pass
 
 # Of a capture's name, its output's shape and the samples of its rows [*lead] by the ops (NONE: these do not say): the
 # samples that the rows are of, or None where they are of others than was found.

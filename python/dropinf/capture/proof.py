@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import sharded
 from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due, norm
-from .hooks import Pass
 from .knowledge import Knowledge, Plan
 from .layer import Layer
+from .passes import Pass
 from .preserved import Flags, Start
 from .taps import any_true
 

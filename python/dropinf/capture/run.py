@@ -20,10 +20,10 @@ from .audit import TOLERANCE
 from .checks import cached_message, check_finite, late_message, refused_message, unrepeatable_message
 from .exact import ExactGradients
 from .guard import UseGuard, watch
-from .hooks import Pass
 from .knowledge import Plan
 from .ladder import RUNGS, TAPPED, AttributionError
 from .moments import NotFinite
+from .passes import Pass
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..workload import map_tensors
 from .colours import SEVERAL, Colours
-from .hooks import Pass
+from .passes import Pass
 from .taps import Signature, signature_of
 
 MOST_LOSSES = 64  # that are backpropagated one by one to name two samples in an error

@@ -15,10 +15,10 @@ from .checks import mixing_message
 from .dependence import stay_apart
 from .followed import Followed, Shown, settled
 from .guard import watch
-from .hooks import Pass
 from .labels import Labels
 from .ladder import AttributionError, SamplesMix
-from .outside import OpUse, mark_data
+from .op_calls import OpUse, mark_data
+from .passes import Pass
 from .shared import constant, meeting, mixing_leaves, outputs_of
 
 
