@@ -47,16 +47,16 @@ def compress_norm(
     if index is not None and index.shape[0] == 1:
         # One survivor per output: the sum needs the kept columns alone.
         a, g = None if a is None else gather_columns(a, index[0], group), gather_columns(g, index[0], group)
-        total = _sum_products(a, g, cu_seqlens, dtype)
+        total = sum_products(a, g, cu_seqlens, dtype)
         return total if weight is None else total.mul_(weight[0].to(dtype))
     # The sketch is linear: applied to the sum, it sees N rows instead of N * T.
-    return sketch_columns(_sum_products(a, g, cu_seqlens, dtype), index, weight, group, dtype)
+    return sketch_columns(sum_products(a, g, cu_seqlens, dtype), index, weight, group, dtype)
 
 
 compress_norm_int8 = quantized(compress_norm)
 
 
-def _sum_products(a: Tensor | None, g: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+def sum_products(a: Tensor | None, g: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return sum_t a_nt * g_nt per sample, or per document, in `dtype`; no `a` means ones."""
     if cu_seqlens is not None:
         g = g.flatten(0, -2)

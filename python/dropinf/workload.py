@@ -379,6 +379,6 @@ def batch_checksum(batch: Any) -> str:
     return checksum(b"".join(repr(tuple(t.shape)).encode() + tensor_bytes(t) for t in tensors(batch)))
 
 
-def tensor_bytes(x: Tensor) -> bytes:
-    """Return the values of a tensor as bytes, row-major."""
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def tensor_bytes(x: Tensor) -> memoryview:
+    """Return the values of a tensor as bytes, row-major; no copy of what lies so already."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -305,6 +305,42 @@ def one_parameter_in_two_modules_of_raw():
     return nn.Sequential(Part(p), Part(p), nn.Linear(3, 1)), squares, points()
 
 
+class Whole(nn.Module):
+    """A layer's weight read off by calling it on the identity, to make another one's: as DoRA does, and merged weights."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.l, self.h = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        self.scale, self.use = nn.Parameter(torch.rand(4) + 0.5), use
+
+    def forward(self, x):
+        return self.h(torch.tanh(self.use(self, x, self.l(torch.eye(4, dtype=x.dtype)).T)))
+
+
+def whole(use):
+    return Whole(use), squares, [torch.randn(n, 4) for n in (4, 4, 5, 1)]
+
+
+@CASES.add()
+def an_identity_for_a_norm_without_gradient():
+    return whole(lambda m, x, w: m.l(x) * (m.scale / w.detach().norm(dim=1)))
+
+
+@CASES.add()
+def an_identity_for_a_norm():
+    return whole(lambda m, x, w: m.l(x) * (m.scale / w.norm(dim=1)))
+
+
+@CASES.add()
+def an_identity_for_a_weight():
+    return whole(lambda m, x, w: F.linear(x, w * m.scale))
+
+
+@CASES.add()
+def an_identity_for_a_weight_alone():
+    return whole(lambda m, x, w: x @ (w + w.T) * m.scale)
+
+
 @runs
 @CASES.parametrize()
 def test_right_or_refused(build, options, sketch, backwards):

@@ -43,6 +43,8 @@ class UseGuard(TorchFunctionMode):
         self._gathered: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKS:
+            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         tensors = self.movement.pass_by(func, args, kwargs)
         if types:
@@ -130,6 +132,11 @@ class UseGuard(TorchFunctionMode):
 
 
 _TENSOR = vars(torch._C.TensorBase)
+# What is asked of a tensor and gives none: what is then done with the answer is seen.
+_ASKS = {
+    *(_TENSOR[name].__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
 _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     F.embedding: UseGuard._look_up,
     F.embedding_bag: UseGuard._look_up,
@@ -164,7 +171,7 @@ def watch(
     raw = {} if outside is None else outside.raw
     owners: dict[int, set[nn.Module]] = {id(p): set() for p in parameters if id(p) not in raw}
     for use in capture.uses.values():
-        for parameter in use.module.parameters(recurse=False):
+        for parameter in use.module._parameters.values():
             if id(parameter) in owners:
                 owners[id(parameter)].add(use.module)
     shards = {}

@@ -150,6 +150,8 @@ class Capture:
             saved = saved if saved is None else per_sample(saved, n, one=out.shape[0] == 1)
             out = per_sample(out, n, one=out.shape[0] == 1)
         mark = getattr(out, MARK, None)
+        if mark is None and not x.requires_grad and not hasattr(x, MARK):
+            mark = use.name  # where ops are followed: its input is of no sample
         tapped = tap(current, Call(current, use, saved, version, signature), out, new=shared or out is x)
         if mark is not None:
             setattr(tapped, MARK, mark)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import dropinf_kernels as ops
 from dropinf_kernels.op import no_autograd
 from dropinf_kernels.ops.linear import outer_products
+from dropinf_kernels.ops.norm import sum_products
+from dropinf_kernels.ops.plain import accumulator
 
 from ..sketch.axis import Axis
 from . import sharded
@@ -46,7 +48,7 @@ class Use:
 
     def check(self) -> None:
         """Raise ValueError where the module is not what it was when its capture began."""
-        if getattr(self.module.forward, "__func__", None) is not self._forward:
+        if "forward" in self.module.__dict__ or type(self.module).forward is not self._forward:
             raise ValueError("its forward was replaced")
         own = self.module._parameters
         if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
@@ -156,16 +158,18 @@ def summed(a: Tensor | None, g: Tensor, samples: Samples) -> Tensor:
     return ops.compress_norm(None if a is None else samples.tie(a)[0], g, cu_seqlens=cu)
 
 
+@no_autograd
 def sketched_sum(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
     """Return the sketch of sum_t a_t * g_t; ``a`` None is all ones.
 
     Where the sketch is a gather, ``a`` is gathered already.
     """
     g, cu = samples.tie(g)
-    if a is not None:
-        a, _ = samples.tie(a)
-        if axis.is_gather:
-            return ops.compress_norm(a, axis.apply(g), cu_seqlens=cu)
+    a = None if a is None else samples.tie(a)[0]
+    if axis.is_gather and not g.is_cuda:
+        return sum_products(a, axis.apply(g), cu, accumulator(a, g))  # the op without its checks
+    if axis.is_gather and a is not None:
+        return ops.compress_norm(a, axis.apply(g), cu_seqlens=cu)
     if axis.matrix is not None:
         return axis.apply(ops.compress_norm(a, g, cu_seqlens=cu))
     index, weight = axis.table

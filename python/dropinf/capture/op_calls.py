@@ -21,7 +21,8 @@ from .taps import MARK
 # Whole gradients of one op that exist at once.
 CHUNK_BYTES = 1 << 26
 _SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union anew each time
-DATA, DERIVED = 1, 2  # what a tensor depends on: the batch, or tracked parameters alone
+# What a tensor depends on: the batch, tracked parameters alone, or (a hooked module's name) that module alone.
+DATA, DERIVED = 1, 2
 BROADCASTS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
 
 

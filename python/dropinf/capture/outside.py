@@ -37,13 +37,19 @@ class Outside:
         """Run a torch function of the model; ``tensors``: those among its arguments."""
         derived: list[Tensor] = []
         data: list[Tensor] = []
+        fixed: list[str] = []  # modules
         for t in tensors:
-            kind = DERIVED if id(t) in self.raw else getattr(t, MARK, 0) or self._unseen(t)
-            if kind:
-                (derived if kind == DERIVED else data).append(t)
+            kind: Any = DERIVED if id(t) in self.raw else getattr(t, MARK, 0) or self._unseen(t)
+            if kind == DERIVED:
+                derived.append(t)
+            elif kind == DATA:
+                data.append(t)
+            elif kind:
+                fixed.append(kind)
         if not derived:
             result = function(*args, **kwargs)
-            return _marked(result, DATA) if data else result
+            return _marked(result, DATA if data else fixed[0]) if data or fixed else result
+        self.current.failed |= dict.fromkeys(fixed, "its output is of no sample, and an op makes a weight of it")
         # An expert picked by a number is of parameters alone, whatever the number depends on.
         picked = function is Tensor.__getitem__ and not any(t.ndim for t in data)
         if data and not picked:
@@ -170,11 +176,15 @@ def _is_samples_last(function: Any, args: Sequence[Any], kwargs: Mapping[str, An
     return w.ndim == x.ndim == 2 and any(t is w for t in derived) and not any(t is x for t in derived)
 
 
-def _marked(result: Any, kind: int) -> Any:
+def _marked(result: Any, kind: int | str) -> Any:
     """Return a result, its tensors marked; of parameters alone only where they have a gradient."""
     if isinstance(result, _SEQUENCES):
         for item in result:
             _marked(item, kind)
-    elif isinstance(result, Tensor) and not isinstance(result, nn.Parameter) and (kind == DATA or result.requires_grad):
+    elif (
+        isinstance(result, Tensor)
+        and not isinstance(result, nn.Parameter)
+        and (kind != DERIVED or result.requires_grad)
+    ):
         setattr(result, MARK, kind)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
 import threading
@@ -87,7 +88,7 @@ class Attributes:
     def restore(self) -> None:
         """Put the attributes, and what their dicts, lists and sets hold, back."""
         for now, before in self._modules:
-            if now.keys() != before.keys() or any(a is not b for a, b in zip(now.values(), before.values())):  # noqa: B905
+            if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
                 now.clear()
                 now.update(before)
         _refill(self._containers)
@@ -131,8 +132,8 @@ def _same(now: Any, before: Any) -> bool:
     if len(now) != len(before):
         return False
     if isinstance(now, dict):
-        return now.keys() == before.keys() and all(v is before[k] for k, v in now.items())
-    return isinstance(now, set) or all(a is b for a, b in zip(now, before, strict=True))
+        return now.keys() == before.keys() and all(map(operator.is_, now.values(), map(before.get, now)))
+    return isinstance(now, set) or all(map(operator.is_, now, before))
 
 
 class Start:
