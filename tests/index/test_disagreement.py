@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import dropinf
+from dropinf.index.codec import NOISE
+from dropinf.index.finished import _scaled, _worst
 from tests.index.small import loss_fn, make_batches, make_compressor, make_model
 from tests.index.test_runs import StopError, interrupted
 
@@ -289,3 +291,15 @@ def test_a_process_that_was_forked_of_a_run_keeps_no_lock(tmp_path):
         os.close(reader)
         for child in children:
             os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(("size", "same"), [(1e-8, True), (1e-5, False)])
+def test_rounding_in_a_layer_without_a_gradient_is_no_disagreement(size, same):
+    """Queries of passages of one token have none, and another processor rounds otherwise."""
+    shapes, widths, noise = {"queries": (2, 4), "values": (3,)}, (8, 3), NOISE * torch.finfo(torch.float32).eps
+    kept = torch.ones(4, 11, dtype=torch.float64)
+    now = kept.clone()
+    kept[:, :8], now[:, :8] = size * torch.randn(2, 4, 8, dtype=torch.float64)
+    assert (_worst(shapes, widths, now, kept, noise)[1] == 0) == same
+    assert (_scaled(shapes, widths, now, kept, noise)[1] == 0) == same
+    assert _worst(shapes, widths, now, kept, 0)[1] > 0.1

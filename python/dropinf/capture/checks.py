@@ -195,8 +195,9 @@ def refused_message(name: str, error: float, n: int, dtype: torch.dtype) -> str:
     return (
         f"layer {name}: its per-sample gradients do not sum to what plain autograd gives for the batch of {n} "
         f"(relative error {error:.2g}), whichever way they are found. {rounding}Likely the model draws numbers from a "
-        "generator of its own, changes a state from call to call that no module holds, or has a hook that clips or "
-        "normalises gradients; make it repeatable, or leave the layer out with layers="
+        "generator of its own, changes a state from call to call that no module holds, is used by another thread "
+        "meanwhile, or has a hook that clips or normalises gradients; make it repeatable, or leave the layer out with "
+        "layers="
     )
 
 
@@ -206,8 +207,9 @@ def late_message(wrong: Mapping[str, float], before: int) -> str:
     return (
         f"layer {name}: its per-sample gradients do not sum to what plain autograd gives (relative error "
         f"{wrong[name]:.2g}), and those of the {before} batches before, which were found in the same way and not "
-        "audited, may be wrong too. Which rows are whose follows the data in a way that was not seen: delete what was "
-        f'written, and compress again with audit="every", or with route={{"{name}": "backward"}}'
+        "audited, may be wrong too. Which rows are whose follows the data in a way that was not seen, or another "
+        "thread used the model meanwhile: delete what was written, and compress again with "
+        f'audit="every", or with route={{"{name}": "backward"}}'
     )
 
 

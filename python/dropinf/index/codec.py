@@ -26,6 +26,7 @@ CARRIERS = 16  # numbers whose lowest bits are a scale's bits
 _BESIDE = 256  # numbers of a layer from which on its scale stands beside them
 _PATTERN = 16  # layers of a pattern that is looked for: those of a block of a transformer
 _BITS = 64  # smallest steps of a dtype that a layer's largest number must have: as precise as int8
+NOISE = 4  # roundings of a row's largest number that a layer without a gradient may have
 _MOST = 0.99 * torch.finfo(torch.float32).max  # what rounding up a scale still leaves finite
 Where = Callable[[int], str]
 
@@ -173,9 +174,13 @@ class Codec:
     def _check(self, flat: Tensor, largest: Tensor, least: float | Tensor, most: float, where: Where) -> None:
         """Raise ValueError for the first layer whose largest number lies below `least`, or above `most`.
 
-        What is below the normal numbers of the dtype that it was computed in counts as zero.
+        What is below the normal numbers of the dtype that it was computed in counts as zero. Where layers share a
+        scale, so does what is rounding beside the row's largest: the gradient of queries for a passage of one token.
         """
-        small = (largest < least) & (largest >= torch.finfo(flat.dtype).smallest_normal)
+        limits = torch.finfo(flat.dtype)
+        small = (largest < least) & (largest >= limits.smallest_normal)
+        if isinstance(least, Tensor):
+            small &= largest > NOISE * limits.eps * largest.amax(1, keepdim=True)
         bad = (small | (largest > most)).nonzero()
         if len(bad):
             row, layer = bad[0].tolist()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import checksum
+from .codec import NOISE
 from .folder import PARTS, shard_path
 from .manifest import ShardEntry
 from .reader import Index
@@ -159,12 +160,12 @@ class Finished:
         kept, codec = self.rows(b), self.plan.manifest.codec
         encoded = codec.encode(flat)
         now = codec.decode(encoded["gradients"], encoded.get("scale"))
-        stored = encoded["gradients"].dtype
+        stored, noise = encoded["gradients"].dtype, NOISE * torch.finfo(flat.dtype).eps
         apart = max(_APART.get(dtype, 0.0) for dtype in (flat.dtype, stored))
         if now.shape == kept.shape:
-            layer, error = _worst(self.plan.manifest.shapes, codec.widths, now.double(), kept.double())
+            layer, error = _worst(self.plan.manifest.shapes, codec.widths, now.double(), kept.double(), noise)
             if error <= apart:
-                layer, error = _scaled(self.plan.manifest.shapes, codec.widths, now.double(), kept.double())
+                layer, error = _scaled(self.plan.manifest.shapes, codec.widths, now.double(), kept.double(), noise)
                 apart = max(_FACTOR.get(dtype, 0.0) for dtype in (flat.dtype, stored))
             if error <= apart:
                 return
@@ -210,29 +211,38 @@ def _few(ids: Sequence[str]) -> str:
     return f"{list(ids[:3])}{'...' if len(ids) > 3 else ''}"
 
 
-def _worst(shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kept: Tensor) -> tuple[str, float]:
+def _worst(
+    shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kept: Tensor, noise: float
+) -> tuple[str, float]:
     """Return the layer whose rows [n, K] differ most, and by how much, relative to their size.
 
     A row's size is its own norm and the layer's root mean square over rows, so that rounding in a row that all but
-    vanishes counts for nothing.
+    vanishes counts for nothing; nor does ``noise``, relative to a row of all layers, in a layer that has no gradient.
     """
     found = ("", 0.0)
     peak = torch.maximum(now.abs().max(), kept.abs().max()).clamp_min(torch.finfo(torch.float64).tiny)
     now, kept = now / peak, kept / peak  # whose squares neither overflow nor vanish
+    least = noise * torch.maximum(now.norm(dim=1), kept.norm(dim=1))
     for name, a, b in zip(shapes, now.split(list(widths), 1), kept.split(list(widths), 1), strict=True):
-        apart, size = (a - b).norm(dim=1), torch.maximum(a.norm(dim=1), b.norm(dim=1))
+        apart, size = ((a - b).norm(dim=1) - least).clamp_min(0), torch.maximum(a.norm(dim=1), b.norm(dim=1))
         error = float((apart / (size + size.square().mean().sqrt()).clamp_min(torch.finfo(torch.float64).tiny)).max())
         if error > found[1]:
             found = (name, error)
     return found
 
 
-def _scaled(shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kept: Tensor) -> tuple[str, float]:
-    """Return the layer whose rows [n, K] are most of all a multiple of the others, and by how much that is not one."""
+def _scaled(
+    shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kept: Tensor, noise: float
+) -> tuple[str, float]:
+    """Return the layer whose rows [n, K] are most of all a multiple of the others, and by how much that is not one.
+
+    ``noise``: what all rows of a layer may be, beside the largest number of others, and say nothing.
+    """
     found, both = ("", 0.0), []
+    least = noise * float(kept.abs().max()) if kept.numel() else 0.0
     for name, a, b in zip(shapes, now.split(list(widths), 1), kept.split(list(widths), 1), strict=True):
         peak = b.abs().max() if b.numel() else b.new_zeros(())
-        if peak > 0:
+        if peak > least:
             a, b = (a / peak).flatten(), (b / peak).flatten()
             both.append((a @ b, b @ b))
             error = float((a @ b / (b @ b) - 1).abs())
