@@ -33,6 +33,7 @@ _VIEWS_IN_PLACE = {
 }
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 # What hands a tensor's numbers to Python or NumPy.
+_READ = {torch.tensor_split, Tensor.tensor_split}  # where to cut, by no op
 _LEAVE = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage}
 
 
@@ -168,6 +169,9 @@ class _Leaving(TorchFunctionMode):
         if func in _LEAVE and self.dependence.failure is None:
             self.dependence.leave(args[0])
             self.dependence.known.add(args[0], fixed=False)
+        if func in _READ and self.dependence.failure is None:
+            for x in flat((*args[1:], *(kwargs or {}).values())):
+                self.dependence.leave(x)
         self.dependence.left |= not _is_of_torch(func)  # what it calls is in no path
         self.dependence.depth += 1
         try:

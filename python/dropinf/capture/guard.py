@@ -24,16 +24,15 @@ class UseGuard(TorchFunctionMode):
     def __init__(
         self,
         owners: Mapping[int, set[nn.Module]],
-        active: Counter[nn.Module],
+        capture: Capture,
         shards: Mapping[tuple[nn.Module, str], int],
         movement: Movement,
         outside: Outside | None,
-        changed: dict[int, tuple[nn.Parameter, Tensor]],
         originals: Mapping[int, nn.Parameter],
     ) -> None:
         super().__init__()
-        self.owners, self.active, self.shards, self.movement = owners, active, shards, movement
-        self.outside, self.changed, self.originals = outside, changed, originals
+        self.owners, self.capture, self.shards, self.movement = owners, capture, shards, movement
+        self.outside, self.originals = outside, originals
         self.found: set[int] = set()
         self.uses: Counter[int] = Counter()  # of parameters by their own modules
         self.unforeseen: str | None = None  # why the batch is to be audited, whatever it looks like
@@ -46,6 +45,7 @@ class UseGuard(TorchFunctionMode):
         if func in _ASKS:
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
+        self.movement.floats = self.capture.own > 0
         tensors = self.movement.pass_by(func, args, kwargs)
         if types:
             self._override(types)
@@ -103,9 +103,9 @@ class UseGuard(TorchFunctionMode):
         if kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False):
             self.counted.add(id(weight))
         limit = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
-        if limit is not None and isinstance(weight, nn.Parameter) and id(weight) not in self.changed:
+        if limit is not None and isinstance(weight, nn.Parameter) and id(weight) not in self.capture.changed:
             with torch._C.DisableTorchFunction():
-                self.changed[id(weight)] = weight, weight.detach().clone()
+                self.capture.changed[id(weight)] = weight, weight.detach().clone()
 
     def _note(self, parameter: Any, result: Any) -> None:
         if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
@@ -114,7 +114,7 @@ class UseGuard(TorchFunctionMode):
             return  # a use that no gradient knows of: a module that is moved to the dtype that it has, say
         key = self._shard_of(parameter) if self.shards else id(parameter)
         modules = self.owners.get(key)
-        if modules is not None and not any(self.active[m] > 0 for m in modules):
+        if modules is not None and not any(self.capture.active[m] > 0 for m in modules):
             self.found.add(key)
         elif result is not parameter:
             self.uses[key] += 1
@@ -180,4 +180,4 @@ def watch(
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
     originals = {key: p for use in capture.uses.values() for key, p in use.originals.items()}
     names = capture.names | {key: capture.names[id(p)] for key, p in originals.items() if id(p) in capture.names}
-    return UseGuard(owners, capture.active, shards, Movement(n, leaves, names), outside, capture.changed, originals)
+    return UseGuard(owners, capture, shards, Movement(n, leaves, names), outside, originals)

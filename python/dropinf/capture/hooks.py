@@ -29,6 +29,7 @@ class Capture:
         self.model, self.uses = model, dict(uses)
         self.names = {id(x): i for i, x in enumerate((*model.parameters(), *model.buffers()))}  # numbers
         self.active: Counter[nn.Module] = Counter()
+        self.own = 0  # how many of them have a forward that is not torch's
         self.shared: set[Signature] = set()  # calls whose output has no sample dimension
         self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were
         self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
@@ -85,6 +86,7 @@ class Capture:
         """Have the hooks feed ``current`` inside. ``hides``: forwards use what is tracked without a graph to it."""
         self.hides = hides
         self.active.clear()
+        self.own = 0
         for use in self.uses.values():
             use.doubts.clear()
             use.refresh()
@@ -108,6 +110,7 @@ class Capture:
         if self.hides and self._pass is not None and not self.active[module]:
             use.hide()
         self.active[module] += 1
+        self.own += not use.is_plain
         if next(reversed(module._forward_pre_hooks)) != self._handles[use.name][0].id and self._pass is not None:
             self._pass.failed[use.name] = "a hook stands behind what captures its input"
 
@@ -117,6 +120,7 @@ class Capture:
         if module is not use.module:
             return None
         self.active[module] -= 1
+        self.own -= not use.is_plain
         if not self.active[module]:
             use.unhide()
         current = self._pass

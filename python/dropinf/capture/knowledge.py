@@ -30,8 +30,9 @@ class Plan:
     """What is known of batches that look alike: where gradients have their samples, and what was audited.
 
     ``follow``: each batch's layouts are found anew, as some follow the data or (``unclear``) samples may meet.
-    ``movements``: of forwards whose layouts these are. ``apart``: movements and shapes of batches whose samples stay
-    apart whatever the data. ``single``: of them too, whether a loss has nothing of another sample's data.
+    ``movements``: of forwards whose layouts these are. ``paths``: movements that were audited. ``apart``: movements and
+    shapes of batches whose samples stay apart whatever the data. ``single``: of them too, whether a loss has nothing of
+    another sample's data.
     """
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Plan:
     blank: set[Key] = field(default_factory=set)
     loose: set[Key] = field(default_factory=set)  # whose layout follows the data
     movements: set[int] = field(default_factory=set)
+    paths: set[int] = field(default_factory=set)
     apart: set[tuple[int | None, Any]] = field(default_factory=set)
     single: dict[tuple[int | None, Any], bool] = field(default_factory=dict)
     gradients: set[frozenset[str]] = field(default_factory=set)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from . import sharded
 from .layer import Layer
 from .moments import Moments
 from .samples import Samples
+
+_SLACK = 8  # roundings between an RMSNorm's output and what is made of its input
 
 
 def rms_epsilon(module: nn.Module) -> float | None:
@@ -54,7 +57,7 @@ class Use:
         if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
             raise ValueError("what its forward reads was replaced")
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the module's forward is torch's own, on its own parameters, and so uses each of them once."""
         return self._forward.__module__.startswith("torch.nn.modules") and not hasattr(self.module, "parametrizations")
@@ -289,6 +292,7 @@ class NormUse(Use):
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
         super().__init__(name, module, weight, bias)
         self.added: int | None = None  # to the weight, by which an RMSNorm of no common class scales: 0 or 1
+        self._direction: Tensor | None = None
 
     @property
     def channels_first(self) -> bool:
@@ -335,26 +339,42 @@ class NormUse(Use):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         factor = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(epsilon))
         scale = self.module.get_parameter("weight").detach()
+        whole = x, out, scale, factor
         if axis is not None:
             x, out, scale = axis.apply(x), axis.apply(out), axis.apply(scale)
         normalized = (x.to(wide) * factor).to(x.dtype)
-        self._compare(normalized, out, scale)
+
+        def differs(added: int) -> Tensor:
+            return self._differs(normalized, out, scale, added) | self._differs_in_all(*whole, added)
+
+        if self.added is not None:
+            self.doubts.append(differs(self.added))
+            return normalized
+        self.added = next((added for added in (0, 1) if not bool(differs(added))), None)
+        if self.added is None:
+            raise ValueError("it does not scale what it normalises by its weight")
         return normalized
 
-    def _compare(self, normalized: Tensor, out: Tensor, scale: Tensor) -> None:
-        """Note whether an RMSNorm's output is its normalised input times weight, or 1 + weight, as it was before.
+    @staticmethod
+    def _differs(normalized: Tensor, out: Tensor, scale: Tensor, added: int) -> Tensor:
+        """Return whether an RMSNorm's output is not its normalised input times weight, or 1 + weight: a truth value."""
+        limits = torch.finfo(out.dtype)
+        wanted = (normalized * (added + scale if added else scale)).to(out.dtype)
+        bound = normalized.abs() * ((added + scale.abs()) * (_SLACK * limits.eps)) + limits.smallest_normal
+        return ((out - wanted).abs_() > bound).any()
 
-        Raises ValueError where it is neither in the first call.
-        """
-        tolerance = 8 * torch.finfo(out.dtype).eps
-        if self.added is None:
-            for added in (0, 1):
-                if torch.allclose(out, (normalized * (added + scale)).to(out.dtype), tolerance, tolerance):
-                    self.added = added
-                    return
-            raise ValueError("it does not scale what it normalises by its weight")
-        wanted = (normalized * (1 + scale if self.added else scale)).to(out.dtype)
-        self.doubts.append(((out - wanted).abs_() > wanted.abs_().mul_(tolerance).add_(tolerance)).any())
+    def _differs_in_all(self, x: Tensor, out: Tensor, scale: Tensor, factor: Tensor, added: int) -> Tensor:
+        """Return the same of all columns, kept or not, by one projection of each row: two products, not ten."""
+        d, wide = x.shape[-1], torch.promote_types(factor.dtype, out.dtype)
+        if self._direction is None or self._direction.device != x.device:
+            drawn = torch.randn(d, generator=torch.Generator().manual_seed(d), device="cpu")
+            self._direction = drawn.to(x.device)
+        direction = self._direction.to(wide)
+        weights = direction * (added + scale.to(wide))
+        apart: Tensor = F.linear(x.to(wide), weights[None]) * factor - F.linear(out.to(wide), direction[None])
+        most = d**0.5 * torch.linalg.vector_norm(weights)  # that entries of a normalised row come to
+        wrong: Tensor = apart.abs_() > most * (_SLACK * torch.finfo(out.dtype).eps)
+        return wrong.any()
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
         if self.weight is None:

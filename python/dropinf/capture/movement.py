@@ -32,6 +32,8 @@ class Movement:
         self.n, self.unknowable = n, False
         self._known = {id(leaf): f"leaf {i}" for i, leaf in enumerate(leaves)}
         self._known |= {key: f"parameter {i}" for key, i in (names or {}).items()}
+        self._sizes = tuple(size for leaf in leaves for size in leaf.shape)
+        self.floats = False  # whether fractions are taken, too, as where a module's own forward scales by its weight
         self._named: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # tensors that no node of autograd tells apart
         self._items: list[Any] = []
         self._count = 0
@@ -96,7 +98,7 @@ class Movement:
             elif v is None:
                 items.append(v)
             elif type(v) is int:
-                items.append(v if -_NEAR < v < _NEAR else _number(v, found[0].shape if found else (), self.n))
+                items.append(_number(v, found[0].shape if found else (), self._sizes, self.n))
             elif isinstance(v, _SEQUENCES):
                 items.append(len(v))
                 self._add(v, found)
@@ -109,6 +111,8 @@ class Movement:
             elif isinstance(v, Mapping):
                 items += map(str, v)
                 self._add(v.values(), found)
+            elif self.floats and type(v) is float:
+                items.append(str(v))
             else:
                 items.append(type(v).__name__)  # an ellipsis, a float
                 # What a user's own function does, or an object that stands in for a tensor, is in no path.
@@ -116,11 +120,20 @@ class Movement:
 
 
 @functools.lru_cache(4096)
-def _number(v: int, shape: tuple[int, ...], n: int | None) -> str:
-    """Return a number, or how it goes with a tensor's sizes, so that the same cut of another size looks alike."""
+def _number(v: int, shape: tuple[int, ...], batch: tuple[int, ...], n: int | None) -> str:
+    """Return a number, or how it goes with sizes of a tensor or the batch, so that the same cut of another size looks
+    alike.
+
+    As text: -1 and -2 have one hash.
+    """
+    if -_NEAR < v < _NEAR:
+        return str(v)
     for dim, size in enumerate(shape):
         if -_NEAR < v - size < _NEAR:
             return f"{dim}:{v - size}"
+    for place, size in enumerate(batch):
+        if -_NEAR < v - size < _NEAR:
+            return f"batch {place}:{v - size}"
     return f"{v // n}n" if n and v % n == 0 else str(v)
 
 

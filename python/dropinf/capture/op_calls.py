@@ -173,7 +173,7 @@ class OpCall(Call):
         """Map the op's backward over samples, each with its own rows of every argument that has the batch's."""
         tensors = list(tensors_of((self.args, tuple(self.kwargs.values()))))
         rows, derived = n * g.shape[1], {id(t) for t in self.derived}
-        own = {id(t) for t in tensors if id(t) not in derived and is_rows(t, rows, n)}
+        own = {id(t) for t in tensors if id(t) not in derived and is_rows(t, g.ndim - 1, rows, n)}
         moves = any(getattr(t, MARK, 0) == DATA for t in tensors if id(t) not in derived)
         batched = [t.detach() for t in tensors if id(t) in own]
         places = [id(t) for t in tensors if id(t) in own]
@@ -208,11 +208,16 @@ def _placed(g: Tensor, first: int, n: int) -> Tensor:
     return placed.flatten(1, 2)
 
 
-def is_rows(t: Tensor, rows: int, n: int) -> bool:
-    """Return whether an argument has a row for each of the output's, or data a row for each sample."""
+def is_rows(t: Tensor, out: int, rows: int, n: int) -> bool:
+    """Return whether an argument has a row for each of those of an output of ``out`` dimensions: data, or for samples.
+
+    What is no data is lined up with the output from behind.
+    """
     if not t.ndim:
         return False
-    return t.shape[0] == rows or (t.shape[0] == n and getattr(t, MARK, 0) == DATA)
+    if getattr(t, MARK, 0) == DATA:
+        return t.shape[0] in (rows, n)
+    return t.shape[0] == rows and t.ndim >= out
 
 
 def _reduced(g: Tensor, d: Tensor) -> Tensor:

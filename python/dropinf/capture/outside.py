@@ -152,7 +152,8 @@ class Outside:
         n, name = self.current.samples.n, use.name
         result = result.detach() if use.guessed else result
         *known, goes, single = signature_of(name, result, result, n)
-        of_rows = "".join("01"[is_rows(t, len(result), n)] for t in tensors_of(args)) if result.ndim else ""
+        given = [*tensors_of(args), *tensors_of(kwargs.values())] if result.ndim else []
+        of_rows = "".join("01"[is_rows(t, result.ndim, len(result), n)] for t in given)
         signature = (*known, goes + of_rows, single)
         call = OpCall(self.current, use, None, None, signature, function, tuple(args), dict(kwargs), derived)
         if self.outputs is not None:

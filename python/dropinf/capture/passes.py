@@ -121,6 +121,7 @@ class Pass:
             weights = colours.weights(losses, digit)
             into = Unweighted(self.recorder, 1 / weights) if last and together else None
             self._run(losses, weights, partial(self._read, colours, digit, before, into), retain=into is None)
+        self._ask_norms()  # of what ran again on the way
         colours.rows.clear()
         if not together and not self.several and not self.failed:
             self._run(losses, torch.ones_like(losses), None)
@@ -131,6 +132,8 @@ class Pass:
         if any_true(doubt for found in doubts.values() for doubt in found):
             wrong = [name for name, found in doubts.items() if any_true(found)]
             self.failed |= dict.fromkeys(wrong, "it does not scale what it normalises by its weight")
+            for found in doubts.values():
+                found.clear()
 
     def rows_of(self, losses: Tensor, weights: Tensor, name: str) -> list[Tensor]:
         """Return a module's output gradients of the weighted losses, by call, as rows; the graph is kept."""

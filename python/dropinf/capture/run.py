@@ -229,7 +229,8 @@ class Run(Sharing):
         hooked, known = self.hooked, self.known
         self._keep_apart(current, plan, look)
         reached = frozenset(name for name in current.emitted if name not in known.follows)
-        self.why = self.why or self.proof.why(plan, reached, self.unforeseen or current.unforeseen)
+        new = "new path of functions" if self.movement is not None and self.movement not in plan.paths else None
+        self.why = self.why or self.proof.why(plan, reached, self.unforeseen or current.unforeseen or new)
         why = self.why
         if why and hooked.probe is not None:
             current.recorder.check(losses)
@@ -252,6 +253,8 @@ class Run(Sharing):
         plan.trusted = 0 if why else plan.trusted + 1
         if not self.proof.says_nothing:
             plan.gradients.add(reached)
+            if why and self.movement is not None:
+                plan.paths.add(self.movement)
         known.plans[look] = plan
         return store
 
