@@ -371,7 +371,7 @@ class NormUse(Use):
             self._direction = drawn.to(x.device)
         direction = self._direction.to(wide)
         weights = direction * (added + scale.to(wide))
-        apart: Tensor = F.linear(x.to(wide), weights[None]) * factor - F.linear(out.to(wide), direction[None])
+        apart = (x.to(wide) @ weights) * factor[..., 0] - out.to(wide) @ direction
         most = d**0.5 * torch.linalg.vector_norm(weights)  # that entries of a normalised row come to
         wrong: Tensor = apart.abs_() > most * (_SLACK * torch.finfo(out.dtype).eps)
         return wrong.any()
