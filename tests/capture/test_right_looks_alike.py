@@ -149,6 +149,80 @@ def a_norm_with_another_gradient_for_another_number():
     return Does(does, n=OwnRMSNorm()), squares, then(2.0, 2.0, 3.0)
 
 
+@CASES.add(layers=["c*"], skips=frozenset({"a.weight", "a.bias"}))
+def a_flag_of_what_is_not_tracked():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x, k):
+            h = self.a(x)
+            return self.c(torch.tanh(h * k if self.a.weight.requires_grad and k else h))
+
+    return Gated(), squares, then(0.0, 0.3, 0.5)
+
+
+@CASES.add(layers=["c*"], skips=frozenset({"a.weight", "a.bias"}))
+def a_flag_of_an_output():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x, k):
+            h = torch.tanh(self.a(x))
+            return self.c(h * k if not h.is_leaf else h)
+
+    return Gated(), squares, then(1.0, 0.3, 0.5)
+
+
+@CASES.add()
+def weight_decay_of_what_is_trained_that_warms_up():
+    model = Does(lambda m, x, _: m.b(m.n(m.a(x))), n=OwnRMSNorm())
+
+    def loss(m, batch):
+        decay = [batch[1] * p.square().sum() for p in m.parameters() if p.requires_grad and batch[1]]
+        return squares(m, batch) + sum(decay)
+
+    return model, loss, then(0.0, 0.1, 0.2)
+
+
+class StoppingRMSNorm(OwnRMSNorm):
+    """It gives no gradient where ``mask`` is not."""
+
+    mask = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.where(self.mask, y, y.detach())
+
+
+@CASES.add()
+def a_norm_that_stops_gradients_of_padding():
+    def does(m, x, mask):
+        m.n.mask = mask
+        return m.b(m.n(m.a(x)))
+
+    every = torch.ones(D, 1, dtype=torch.bool)
+    return Does(does, n=StoppingRMSNorm()), squares, then(every, torch.arange(D)[:, None] < 2, every)
+
+
+@CASES.add()
+def a_norm_with_a_hook_that_scales_later():
+    class Hooked(OwnRMSNorm):
+        def forward(self, x):
+            y = super().forward(x)
+            y.register_hook(lambda g, k=self.factor_of_gradients: g * k)
+            return y * 1.0
+
+    def does(m, x, k):
+        m.n.factor_of_gradients = k
+        return m.b(m.n(m.a(x)))
+
+    return Does(does, n=Hooked()), squares, then(1.0, 0.5, 0.25)
+
+
 @runs
 @CASES.parametrize()
 def test_right_or_refused(build, options, sketch, backwards):

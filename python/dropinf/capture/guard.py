@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,8 +30,10 @@ class UseGuard(TorchFunctionMode):
         movement: Movement,
         outside: Outside | None,
         originals: Mapping[int, nn.Parameter],
+        trained: Mapping[int, bool],
     ) -> None:
         super().__init__()
+        self.trained = trained  # by id of a parameter, what its user says
         self.owners, self.capture, self.shards, self.movement = owners, capture, shards, movement
         self.outside, self.originals = outside, originals
         self.found: set[int] = set()
@@ -86,6 +89,18 @@ class UseGuard(TorchFunctionMode):
 
     def _node(self, _args: Any, _kwargs: Any) -> None:
         self.unforeseen = "its forward reaches for autograd's nodes"
+
+    def _ask(self, args: Any, _kwargs: Any) -> None:
+        """Note who asks whether something is trained: what is hooked runs with other flags than its user's."""
+        if torch.is_grad_enabled() and not sys._getframe(2).f_globals.get("__name__", "").startswith("torch."):
+            with torch._C.DisableTorchFunction():
+                same = self.trained.get(id(args[0])) == args[0].requires_grad
+                if args[0].is_floating_point() and not same:
+                    self.unforeseen = "its forward asks what requires a gradient"
+
+    def _detach(self, _args: Any, _kwargs: Any) -> None:
+        if self.capture.own > 0:  # the value of a norm of one's own is compared, not what its gradient is
+            self.unforeseen = "a module's own forward detaches"
 
     def _flag(self, args: Any, _kwargs: Any) -> None:
         if isinstance(args[0], nn.Parameter):
@@ -152,6 +167,8 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     Tensor.half: lambda guard, args, _: guard._cast((*args, torch.float16), {}),
     Tensor.bfloat16: lambda guard, args, _: guard._cast((*args, torch.bfloat16), {}),
     _TENSOR["requires_grad"].__set__: UseGuard._flag,
+    **dict.fromkeys((_TENSOR["requires_grad"].__get__, _TENSOR["is_leaf"].__get__), UseGuard._ask),
+    **dict.fromkeys((Tensor.detach, Tensor.detach_, torch.detach), UseGuard._detach),
     **dict.fromkeys((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm), UseGuard._normalise),
 }
 
@@ -162,10 +179,11 @@ def watch(
     n: int,
     outside: Outside | None,
     leaves: Sequence[Tensor] = (),
+    trained: Mapping[int, bool] | None = None,
 ) -> UseGuard:
     """Return the guard of one forward of ``n`` samples, with the tensors of their batch as ``leaves``.
 
-    ``outside``: captures parameters at the ops that use them.
+    ``outside``: captures parameters at the ops that use them. ``trained``: the user's flags, by parameters' ids.
     """
     parameters = list(parameters)
     raw = {} if outside is None else outside.raw
@@ -180,4 +198,4 @@ def watch(
         shards = {(m, name): id(p) for m, name, p in places if id(p) in owners}
     originals = {key: p for use in capture.uses.values() for key, p in use.originals.items()}
     names = capture.names | {key: capture.names[id(p)] for key, p in originals.items() if id(p) in capture.names}
-    return UseGuard(owners, capture, shards, Movement(n, leaves, names), outside, originals)
+    return UseGuard(owners, capture, shards, Movement(n, leaves, names), outside, originals, trained or {})

@@ -194,6 +194,7 @@ class Flags:
 
     def __init__(self, model: nn.Module) -> None:
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self.given = {id(p): flag for p, flag in self._flags}
 
     def freeze(self) -> None:
         """Have no parameter require a gradient."""

@@ -58,7 +58,7 @@ class Run(Sharing):
         sharded.reshard(self.model)
         current = self._pass()
         outside = self._outside(current)
-        guard = watch(capture, self._parameters(), self.n, outside, tensors(self.batch))
+        guard = watch(capture, self._parameters(), self.n, outside, tensors(self.batch), self.hooked.flags.given)
         began = time.perf_counter()
         hides = not known.own_flags and bool(known.ladder.tapped) and not self.hooked.attributes.is_sharded
         current.modes = modes() + 1  # the guard
@@ -72,6 +72,10 @@ class Run(Sharing):
             if guard.writes:
                 self.start.distrust()
             self.movement = guard.movement.fingerprint()
+            if self.movement is None and any(not use.is_plain for use in current.uses.values()):
+                self.unforeseen = (
+                    self.unforeseen or "nothing tells its functions apart, and a module has its own forward"
+                )
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
             self._lower_unfit(outside)
