@@ -223,6 +223,67 @@ def a_norm_with_a_hook_that_scales_later():
     return Does(does, n=Hooked()), squares, then(1.0, 0.5, 0.25)
 
 
+class ScaledGradient(torch.autograd.Function):
+    """Its gradient is ``factor`` times what it would be."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
+class Scaling(OwnRMSNorm):
+    """Where: its output, or its weight."""
+
+    where, k = "output", 1.0
+
+    def forward(self, x):
+        if self.where == "output":
+            return ScaledGradient.apply(super().forward(x), self.k)
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return ScaledGradient.apply(self.weight * 1.0, self.k) * n
+
+
+for where in ("output", "weight"):
+
+    def scaling(where=where):
+        def does(m, x, k):
+            m.n.k, m.n.where = k, where
+            return m.b(m.n(m.a(x)))
+
+        return Does(does, n=Scaling()), squares, then(1.0, 0.5, 0.25)
+
+    scaling.__name__ = f"a_norm_whose_function_scales_gradients_of_its_{where}"
+    CASES.add()(scaling)
+
+
+class Decay(torch.autograd.Function):
+    """Weight decay in a backward."""
+
+    @staticmethod
+    def forward(ctx, x, w, size):
+        ctx.save_for_backward(w)
+        ctx.size = size
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None if ctx.size == 0 else ctx.size * ctx.saved_tensors[0] * g.sum(), None
+
+
+@CASES.add(right=False)  # whose sample a decay is, is in no row: g.sum() of all samples
+def a_weight_of_a_norm_that_a_function_reads_later():
+    return (
+        Does(lambda m, x, k: m.b(Decay.apply(m.n(m.a(x)), m.n.weight, k)), n=OwnRMSNorm()),
+        squares,
+        then(0.0, 0.3, 0.5),
+    )
+
+
 @runs
 @CASES.parametrize()
 def test_right_or_refused(build, options, sketch, backwards):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,7 @@ from .followed import Shown
 from .labels import Labels, combined
 from .ladder import AttributionError
 from .rules import RULES, Run, flat, pointwise, together
+from .taps import of_a_user
 
 # They change a tensor's shape, and none of its numbers.
 _VIEWS_IN_PLACE = {
@@ -114,10 +114,9 @@ class Dependence(TorchDispatchMode):
 
     def look_at_source(self, x: Tensor) -> None:
         """Note a tensor that a user's autograd Function made of samples: nothing here says what its backward does."""
-        node = x.grad_fn
-        if isinstance(node, BackwardCFunction) and self.known.of(x) is not None:
-            made_by = type(node)._forward_cls
-            self.foreign |= made_by is BackwardHookFunction or not made_by.__module__.startswith("torch.")
+        if self.known.of(x) is not None:
+            hook = getattr(type(x.grad_fn), "_forward_cls", None) is BackwardHookFunction
+            self.foreign |= hook or of_a_user(x.grad_fn)
 
     def _meet(self, x: Tensor) -> None:
         """Take a tensor from elsewhere, which may hold any samples; not a number alone, nor a weight of the loss."""

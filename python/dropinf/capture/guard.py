@@ -59,7 +59,7 @@ class UseGuard(TorchFunctionMode):
         self.movement.made(result)
         for x in tensors:
             # The ids of every call of the model: nothing but a look-up until one is found.
-            if id(x) in self.owners or self.shards:
+            if id(x) in self.owners or id(x) in self.originals or self.shards:
                 self._note(x, result)
         return result
 
@@ -123,11 +123,13 @@ class UseGuard(TorchFunctionMode):
                 self.capture.changed[id(weight)] = weight, weight.detach().clone()
 
     def _note(self, parameter: Any, result: Any) -> None:
+        """Note a use of a parameter, or of what a module's forward gets in its place."""
         if not isinstance(parameter, nn.Parameter) or not isinstance(result, Tensor | tuple | list):
             return  # its shape was asked for, say
         if not torch.is_grad_enabled():
             return  # a use that no gradient knows of: a module that is moved to the dtype that it has, say
-        key = self._shard_of(parameter) if self.shards else id(parameter)
+        given = self.originals.get(id(parameter), parameter)
+        key = self._shard_of(given) if self.shards else id(given)
         modules = self.owners.get(key)
         if modules is not None and not any(self.capture.active[m] > 0 for m in modules):
             self.found.add(key)

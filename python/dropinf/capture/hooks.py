@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .modules import Use
 from .passes import Call, Pass, tap
-from .taps import MARK, Signature, per_sample, signature_of
+from .taps import MARK, Signature, of_a_user, per_sample, signature_of
 
 
 class Capture:
@@ -136,6 +136,8 @@ class Capture:
             current.failed[use.name] = f"it maps {type(x).__name__} to {type(out).__name__}, not a tensor to a tensor"
             return None
         with torch._C.DisableTorchFunction():  # the guard watches the model, not us
+            if not use.is_plain and of_a_user(out.grad_fn) and _is_of_more(out, x):
+                current.unforeseen = current.unforeseen or "a module's own forward ends in an autograd Function"
             return self._tap(use, current, x, out)
 
     def _is_first(self, use: Use) -> bool:
@@ -160,3 +162,10 @@ class Capture:
         if mark is not None:
             setattr(tapped, MARK, mark)
         return None if tapped is out and not shared else tapped
+
+
+def _is_of_more(out: Tensor, x: Tensor) -> bool:
+    """Return whether the node of an output takes the results of others than the input's and those of leaves."""
+    assert out.grad_fn is not None
+    nodes = [node for node, _ in out.grad_fn.next_functions if node is not None and node is not x.grad_fn]
+    return any(node.name() != "struct torch::autograd::AccumulateGrad" for node in nodes)

@@ -43,7 +43,7 @@ class Use:
         parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
         self._held = {name: p for name, p in parameters.items() if p is not None and not sharded.is_sharded(p)}
         # What the forward gets in their place: it needs no gradient, so that any gradient is of another use.
-        hides = {name: p for name, p in self._held.items() if self.is_plain and _is_plain(p)}
+        hides = {name: p for name, p in self._held.items() if _is_plain(p)}
         self.frozen = {name: nn.Parameter(p.detach(), requires_grad=False) for name, p in hides.items()}
 
     def __deepcopy__(self, _memo: Any) -> Use:

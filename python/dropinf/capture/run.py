@@ -72,6 +72,8 @@ class Run(Sharing):
             if guard.writes:
                 self.start.distrust()
             self.movement = guard.movement.fingerprint()
+            if guard.movement.foreign:
+                self.unforeseen = self.unforeseen or "a module's own forward runs an autograd Function"
             if self.movement is None and any(not use.is_plain for use in current.uses.values()):
                 self.unforeseen = (
                     self.unforeseen or "nothing tells its functions apart, and a module has its own forward"

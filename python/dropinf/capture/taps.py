@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
@@ -92,6 +93,14 @@ def overrides(kind: type) -> bool:
     own = getattr(kind, "__torch_function__", None)
     usual = (vars(Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
     return getattr(own, "__func__", own) not in usual and kind.__module__.split(".")[0] not in ("torch", "torchvision")
+
+
+def of_a_user(node: Any) -> bool:
+    """Return whether a node of autograd is of a Function of its user's."""
+    if not isinstance(node, BackwardCFunction):
+        return False
+    made_by: Any = getattr(type(node), "_forward_cls")  # noqa: B009  autograd's own, of no stub
+    return bool(made_by is not _Tap and not made_by.__module__.startswith("torch."))
 
 
 def any_true(flags: Iterable[Tensor]) -> bool:
