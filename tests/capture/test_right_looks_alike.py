@@ -131,22 +131,17 @@ def a_norm_that_is_computed_again_in_backward():
     return Does(does, n=OwnRMSNorm()), squares, then(1.0, 1.0, 2.0)
 
 
-@CASES.add()
-def a_norm_with_another_gradient_later():
-    def does(m, x, gate):
-        m.n.gate = gate
-        return m.b(m.n(m.a(x)))
+for gates in ((1.0, 1.0, 2.0), (2.0, 2.0, 3.0)):  # none at first, and another
 
-    return Does(does, n=OwnRMSNorm()), squares, then(1.0, 1.0, 2.0)
+    def gated(gates=gates):
+        def does(m, x, gate):
+            m.n.gate = gate
+            return m.b(m.n(m.a(x)))
 
+        return Does(does, n=OwnRMSNorm()), squares, then(*gates)
 
-@CASES.add()
-def a_norm_with_another_gradient_for_another_number():
-    def does(m, x, gate):
-        m.n.gate = gate
-        return m.b(m.n(m.a(x)))
-
-    return Does(does, n=OwnRMSNorm()), squares, then(2.0, 2.0, 3.0)
+    gated.__name__ = f"a_norm_with_another_gradient_after_{gates[0]:.0f}"
+    CASES.add()(gated)
 
 
 @CASES.add(layers=["c*"], skips=frozenset({"a.weight", "a.bias"}))
@@ -210,7 +205,7 @@ def a_norm_that_stops_gradients_of_padding():
 
 @CASES.add()
 def a_norm_with_a_hook_that_scales_later():
-    class Hooked(OwnRMSNorm):
+    class HookedRMSNorm(OwnRMSNorm):
         def forward(self, x):
             y = super().forward(x)
             y.register_hook(lambda g, k=self.factor_of_gradients: g * k)
@@ -220,7 +215,7 @@ def a_norm_with_a_hook_that_scales_later():
         m.n.factor_of_gradients = k
         return m.b(m.n(m.a(x)))
 
-    return Does(does, n=Hooked()), squares, then(1.0, 0.5, 0.25)
+    return Does(does, n=HookedRMSNorm()), squares, then(1.0, 0.5, 0.25)
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -248,16 +243,20 @@ class Scaling(OwnRMSNorm):
         return ScaledGradient.apply(self.weight * 1.0, self.k) * n
 
 
-for where in ("output", "weight"):
+class ScalingRMSNorm(Scaling):
+    """By its name, one that is hooked; the other is followed through its ops."""
 
-    def scaling(where=where):
+
+for kind, where in ((ScalingRMSNorm, "output"), (Scaling, "output"), (Scaling, "weight")):
+
+    def scaling(kind=kind, where=where):
         def does(m, x, k):
             m.n.k, m.n.where = k, where
             return m.b(m.n(m.a(x)))
 
-        return Does(does, n=Scaling()), squares, then(1.0, 0.5, 0.25)
+        return Does(does, n=kind()), squares, then(1.0, 0.5, 0.25)
 
-    scaling.__name__ = f"a_norm_whose_function_scales_gradients_of_its_{where}"
+    scaling.__name__ = f"a_{kind.__name__}_whose_function_scales_gradients_of_its_{where}"
     CASES.add()(scaling)
 
 
