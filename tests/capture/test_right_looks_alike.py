@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,7 +249,7 @@ class ScalingRMSNorm(Scaling):
     """By its name, one that is hooked; the other is followed through its ops."""
 
 
-for kind, where in ((ScalingRMSNorm, "output"), (Scaling, "output"), (Scaling, "weight")):
+for kind, where in itertools.product((ScalingRMSNorm, Scaling), ("output", "weight")):
 
     def scaling(kind=kind, where=where):
         def does(m, x, k):

@@ -184,6 +184,79 @@ def a_table_as_long_as_the_batch():
     return Table(), lambda m, b: own(m(*b)), list(zip(points(4, 4, 4, 4), ids, strict=True))
 
 
+class Subclass(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+class Scaled(torch.autograd.Function):
+    """A weight, which gets ``size`` times its gradient."""
+
+    @staticmethod
+    def forward(ctx, weight, size):
+        ctx.size = size
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.size, None
+
+
+@CASES.add()
+def a_function_on_a_parameter_of_a_class_of_its_own():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[0].weight = Subclass(model[0].weight.detach())
+
+    def loss(m, b):
+        return own(m(b[0])) + b[0].sum(1) * Scaled.apply(m[0].weight, b[1]).sum()
+
+    return model, loss, numbered(*points(4, 4, 4))
+
+
+class Computed(nn.Linear):
+    """A layer whose weight is another than the parameter of its name, once it has a ``size``."""
+
+    size = None
+
+    def computed(self):
+        return self._parameters["weight"] * (1 + self.size)
+
+
+class ByEveryName(Computed):
+    def __getattribute__(self, name):
+        computed = name == "weight" and self.size is not None
+        return self.computed() if computed else super().__getattribute__(name)
+
+
+class ByNamesThatAreNotFound(Computed):
+    def __getattr__(self, name):
+        computed = name == "weight" and self.size is not None
+        return self.computed() if computed else super().__getattr__(name)
+
+
+def by_property(*shape):
+    class ByProperty(Computed):
+        size = 0.0
+
+    made = ByProperty(*shape)
+    ByProperty.weight = property(Computed.computed)  # which the constructor refuses
+    return made
+
+
+for kind in (ByEveryName, ByNamesThatAreNotFound, by_property):
+
+    def looked_up(kind=kind):
+        model = nn.Sequential(kind(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def loss(m, b):
+            with set_to(m[0], "size", b[1]):
+                return own(m(b[0]))
+
+        return model, loss, numbered(*points(4, 4, 4))
+
+    looked_up.__name__ = f"a_weight_that_is_computed_{kind.__name__}"
+    CASES.add()(looked_up)
+
+
 @CASES.parametrize()
 @runs
 def test_right_or_refused(build, options, sketch, backwards):

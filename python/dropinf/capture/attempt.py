@@ -103,7 +103,7 @@ class Attempts:
             unmark(leaf)
 
     @contextlib.contextmanager
-    def _flags(self, outside: Outside | None = None) -> Iterator[None]:
+    def _flags(self, current: Pass, outside: Outside | None = None) -> Iterator[None]:
         """Have the flags inside that the model runs with, and no gradient reach a weight; mark the batch's tensors."""
         targets = self.known.targets.values()
         as_user = self.known.own_flags or not self.known.ladder.tapped
@@ -120,11 +120,15 @@ class Attempts:
         watched = [*raw, *hidden]
         flags = self.hooked.flags.own(own) if own else self.hooked.flags.only([t.tensor for t in watched])
         taken: dict[Tensor, Callable[[Tensor], None]] = {t.tensor: partial(leaked, t.name) for t in watched}
-        leaves = tensors(self.batch)
+        summed = [pair for use in self.hooked.capture.uses.values() for pair in use.summed.items()]
+        if own:
+            summed = [(name, self.known.targets[name].tensor) for name, _ in summed]
+        taken |= {tensor: partial(current.add_sum, name) for name, tensor in summed}
+        watched_too = [] if own else [twin for _, twin in summed]
         try:
-            for leaf in leaves:
+            for leaf in tensors(self.batch):
                 mark_data(leaf)
-            with flags, gradients_taken(self.hooked.attributes.parameters, taken):
+            with flags, gradients_taken([*self.hooked.attributes.parameters, *watched_too], taken):
                 yield
         finally:
             self._unmark()

@@ -48,7 +48,6 @@ class UseGuard(TorchFunctionMode):
         if func in _ASKS:
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        self.movement.floats = self.capture.own > 0
         tensors = self.movement.pass_by(func, args, kwargs)
         if types:
             self._override(types)
@@ -97,10 +96,6 @@ class UseGuard(TorchFunctionMode):
                 same = self.trained.get(id(args[0])) == args[0].requires_grad
                 if args[0].is_floating_point() and not same:
                     self.unforeseen = "its forward asks what requires a gradient"
-
-    def _detach(self, _args: Any, _kwargs: Any) -> None:
-        if self.capture.own > 0:  # the value of a norm of one's own is compared, not what its gradient is
-            self.unforeseen = "a module's own forward detaches"
 
     def _flag(self, args: Any, _kwargs: Any) -> None:
         if isinstance(args[0], nn.Parameter):
@@ -170,7 +165,6 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     Tensor.bfloat16: lambda guard, args, _: guard._cast((*args, torch.bfloat16), {}),
     _TENSOR["requires_grad"].__set__: UseGuard._flag,
     **dict.fromkeys((_TENSOR["requires_grad"].__get__, _TENSOR["is_leaf"].__get__), UseGuard._ask),
-    **dict.fromkeys((Tensor.detach, Tensor.detach_, torch.detach), UseGuard._detach),
     **dict.fromkeys((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm), UseGuard._normalise),
 }
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .modules import Use
 from .passes import Call, Pass, tap
-from .taps import MARK, Signature, of_a_user, per_sample, signature_of
+from .taps import MARK, Signature, per_sample, signature_of
 
 
 class Capture:
@@ -29,7 +29,6 @@ class Capture:
         self.model, self.uses = model, dict(uses)
         self.names = {id(x): i for i, x in enumerate((*model.parameters(), *model.buffers()))}  # numbers
         self.active: Counter[nn.Module] = Counter()
-        self.own = 0  # how many of them have a forward that is not torch's
         self.shared: set[Signature] = set()  # calls whose output has no sample dimension
         self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were
         self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
@@ -86,7 +85,6 @@ class Capture:
         """Have the hooks feed ``current`` inside. ``hides``: forwards use what is tracked without a graph to it."""
         self.hides = hides
         self.active.clear()
-        self.own = 0
         for use in self.uses.values():
             use.doubts.clear()
             use.refresh()
@@ -110,7 +108,6 @@ class Capture:
         if self.hides and self._pass is not None and not self.active[module]:
             use.hide()
         self.active[module] += 1
-        self.own += not use.is_plain
         if next(reversed(module._forward_pre_hooks)) != self._handles[use.name][0].id and self._pass is not None:
             self._pass.failed[use.name] = "a hook stands behind what captures its input"
 
@@ -120,7 +117,6 @@ class Capture:
         if module is not use.module:
             return None
         self.active[module] -= 1
-        self.own -= not use.is_plain
         if not self.active[module]:
             use.unhide()
         current = self._pass
@@ -136,8 +132,6 @@ class Capture:
             current.failed[use.name] = f"it maps {type(x).__name__} to {type(out).__name__}, not a tensor to a tensor"
             return None
         with torch._C.DisableTorchFunction():  # the guard watches the model, not us
-            if not use.is_plain and of_a_user(out.grad_fn) and _is_of_more(out, x):
-                current.unforeseen = current.unforeseen or "a module's own forward ends in an autograd Function"
             return self._tap(use, current, x, out)
 
     def _is_first(self, use: Use) -> bool:
@@ -162,10 +156,3 @@ class Capture:
         if mark is not None:
             setattr(tapped, MARK, mark)
         return None if tapped is out and not shared else tapped
-
-
-def _is_of_more(out: Tensor, x: Tensor) -> bool:
-    """Return whether the node of an output takes the results of others than the input's and those of leaves."""
-    assert out.grad_fn is not None
-    nodes = [node for node, _ in out.grad_fn.next_functions if node is not None and node is not x.grad_fn]
-    return any(node.name() != "struct torch::autograd::AccumulateGrad" for node in nodes)

@@ -16,9 +16,10 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def module_kind(module: nn.Module) -> LayerKind | None:
     """Return how a module's ``weight`` is captured, or None.
 
-    ``forward`` decides, not the class: a subclass that overrides ``forward`` may compute anything.
+    ``forward`` decides, not the class: a subclass that overrides ``forward`` may compute anything, as may one that
+    overrides how its attributes are found.
     """
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or _computes_attributes(module):
         return None
     forward = type(module).forward
     if forward is nn.Linear.forward or forward.__module__ == "transformers.pytorch_utils":
@@ -31,6 +32,13 @@ def module_kind(module: nn.Module) -> LayerKind | None:
     if any(forward is n.forward for n in _NORMS) or (is_rms and rms_epsilon(module) is not None):
         return "norm"
     return None
+
+
+def _computes_attributes(module: nn.Module) -> bool:
+    """Return whether a module's class may give something else than a parameter under a parameter's name."""
+    kind = type(module)
+    own = kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__
+    return own or any(hasattr(kind, name) for name in module._parameters)
 
 
 USES: dict[str, type[Use]] = {

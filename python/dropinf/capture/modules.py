@@ -42,9 +42,9 @@ class Use:
         self._forward, self._read = type(module).forward, self._reads()
         parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
         self._held = {name: p for name, p in parameters.items() if p is not None and not sharded.is_sharded(p)}
-        # What the forward gets in their place: it needs no gradient, so that any gradient is of another use.
+        # What the forward gets in their place, so that any gradient that reaches them is of another use.
         hides = {name: p for name, p in self._held.items() if _is_plain(p)}
-        self.frozen = {name: nn.Parameter(p.detach(), requires_grad=False) for name, p in hides.items()}
+        self.twins = {name: nn.Parameter(p.detach(), requires_grad=self.is_summed) for name, p in hides.items()}
 
     def __deepcopy__(self, _memo: Any) -> Use:
         return self  # of a model that is copied while it is hooked: its hooks do nothing for the copy
@@ -63,37 +63,53 @@ class Use:
         return self._forward.__module__.startswith("torch.nn.modules") and not hasattr(self.module, "parametrizations")
 
     @property
+    def is_summed(self) -> bool:
+        """Whether rows are compared with the gradient that their parameter gets: a few numbers, and a proof."""
+        return False
+
+    @property
+    def summed(self) -> dict[str, nn.Parameter]:
+        """What the module's forward uses in place of the parameters whose gradient is compared, by layer."""
+        return {plan.name: self.twins[name] for name, plan in self.hidden.items() if self.is_summed}
+
+    @property
     def counted(self) -> list[nn.Parameter]:
         """What is tracked of a module that is not plain: each of its calls must use it once."""
         return [] if self.is_plain else [self._held[name] for name in self._plans if name in self._held]
 
     @property
     def hidden(self) -> dict[str, Layer]:
-        """The plans of what a forward gets without a graph to it."""
-        return {name: plan for name, plan in self._plans.items() if name in self.frozen}
+        """The plans of what a forward gets a twin of."""
+        return {name: plan for name, plan in self._plans.items() if name in self.twins}
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether a tracked parameter is of a class of its own, so that a forward gets no twin of it."""
+        held = (self._held[name] for name in self._plans if name in self._held and name not in self.twins)
+        return any(p.is_floating_point() for p in held)
 
     @property
     def originals(self) -> dict[int, nn.Parameter]:
         """The parameters by the ids of what a forward gets in their place."""
-        return {id(frozen): self._held[name] for name, frozen in self.frozen.items()}
+        return {id(twin): self._held[name] for name, twin in self.twins.items()}
 
     def refresh(self) -> None:
         """Have what a forward gets in place of parameters hold what they hold now."""
-        for name, frozen in self.frozen.items():
-            frozen.data = self._held[name].detach()
+        for name, twin in self.twins.items():
+            twin.data = self._held[name].detach()
 
     def hide(self) -> None:
-        """Have the module's forward use what is tracked without a graph to it."""
+        """Have the module's forward use the twins of what is tracked."""
         own = self.module._parameters
         for name in self.hidden:
             if own.get(name) is self._held[name]:
-                own[name] = self.frozen[name]
+                own[name] = self.twins[name]
 
     def unhide(self) -> None:
         """Put back what was hidden."""
         own = self.module._parameters
-        for name, frozen in self.frozen.items():
-            if own.get(name) is frozen:
+        for name, twin in self.twins.items():
+            if own.get(name) is twin:
                 own[name] = self._held[name]
 
     def _reads(self) -> list[Any]:
@@ -292,7 +308,10 @@ class NormUse(Use):
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
         super().__init__(name, module, weight, bias)
         self.added: int | None = None  # to the weight, by which an RMSNorm of no common class scales: 0 or 1
-        self._direction: Tensor | None = None
+
+    @property
+    def is_summed(self) -> bool:
+        return not self.is_plain  # only the value of an RMSNorm of one's own is compared with what it is taken for
 
     @property
     def channels_first(self) -> bool:
@@ -339,18 +358,14 @@ class NormUse(Use):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         factor = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(epsilon))
         scale = self.module.get_parameter("weight").detach()
-        whole = x, out, scale, factor
         if axis is not None:
             x, out, scale = axis.apply(x), axis.apply(out), axis.apply(scale)
         normalized = (x.to(wide) * factor).to(x.dtype)
-
-        def differs(added: int) -> Tensor:
-            return self._differs(normalized, out, scale, added) | self._differs_in_all(*whole, added)
-
         if self.added is not None:
-            self.doubts.append(differs(self.added))
+            self.doubts.append(self._differs(normalized, out, scale, self.added))
             return normalized
-        self.added = next((added for added in (0, 1) if not bool(differs(added))), None)
+        fits = (added for added in (0, 1) if not bool(self._differs(normalized, out, scale, added)))
+        self.added = next(fits, None)
         if self.added is None:
             raise ValueError("it does not scale what it normalises by its weight")
         return normalized
@@ -362,19 +377,6 @@ class NormUse(Use):
         wanted = (normalized * (added + scale if added else scale)).to(out.dtype)
         bound = normalized.abs() * ((added + scale.abs()) * (_SLACK * limits.eps)) + limits.smallest_normal
         return ((out - wanted).abs_() > bound).any()
-
-    def _differs_in_all(self, x: Tensor, out: Tensor, scale: Tensor, factor: Tensor, added: int) -> Tensor:
-        """Return the same of all columns, kept or not, by one projection of each row: two products, not ten."""
-        d, wide = x.shape[-1], torch.promote_types(factor.dtype, out.dtype)
-        if self._direction is None or self._direction.device != x.device:
-            drawn = torch.randn(d, generator=torch.Generator().manual_seed(d), device="cpu")
-            self._direction = drawn.to(x.device)
-        direction = self._direction.to(wide)
-        weights = direction * (added + scale.to(wide))
-        apart = (x.to(wide) @ weights) * factor[..., 0] - out.to(wide) @ direction
-        most = d**0.5 * torch.linalg.vector_norm(weights)  # that entries of a normalised row come to
-        wrong: Tensor = apart.abs_() > most * (_SLACK * torch.finfo(out.dtype).eps)
-        return wrong.any()
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
         if self.weight is None:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .taps import of_a_user
-
 _NEAR = 5  # numbers below it are dimensions, flags and the like; sizes differ from each other by less, as in x[:-1]
 _SEQUENCES = (list, tuple)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)  # by what they are called
@@ -35,9 +33,7 @@ class Movement:
         self._known = {id(leaf): f"leaf {i}" for i, leaf in enumerate(leaves)}
         self._known |= {key: f"parameter {i}" for key, i in (names or {}).items()}
         self._sizes = tuple(size for leaf in leaves for size in leaf.shape)
-        self.floats = False  # whether fractions are taken, too, as where a module's own forward scales by its weight
         self._named: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # tensors that no node of autograd tells apart
-        self.foreign = False  # whether such a forward takes what an autograd Function of its user's made
         self._items: list[Any] = []
         self._count = 0
         self._path: int | None = None
@@ -96,7 +92,6 @@ class Movement:
                 elif v.requires_grad and not v.is_leaf:
                     items.append(_node_number(v) - self._base)
                     items.append(v.output_nr)
-                    self.foreign |= self.floats and of_a_user(v.grad_fn)
                 else:
                     items.append(self._name(v, f"other {len(self._named)}"))
             elif v is None:
@@ -115,8 +110,6 @@ class Movement:
             elif isinstance(v, Mapping):
                 items += map(str, v)
                 self._add(v.values(), found)
-            elif self.floats and type(v) is float:
-                items.append(str(v))
             else:
                 items.append(type(v).__name__)  # an ellipsis, a float
                 # What a user's own function does, or an object that stands in for a tensor, is in no path.

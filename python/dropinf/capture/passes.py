@@ -53,6 +53,8 @@ class Pass:
     unforeseen: str | None = None  # why it is to be audited, whatever it looks like
     place: int = 0  # of the batch in its call
     colours: Colours | None = None  # of its rows, where these were looked at
+    weights: Tensor | None = None  # of the losses of the last backward
+    sums: dict[str, Tensor] = field(default_factory=dict)  # the gradients of some parameters in it, by layer
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
@@ -135,6 +137,16 @@ class Pass:
             for found in doubts.values():
                 found.clear()
 
+    def add_sum(self, name: str, g: Tensor) -> None:
+        """Take the gradient of a layer's parameter, from all of its uses in a backward."""
+        before = self.sums.get(name)  # a reentrant checkpoint finishes a gradient each
+        self.sums[name] = g if before is None else before + g
+
+    @property
+    def summed(self) -> set[str]:
+        """The layers whose rows are compared with the gradients of their parameters."""
+        return {name for use in self.uses.values() for name in use.summed}
+
     def rows_of(self, losses: Tensor, weights: Tensor, name: str) -> list[Tensor]:
         """Return a module's output gradients of the weighted losses, by call, as rows; the graph is kept."""
         found: list[Tensor] = []
@@ -161,8 +173,9 @@ class Pass:
     def _run(
         self, losses: Tensor, weights: Tensor, take: Callable[[Call, Key, Tensor], None] | None, *, retain: bool = False
     ) -> None:
-        self._take, self.running = take, True
+        self._take, self.running, self.weights = take, True, weights
         self.emitted.clear()
+        self.sums.clear()
         for waiting in self._waiting:
             listen(*waiting)
         self._waiting.clear()

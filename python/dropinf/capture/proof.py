@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due, norm
+from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due, norm, sketched
 from .knowledge import Knowledge, Plan
 from .layer import Layer
 from .passes import Pass
@@ -51,6 +51,22 @@ class Proof:
             return None
         first = any_true(store[name].any() for name in self.layers if name not in plan.compared)
         return "first gradient of a layer" if first else None
+
+    def unequal(self, current: Pass, store: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
+        """Return that the rows of some layers do not sum to what their parameters got in the same backward, or None."""
+        names = current.summed & self.layers.keys()
+        if self.known.audit == "never" or not names or current.weights is None:
+            return None
+        sketches = {name: sketched(self.layers[name], current.sums[name]) for name in names & current.sums.keys()}
+        want = Expected(current.weights, sketches, current.weights)
+
+        def apart(rows: Mapping[str, Tensor]) -> bool:
+            errors = want.errors(rows, self.layers, dtype)
+            return any(not errors.get(name, 0) <= TOLERANCE[dtype] for name in names)
+
+        # Beside all other layers, much of what these differ by may be rounding.
+        differs = apart({name: store[name] for name in names}) and apart({name: store[name] for name in self.layers})
+        return "rows do not sum to their parameter's gradient" if differs else None
 
     def doubted(self, store: Mapping[str, Tensor], current: Pass, dtype: torch.dtype) -> Tensor | None:
         """Return the samples [N] of which colours may have missed a part, if any.

@@ -62,22 +62,18 @@ class Run(Sharing):
         began = time.perf_counter()
         hides = not known.own_flags and bool(known.ladder.tapped) and not self.hooked.attributes.is_sharded
         current.modes = modes() + 1  # the guard
-        with capture.running(current, hides=hides), self._flags(outside):
+        with capture.running(current, hides=hides), self._flags(current, outside):
             losses = self._losses(guard)
             guard.movement.end(losses)
             self._check_forward(current, guard, losses)
             self.unforeseen, self.dtypes = self.unforeseen or guard.unforeseen, guard.dtypes
             if any(target.tensor._backward_hooks for target in known.targets.values()):
                 self.unforeseen = "a parameter has hooks on its gradient"
+            if any(use.is_odd for use in current.uses.values()):
+                self.unforeseen = self.unforeseen or "a parameter is of a class of its own"
             if guard.writes:
                 self.start.distrust()
             self.movement = guard.movement.fingerprint()
-            if guard.movement.foreign:
-                self.unforeseen = self.unforeseen or "a module's own forward runs an autograd Function"
-            if self.movement is None and any(not use.is_plain for use in current.uses.values()):
-                self.unforeseen = (
-                    self.unforeseen or "nothing tells its functions apart, and a module has its own forward"
-                )
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
             self._lower_unfit(outside)
@@ -250,7 +246,7 @@ class Run(Sharing):
         check_finite(store, hooked.where)
         dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
         if not why and hooked.probe is None:
-            why = self.why = self.proof.first_gradient(plan, store)
+            why = self.why = self.proof.first_gradient(plan, store) or self.proof.unequal(current, store, dtype)
         if why and hooked.probe is None:
             self._audit(store, losses, dtype, (plan, look), why)
         doubted = self.proof.doubted(store, current, dtype) if plan.follow and hooked.probe is None else None

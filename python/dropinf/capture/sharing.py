@@ -85,7 +85,8 @@ class Sharing(Attempts):
         outside = self._outside(current)
         assert outside is not None
         outside.outputs = {}
-        with self._flags(outside), watch(self.hooked.capture, self._parameters(), self.n, outside), torch.enable_grad():
+        guard = watch(self.hooked.capture, self._parameters(), self.n, outside)
+        with self._flags(current, outside), guard, torch.enable_grad():
             for leaf in tensors(batch):
                 mark_data(leaf)
             self.known.loss_fn(self.model, batch)
@@ -96,7 +97,7 @@ class Sharing(Attempts):
         self.start.restore()
         current = self._pass()
         outside = self._outside(current)
-        with self.hooked.capture.running(current), self._flags(outside):
+        with self.hooked.capture.running(current), self._flags(current, outside):
             guard = watch(self.hooked.capture, self._parameters(), self.n, outside)
             return meeting(current, self._losses(guard), name)
 
