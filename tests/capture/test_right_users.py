@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 
@@ -191,6 +192,18 @@ def post_accumulate_hook_writes_data():
         p.grad = None
 
     m[0].weight.register_post_accumulate_grad_hook(step)
+    return m, squares, points()
+
+
+ACCUMULATED = []  # nodes, which live as long as somebody holds them
+
+
+@CASES.add(unhook=unhooked)
+def hooks_where_gradients_are_accumulated():
+    m, count = mlp(), itertools.count(1)
+    for p in m.parameters():
+        ACCUMULATED.append(torch.autograd.graph.get_gradient_edge(p).node)
+        ACCUMULATED[-1].register_prehook(lambda gs: tuple(g * next(count) for g in gs))
     return m, squares, points()
 
 

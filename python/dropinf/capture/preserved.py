@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -228,23 +229,31 @@ class Flags:
 def gradients_taken(parameters: Iterable[Any], take: Mapping[Tensor, Callable[[Tensor], None]]) -> Iterator[None]:
     """Hand each parameter's gradient to its ``take`` as soon as autograd has it, and drop it.
 
-    The parameters' ``.grad`` and their hooks on finished gradients (an optimizer's step, say) are put back.
+    It is taken behind the parameter's own hooks, and before those on its accumulation, which are no part of it. The
+    parameters' ``.grad`` and their hooks on finished gradients (an optimizer's step, say) are put back.
     """
 
-    def taken(parameter: Tensor) -> None:
-        g, parameter.grad = parameter.grad, None
-        if g is not None and parameter in take:
-            take[parameter](g)
+    def hand_on(take: Callable[[Tensor], None], g: Tensor | None) -> None:
+        if g is not None:  # as an autograd Function may return
+            take(g)
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
 
     kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
+    handles = []
     for parameter, *_ in kept:
         parameter.grad = None
         parameter._post_accumulate_grad_hooks = OrderedDict()
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(taken)
+            parameter.register_post_accumulate_grad_hook(drop)
+            if parameter in take:
+                handles.append(parameter.register_hook(partial(hand_on, take[parameter])))
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for parameter, g, hooks in kept:
             parameter._post_accumulate_grad_hooks.clear()  # autograd would keep calling them
             parameter.grad, parameter._post_accumulate_grad_hooks = g, hooks

@@ -62,13 +62,13 @@ class Run(Sharing):
         began = time.perf_counter()
         hides = not known.own_flags and bool(known.ladder.tapped) and not self.hooked.attributes.is_sharded
         current.modes = modes() + 1  # the guard
+        if any(target.tensor._backward_hooks for target in known.targets.values()):
+            self.unforeseen = "a parameter has hooks on its gradient"
         with capture.running(current, hides=hides), self._flags(current, outside):
             losses = self._losses(guard)
             guard.movement.end(losses)
             self._check_forward(current, guard, losses)
             self.unforeseen, self.dtypes = self.unforeseen or guard.unforeseen, guard.dtypes
-            if any(target.tensor._backward_hooks for target in known.targets.values()):
-                self.unforeseen = "a parameter has hooks on its gradient"
             if any(use.is_odd for use in current.uses.values()):
                 self.unforeseen = self.unforeseen or "a parameter is of a class of its own"
             if guard.writes:
