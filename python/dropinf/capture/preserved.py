@@ -233,12 +233,12 @@ def gradients_taken(parameters: Iterable[Any], take: Mapping[Tensor, Callable[[T
     parameters' ``.grad`` and their hooks on finished gradients (an optimizer's step, say) are put back.
     """
 
-    def hand_on(take: Callable[[Tensor], None], g: Tensor | None) -> None:
-        if g is not None:  # as an autograd Function may return
-            take(g)
+    seen: dict[Tensor, Tensor] = {}  # also what autograd.grad returns, as of a loss that differentiates
 
-    def drop(parameter: Tensor) -> None:
+    def accumulated(parameter: Tensor) -> None:
         parameter.grad = None
+        if parameter in take:
+            take[parameter](seen.pop(parameter))
 
     kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
     handles = []
@@ -246,9 +246,9 @@ def gradients_taken(parameters: Iterable[Any], take: Mapping[Tensor, Callable[[T
         parameter.grad = None
         parameter._post_accumulate_grad_hooks = OrderedDict()
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(drop)
+            parameter.register_post_accumulate_grad_hook(accumulated)
             if parameter in take:
-                handles.append(parameter.register_hook(partial(hand_on, take[parameter])))
+                handles.append(parameter.register_hook(partial(seen.__setitem__, parameter)))
     try:
         yield
     finally:
