@@ -6,7 +6,6 @@ with the hooks: it is what plain autograd says.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -48,16 +47,23 @@ class Expected:
 
     def errors(self, store: Mapping[str, Tensor], layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, float]:
         """Return the relative error of each layer that has a gradient. ``dtype``: the coarsest it is computed in."""
-        apart, size = {}, {}
-        for name, c in store.items():
-            r = self.r.to(c)
-            rows = c.flatten(1) * r[:, None]
-            want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
-            apart[name] = float(norm(rows.sum(0) - want))
-            size[name] = math.hypot(float(norm(rows)), float(norm(want)))
+        both = {name: self._compared(name, c) for name, c in store.items()}
+        apart = {name: float(difference) for name, (difference, _) in both.items()}
+        size = {name: float(found) for name, (_, found) in both.items()}
         largest = max(size.values(), default=0.0)
         floors = {name: (FLOOR if len(layers[name].shape) > 1 else FLOOR_OF_SUMS)[dtype] for name in store}
         return {name: apart[name] / (size[name] + floors[name] * largest) for name in store if size[name]}
+
+    def differ(self, store: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Return of each layer whether it seems to be wrong: a truth value, for which nobody waited."""
+        both = (self._compared(name, store[name]) for name in self.sketches)
+        return [~(apart <= TOLERANCE[dtype] * size) for apart, size in both]
+
+    def _compared(self, name: str, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far a layer's rows sum to something else than they must, and beside what size."""
+        rows = c.flatten(1) * self.r.to(c)[:, None]
+        want = self.sketches[name].flatten().to(rows) if name in self.sketches else rows.new_zeros(rows.shape[1])
+        return norm(rows.sum(0) - want), torch.hypot(norm(rows), norm(want))
 
 
 def norm(x: Tensor, dim: int | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..workload import samples_of, tensors
 from .ladder import SamplesMix
 from .layer import clean_name
 from .moments import NotFinite
+from .taps import any_true
 from .targets import Target
 
 
@@ -57,14 +58,20 @@ def check_count(n: int, batch: Any, way_out: str) -> None:
     )
 
 
-def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str]) -> None:
-    """Raise ValueError where a batch's gradients are not finite. Wait for each device once, not once a layer."""
+def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str], beside: Sequence[Tensor] = ()) -> bool:
+    """Raise ValueError where a batch's gradients are not finite. Return whether a truth value ``beside`` them is true.
+
+    Wait for each device once, not once a layer.
+    """
     sums: dict[torch.device, list[Tensor]] = {}
     for c in store.values():
         sums.setdefault(c.device, []).append(c.sum().float())
-    if not all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values()):
-        for name, c in store.items():
-            _check_layer(name, c, where)
+    wrong = [~torch.stack(of_device).isfinite().all() for of_device in sums.values()]
+    if not any_true([*wrong, *beside]):
+        return False
+    for name, c in store.items():
+        _check_layer(name, c, where)
+    return any_true(beside)
 
 
 def _check_layer(name: str, c: Tensor, where: Callable[[int], str]) -> None:

@@ -52,21 +52,20 @@ class Proof:
         first = any_true(store[name].any() for name in self.layers if name not in plan.compared)
         return "first gradient of a layer" if first else None
 
-    def unequal(self, current: Pass, store: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
-        """Return that the rows of some layers do not sum to what their parameters got in the same backward, or None."""
-        names = current.summed & self.layers.keys()
-        if self.known.audit == "never" or not names or current.weights is None:
+    def sums(self, current: Pass) -> Expected | None:
+        """Return what rows of some layers must sum to, by what their parameters got in the same backward, if any."""
+        names, weights = current.summed & self.layers.keys(), current.weights
+        if self.known.audit == "never" or not names or weights is None:
             return None
-        sketches = {name: sketched(self.layers[name], current.sums[name]) for name in names & current.sums.keys()}
-        want = Expected(current.weights, sketches, current.weights)
+        found = {name: weights.new_zeros(self.layers[name].stored_shape) for name in names}
+        found |= {name: sketched(self.layers[name], current.sums[name]) for name in names & current.sums.keys()}
+        return Expected(weights, found, weights)
 
-        def apart(rows: Mapping[str, Tensor]) -> bool:
-            errors = want.errors(rows, self.layers, dtype)
-            return any(not errors.get(name, 0) <= TOLERANCE[dtype] for name in names)
-
-        # Beside all other layers, much of what these differ by may be rounding.
-        differs = apart({name: store[name] for name in names}) and apart({name: store[name] for name in self.layers})
-        return "rows do not sum to their parameter's gradient" if differs else None
+    def unequal(self, want: Expected, store: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
+        """Return that rows do not sum to what they must, beside those of all layers, or None."""
+        errors = want.errors({name: store[name] for name in self.layers}, self.layers, dtype)
+        apart = any(not errors.get(name, 0) <= TOLERANCE[dtype] for name in want.sketches)
+        return "rows do not sum to their parameter's gradient" if apart else None
 
     def doubted(self, store: Mapping[str, Tensor], current: Pass, dtype: torch.dtype) -> Tensor | None:
         """Return the samples [N] of which colours may have missed a part, if any.

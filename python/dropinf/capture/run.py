@@ -243,10 +243,14 @@ class Run(Sharing):
         if (why or plan.unclear) and not current.proven and known.exact_names:
             self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
-        check_finite(store, hooked.where)
         dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
+        sums = None if why or hooked.probe is not None else self.proof.sums(current)
+        doubt = check_finite(store, hooked.where, sums.differ(store, dtype) if sums is not None else ())
         if not why and hooked.probe is None:
-            why = self.why = self.proof.first_gradient(plan, store) or self.proof.unequal(current, store, dtype)
+            why = self.proof.first_gradient(plan, store)
+            if sums is not None and doubt and not why:
+                why = self.proof.unequal(sums, store, dtype)
+            self.why = why
         if why and hooked.probe is None:
             self._audit(store, losses, dtype, (plan, look), why)
         doubted = self.proof.doubted(store, current, dtype) if plan.follow and hooked.probe is None else None
