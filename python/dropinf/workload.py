@@ -77,18 +77,6 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch
 
 
-def values_by_sample(batch: Any, n: int) -> bool:
-    """Return whether a batch of n samples has n values in a list or array, which no tensor shows."""
-    if isinstance(batch, np.ndarray):
-        return bool(batch.ndim and len(batch) == n)
-    if isinstance(batch, Mapping):
-        return any(values_by_sample(value, n) for value in batch.values())
-    if isinstance(batch, list | tuple):
-        plain = len(batch) == n and any(isinstance(value, int | float | str) for value in batch)
-        return plain or any(values_by_sample(value, n) for value in batch)
-    return any(values_by_sample(value, n) for value in getattr(batch, "__dict__", {}).values())
-
-
 def tensors(batch: Any) -> list[Tensor]:
     """Return every tensor of a batch, in a fixed order."""
     found: list[Tensor] = []

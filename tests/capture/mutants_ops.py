@@ -366,11 +366,11 @@ def rows_that_move_not_noticed(patch):
 def first_gradient_of_a_layer_at_rest_not_noticed(patch):
     patch.setattr(sharing, "settled", lambda *given: given[-1])
 
-    def backward(old, current, losses):
-        old(current, losses)
+    def settle(old, current):
+        old(current)
         current.unproven -= current.blank
 
-    around(patch, Pass, "backward", backward)
+    around(patch, Pass, "settle", settle)
 
 
 @fault("either_way", acts=1, audit="every", heals=True)

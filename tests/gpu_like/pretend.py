@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dropinf.capture import modules
+
 ROOT = Path(__file__).parents[2]
 _FOLDERS = ("python", "dropinf_kernels", "tests", "bench")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -294,6 +296,7 @@ def gpu() -> Iterator[Gpu]:
         mock.patch.object(Tensor, "cuda", lambda x, *_, **__: x.to(CUDA)),
         mock.patch.object(interpreter.GridExecutor, "__call__", _launch),
         mock.patch.object(Gpu, "current", mode),
+        mock.patch.object(modules, "_is_plain", lambda p: isinstance(p, nn.Parameter) and p.is_floating_point()),
         mode,
     ):
         yield mode

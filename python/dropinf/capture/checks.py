@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from ..workload import samples_of, tensors
 from .ladder import SamplesMix
 from .layer import clean_name
 from .moments import NotFinite
-from .taps import any_true
 from .targets import Target
 
 
@@ -58,29 +57,23 @@ def check_count(n: int, batch: Any, way_out: str) -> None:
     )
 
 
-def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str], beside: Sequence[Tensor] = ()) -> bool:
-    """Raise ValueError where a batch's gradients are not finite. Return whether a truth value ``beside`` them is true.
-
-    Wait for each device once, not once a layer.
-    """
+def not_finite(store: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return whether gradients may not be finite: a truth value for each device."""
     sums: dict[torch.device, list[Tensor]] = {}
     for c in store.values():
         sums.setdefault(c.device, []).append(c.sum().float())
-    wrong = [~torch.stack(of_device).isfinite().all() for of_device in sums.values()]
-    if not any_true([*wrong, *beside]):
-        return False
+    return [~torch.stack(of_device).isfinite().all() for of_device in sums.values()]
+
+
+def check_finite(store: Mapping[str, Tensor], where: Callable[[int], str]) -> None:
+    """Raise ValueError where a batch's gradients are not finite."""
     for name, c in store.items():
-        _check_layer(name, c, where)
-    return any_true(beside)
-
-
-def _check_layer(name: str, c: Tensor, where: Callable[[int], str]) -> None:
-    bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
-    if len(bad):
-        raise NotFinite(
-            f"layer {name}: the gradient of {where(int(bad[0]))} is not finite (NaN or inf), and of "
-            f"{len(bad)} samples of its batch; look at that sample's loss, or compute in a wider dtype"
-        )
+        bad = (~c.flatten(1).isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            raise NotFinite(
+                f"layer {name}: the gradient of {where(int(bad[0]))} is not finite (NaN or inf), and of "
+                f"{len(bad)} samples of its batch; look at that sample's loss, or compute in a wider dtype"
+            )
 
 
 def explain(model: nn.Module, batch: Any) -> ValueError | None:

@@ -16,7 +16,7 @@ from . import sharded
 from .hooks import Capture
 from .movement import Movement
 from .outside import Outside
-from .taps import overrides
+from .taps import is_of_torch, of_a_user, overrides
 
 
 class UseGuard(TorchFunctionMode):
@@ -38,7 +38,8 @@ class UseGuard(TorchFunctionMode):
         self.outside, self.originals = outside, originals
         self.found: set[int] = set()
         self.uses: Counter[int] = Counter()  # of parameters by their own modules
-        self.unforeseen: str | None = None  # why the batch is to be audited, whatever it looks like
+        # Why the batch is to be audited, whatever it looks like.
+        self.unforeseen = next((why for name in _OF_LAYERS if (why := _replaced(getattr(F, name)))), None)
         self.dtypes: set[torch.dtype] = set()  # that something was cast to
         self.writes = False  # statistics were computed, and perhaps kept in buffers
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
@@ -51,6 +52,10 @@ class UseGuard(TorchFunctionMode):
         tensors = self.movement.pass_by(func, args, kwargs)
         if types:
             self._override(types)
+        if self.capture.own:
+            self._look_inside(tensors)
+        if func not in _OWN and (why := _replaced(func)):
+            self.unforeseen = why  # this mode runs it twice
         look = _LOOKED_AT.get(func)
         if look is not None:
             look(self, args, kwargs)
@@ -69,8 +74,15 @@ class UseGuard(TorchFunctionMode):
             self.movement.unknowable = True
             self.unforeseen = f"it has a {own[0].__name__}, which overrides functions of torch"
 
+    def _look_inside(self, tensors: Iterable[Tensor]) -> None:
+        """Note that a norm of its own computes with what has no gradient, or another: its value is as it was."""
+        if torch.is_grad_enabled() and any(not t.requires_grad or of_a_user(t.grad_fn) for t in tensors):
+            self.unforeseen = "a norm of its own computes with constants, or with an autograd Function"
+
     def _hook(self, args: Any, _kwargs: Any) -> None:
         self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
+        if self.capture.own:
+            self.unforeseen = "a norm of its own has hooks on gradients inside"
         if isinstance(args[0], nn.Parameter):
             self.unforeseen = "a parameter has hooks on its gradient"
 
@@ -143,6 +155,10 @@ class UseGuard(TorchFunctionMode):
         return self._gathered[id(parameter)]
 
 
+_OWN: set[Any] = set()  # torch's functions
+_OF_LAYERS = (
+    "linear", "conv1d", "conv2d", "conv3d", "pad", "embedding", "layer_norm", "rms_norm", "group_norm", "batch_norm",
+)  # fmt: skip
 _TENSOR = vars(torch._C.TensorBase)
 # What is asked of a tensor and gives none: what is then done with the answer is seen.
 _ASKS = {
@@ -167,6 +183,16 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     **dict.fromkeys((_TENSOR["requires_grad"].__get__, _TENSOR["is_leaf"].__get__), UseGuard._ask),
     **dict.fromkeys((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm), UseGuard._normalise),
 }
+
+
+def _replaced(function: Any) -> str | None:
+    """Return that a function is its user's, in the place of one of torch's, or None."""
+    if function in _OWN:
+        return None
+    if hasattr(function, "__code__") and not is_of_torch(function):
+        return f"{function.__name__} is not torch's own"
+    _OWN.add(function)
+    return None
 
 
 def watch(

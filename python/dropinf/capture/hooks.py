@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .modules import Use
 from .passes import Call, Pass, tap
-from .taps import MARK, Signature, per_sample, signature_of
+from .taps import MARK, Signature, of_a_user, per_sample, signature_of
 
 
 class Capture:
@@ -29,6 +29,8 @@ class Capture:
         self.model, self.uses = model, dict(uses)
         self.names = {id(x): i for i, x in enumerate((*model.parameters(), *model.buffers()))}  # numbers
         self.active: Counter[nn.Module] = Counter()
+        self.own = 0  # how many of them are norms of a class of their own
+        self._unwatched: set[str] = set()  # such norms that were called without a graph, as a checkpoint calls them
         self.shared: set[Signature] = set()  # calls whose output has no sample dimension
         self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were
         self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
@@ -85,6 +87,8 @@ class Capture:
         """Have the hooks feed ``current`` inside. ``hides``: forwards use what is tracked without a graph to it."""
         self.hides = hides
         self.active.clear()
+        self.own = 0
+        self._unwatched.clear()
         for use in self.uses.values():
             use.doubts.clear()
             use.refresh()
@@ -108,6 +112,9 @@ class Capture:
         if self.hides and self._pass is not None and not self.active[module]:
             use.hide()
         self.active[module] += 1
+        self.own += use.is_summed
+        if use.is_summed and not torch.is_grad_enabled():
+            self._unwatched.add(use.name)
         if next(reversed(module._forward_pre_hooks)) != self._handles[use.name][0].id and self._pass is not None:
             self._pass.failed[use.name] = "a hook stands behind what captures its input"
 
@@ -117,6 +124,7 @@ class Capture:
         if module is not use.module:
             return None
         self.active[module] -= 1
+        self.own -= use.is_summed
         if not self.active[module]:
             use.unhide()
         current = self._pass
@@ -132,6 +140,9 @@ class Capture:
             current.failed[use.name] = f"it maps {type(x).__name__} to {type(out).__name__}, not a tensor to a tensor"
             return None
         with torch._C.DisableTorchFunction():  # the guard watches the model, not us
+            again = current.running and use.name in self._unwatched
+            if use.is_summed and (again or (of_a_user(out.grad_fn) and _is_of_more(out, x))):
+                current.unforeseen = current.unforeseen or "a norm of its own does what nobody sees"
             return self._tap(use, current, x, out)
 
     def _is_first(self, use: Use) -> bool:
@@ -156,3 +167,10 @@ class Capture:
         if mark is not None:
             setattr(tapped, MARK, mark)
         return None if tapped is out and not shared else tapped
+
+
+def _is_of_more(out: Tensor, x: Tensor) -> bool:
+    """Return whether the node of an output takes the results of others than the input's and those of leaves."""
+    assert out.grad_fn is not None
+    nodes = [node for node, _ in out.grad_fn.next_functions if node is not None and node is not x.grad_fn]
+    return any(node.name() != "struct torch::autograd::AccumulateGrad" for node in nodes)

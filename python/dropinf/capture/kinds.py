@@ -8,6 +8,7 @@ from torch import nn
 from .convolution import ConvUse
 from .layer import LayerKind
 from .modules import EmbeddingUse, LinearUse, NormUse, Use, rms_epsilon
+from .taps import is_of_torch
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -22,16 +23,19 @@ def module_kind(module: nn.Module) -> LayerKind | None:
     if isinstance(module, torch.jit.ScriptModule) or _computes_attributes(module):
         return None
     forward = type(module).forward
-    if forward is nn.Linear.forward or forward.__module__ == "transformers.pytorch_utils":
+    if forward.__module__ == "transformers.pytorch_utils":
+        return "linear"
+    if type(module).__name__.endswith("RMSNorm") and rms_epsilon(module) is not None:
+        return "norm"
+    if not is_of_torch(forward):  # which may have been replaced for the whole class
+        return None
+    if forward is nn.Linear.forward:
         return "linear"
     if any(forward is c.forward for c in _CONVS):
-        return "conv"
+        return "conv" if is_of_torch(getattr(type(module), "_conv_forward", None)) else None
     if forward is nn.Embedding.forward:
         return "embedding"
-    is_rms = type(module).__name__.endswith("RMSNorm")
-    if any(forward is n.forward for n in _NORMS) or (is_rms and rms_epsilon(module) is not None):
-        return "norm"
-    return None
+    return "norm" if any(forward is n.forward for n in _NORMS) else None
 
 
 def _computes_attributes(module: nn.Module) -> bool:

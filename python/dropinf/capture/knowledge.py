@@ -31,8 +31,7 @@ class Plan:
 
     ``follow``: each batch's layouts are found anew, as some follow the data or (``unclear``) samples may meet.
     ``movements``: of forwards whose layouts these are. ``paths``: movements that were audited. ``apart``: movements and
-    shapes of batches whose samples stay apart whatever the data. ``single``: of them too, whether a loss has nothing of
-    another sample's data.
+    shapes of batches whose samples stay apart whatever the data.
     """
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
@@ -42,7 +41,6 @@ class Plan:
     movements: set[int] = field(default_factory=set)
     paths: set[int] = field(default_factory=set)
     apart: set[tuple[int | None, Any]] = field(default_factory=set)
-    single: dict[tuple[int | None, Any], bool] = field(default_factory=dict)
     gradients: set[frozenset[str]] = field(default_factory=set)
     compared: set[str] = field(default_factory=set)  # layers that had a gradient in an audit
     follow: bool = False

@@ -21,6 +21,7 @@ from . import sharded
 from .layer import Layer
 from .moments import Moments
 from .samples import Samples
+from .taps import is_of_torch
 
 _SLACK = 8  # roundings between an RMSNorm's output and what is made of its input
 
@@ -51,7 +52,8 @@ class Use:
 
     def check(self) -> None:
         """Raise ValueError where the module is not what it was when its capture began."""
-        if "forward" in self.module.__dict__ or type(self.module).forward is not self._forward:
+        kind, instead = type(self.module), self.module.__dict__
+        if kind.forward is not self._forward or not instead.keys().isdisjoint(("forward", "_conv_forward")):
             raise ValueError("its forward was replaced")
         own = self.module._parameters
         if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
@@ -60,7 +62,7 @@ class Use:
     @cached_property
     def is_plain(self) -> bool:
         """Whether the module's forward is torch's own, on its own parameters, and so uses each of them once."""
-        return self._forward.__module__.startswith("torch.nn.modules") and not hasattr(self.module, "parametrizations")
+        return is_of_torch(self._forward) and not hasattr(self.module, "parametrizations")
 
     @property
     def is_summed(self) -> bool:

@@ -101,9 +101,6 @@ class Pass:
     def backward(self, losses: Tensor) -> None:
         """Backpropagate all losses into the recorder, by the layouts that are known."""
         self._run(losses, torch.ones_like(losses), None)
-        self._ask_norms()
-        if any_true(self._surprises):
-            self.unproven |= self.blank
 
     def coloured_backward(self, losses: Tensor, *, follow: bool) -> None:
         """Backpropagate all losses into the recorder, by layouts that are found on the way.
@@ -114,7 +111,6 @@ class Pass:
         colours = self.colours = Colours(self.samples.n, self.dtypes | {losses.dtype}, seed=self.place)
         before = self.layouts, self.proven
         self.layouts, self.proven, self.blank = {}, set(), set()
-        self._ask_norms()
         self._run(
             losses, torch.ones_like(losses), lambda call, key, g: colours.sign(key, call.use.rows(g)), retain=True
         )
@@ -123,19 +119,22 @@ class Pass:
             weights = colours.weights(losses, digit)
             into = Unweighted(self.recorder, 1 / weights) if last and together else None
             self._run(losses, weights, partial(self._read, colours, digit, before, into), retain=into is None)
-        self._ask_norms()  # of what ran again on the way
         colours.rows.clear()
         if not together and not self.several and not self.failed:
             self._run(losses, torch.ones_like(losses), None)
+        self._surprises.clear()  # of rows that were looked at
 
-    def _ask_norms(self) -> None:
-        """Find the norms that did something else than they did before."""
-        doubts = {name: use.doubts for name, use in self.uses.items() if use.doubts}
-        if any_true(doubt for found in doubts.values() for doubt in found):
-            wrong = [name for name, found in doubts.items() if any_true(found)]
-            self.failed |= dict.fromkeys(wrong, "it does not scale what it normalises by its weight")
-            for found in doubts.values():
-                found.clear()
+    @property
+    def questions(self) -> list[Tensor]:
+        """Truth values that nobody waited for: whether what was taken for known is otherwise."""
+        return [*(doubt for use in self.uses.values() for doubt in use.doubts), *self._surprises]
+
+    def settle(self) -> None:
+        """Find the norms that did something else than they did before, and gradients where none was."""
+        wrong = [name for name, use in self.uses.items() if any_true(use.doubts)]
+        self.failed |= dict.fromkeys(wrong, "it does not scale what it normalises by its weight")
+        if any_true(self._surprises):
+            self.unproven |= self.blank
 
     def add_sum(self, name: str, g: Tensor) -> None:
         """Take the gradient of a layer's parameter, from all of its uses in a backward."""

@@ -14,7 +14,6 @@ from .knowledge import Knowledge, Plan
 from .layer import Layer
 from .passes import Pass
 from .preserved import Flags, Start
-from .taps import any_true
 
 
 class Proof:
@@ -45,12 +44,11 @@ class Proof:
             return unforeseen
         return f"batch {self.place} of its call" if is_due(self.place) else None
 
-    def first_gradient(self, plan: Plan, store: Mapping[str, Tensor]) -> str | None:
-        """Return that a layer has a gradient that had none in any audit of batches that look alike, or None."""
+    def first_gradients(self, plan: Plan, store: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return whether layers have a gradient that had none in any audit of batches that look alike."""
         if self.known.audit == "never":
-            return None
-        first = any_true(store[name].any() for name in self.layers if name not in plan.compared)
-        return "first gradient of a layer" if first else None
+            return []
+        return [store[name].any() for name in self.layers if name not in plan.compared]
 
     def sums(self, current: Pass) -> Expected | None:
         """Return what rows of some layers must sum to, by what their parameters got in the same backward, if any."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..workload import tensors, values_by_sample
+from ..workload import tensors
 from . import sharded
 from .attempt import Again
 from .audit import TOLERANCE
-from .checks import cached_message, check_finite, late_message, refused_message, unrepeatable_message
+from .checks import cached_message, check_finite, late_message, not_finite, refused_message, unrepeatable_message
 from .exact import ExactGradients
 from .guard import UseGuard, watch
 from .knowledge import Plan
@@ -27,7 +27,7 @@ from .passes import Pass
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing
-from .taps import modes
+from .taps import any_true, modes
 
 
 class Run(Sharing):
@@ -80,8 +80,8 @@ class Run(Sharing):
             self._lower_leaked()
         after = RandomState(self.hooked.attributes.devices)
         self.random = bool(known.exact_names or self.hooked.probe) and self.start.random.moved()
-        if self.random and (known.ladder.on("vmap") or known.ladder.on("alone")):
-            self.unforeseen = self.unforeseen or "it draws random numbers"  # others for each sample alone
+        if self.n > 1 and (known.ladder.on("vmap") or known.ladder.on("alone")):
+            self.unforeseen = self.unforeseen or "samples are taken one by one"  # and may be others in a batch
         hooks_took = time.perf_counter() - began
         self._exact(current.recorder, losses.detach())
         if known.exact_names:
@@ -177,10 +177,19 @@ class Run(Sharing):
                 current.layouts, current.proven, current.blank = plan.layouts, plan.proven, plan.blank
             current.backward(losses)
             self._lower_failed(current)
-            if current.unproven:
-                self.colour, self.unforeseen = True, "gradient where none was"
-                raise Again
+            self._colour_unproven(current)
         return self._learn(current, plan or Plan()), look
+
+    def _colour_unproven(self, current: Pass) -> None:
+        if current.unproven:
+            self.colour, self.unforeseen = True, "gradient where none was"
+            raise Again
+
+    def _settle(self, current: Pass) -> None:
+        """Run again where something was not as it was taken to be."""
+        current.settle()
+        self._lower_failed(current)
+        self._colour_unproven(current)
 
     def _learn(self, current: Pass, plan: Plan) -> Plan:
         """Return the plan with what this batch shows of its look."""
@@ -234,6 +243,8 @@ class Run(Sharing):
         new = "new path of functions" if self.movement is not None and self.movement not in plan.paths else None
         self.why = self.why or self.proof.why(plan, reached, self.unforeseen or current.unforeseen or new)
         why = self.why
+        if hooked.probe is not None and any_true(current.questions):
+            self._settle(current)
         if why and hooked.probe is not None:
             current.recorder.check(losses)
             if self.proving > 0 and hooked.prove(self.batch):
@@ -244,11 +255,15 @@ class Run(Sharing):
             self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
         dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
-        sums = None if why or hooked.probe is not None else self.proof.sums(current)
-        doubt = check_finite(store, hooked.where, sums.differ(store, dtype) if sums is not None else ())
-        if not why and hooked.probe is None:
-            why = self.proof.first_gradient(plan, store)
-            if sums is not None and doubt and not why:
+        asked = not why and hooked.probe is None
+        sums = self.proof.sums(current) if asked else None
+        first = self.proof.first_gradients(plan, store) if asked else []
+        differ = [] if sums is None else sums.differ(store, dtype)
+        if any_true([*not_finite(store), *current.questions, *first, *differ]):  # the one wait of a batch
+            self._settle(current)
+            check_finite(store, hooked.where)
+            why = why or ("first gradient of a layer" if any_true(first) else None)
+            if sums is not None and not why:
                 why = self.proof.unequal(sums, store, dtype)
             self.why = why
         if why and hooked.probe is None:
@@ -266,14 +281,8 @@ class Run(Sharing):
 
     def _keep_apart(self, current: Pass, plan: Plan, look: Any) -> None:
         """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""
-        movement, ladder = self.movement, self.known.ladder
+        movement = self.movement
         alike = movement, tuple(leaf.shape for leaf in tensors(self.batch))
-        if self.n > 1 and (ladder.on("vmap") or ladder.on("alone")):
-            if alike not in plan.single:
-                self.unforeseen = self.unforeseen or "samples are taken one by one, of tensors of new shapes"
-                plan.single[alike] = movement is not None and self._stay_apart(current, strict=True)
-            if not plan.single[alike] or values_by_sample(self.batch, self.n):
-                self.unforeseen = self.unforeseen or "samples may meet"  # which single samples do not show
         if self.n == 1 or plan.follow or alike in plan.apart:
             return
         if movement is not None and self._stay_apart(current):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where para
 Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
 # What the capture of a module may raise where it is not what its class says.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+_TORCH = Path(torch.__file__).parent
 Take = Callable[[Tensor], None]
 
 
@@ -93,6 +95,12 @@ def overrides(kind: type) -> bool:
     own = getattr(kind, "__torch_function__", None)
     usual = (vars(Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
     return getattr(own, "__func__", own) not in usual and kind.__module__.split(".")[0] not in ("torch", "torchvision")
+
+
+def is_of_torch(function: Any) -> bool:
+    """Return whether a function of Python is torch's own, whatever name it has."""
+    code = getattr(function, "__code__", None)
+    return code is not None and Path(code.co_filename).is_relative_to(_TORCH)
 
 
 def of_a_user(node: Any) -> bool:
