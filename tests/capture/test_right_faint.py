@@ -154,3 +154,28 @@ def test_small_gradients_in_float16_are_of_their_own_samples(size):
             for name, p in (("a", exact["a"].weight), ("a.bias", exact["a"].bias)):
                 want = torch.autograd.grad(found[j], p, retain_graph=True)[0].flatten()
                 assert (rows[name][i * n + j].flatten() - want).norm() <= 0.1 * want.norm(), (name, i, j)
+
+
+class Narrow(nn.Module):
+    """A float64 model that attends in float32, as transformers' models do: by a cast, or by ``dtype=`` of a function."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.q, self.k, self.v, self.by = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), by
+
+    def forward(self, x):
+        scores = self.q(x) @ self.k(x).mT
+        weights = scores.float().softmax(-1) if self.by == "cast" else scores.softmax(-1, dtype=torch.float32)
+        return weights.to(x.dtype) @ self.v(x)
+
+
+@pytest.mark.parametrize("by", ["cast", "dtype"])
+@pytest.mark.parametrize("n", [4, 40])  # of which colours need powers that float32 does not hold
+def test_a_float64_model_that_computes_in_float32_inside(by, n):
+    torch.manual_seed(7)
+    model, x = Narrow(by).double(), torch.randn(n, 5, 6, dtype=torch.float64)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().sum((1, 2)))
+    rows = compressor.compress([x])
+    assert set(compressor._sweep.ladder.rungs.values()) == {"hook"}
+    want = [torch.autograd.grad(model(row[None]).square().sum(), model.k.weight)[0] for row in x]
+    torch.testing.assert_close(rows["k"], torch.stack(want), rtol=1e-4, atol=1e-5)

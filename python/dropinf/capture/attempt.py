@@ -68,7 +68,6 @@ class Attempts:
         self.colour = False  # whether layouts must be found anew
         self.why: str | None = None  # it is audited
         self.unforeseen: str | None = None  # why it is to be audited, whatever it looks like
-        self.dtypes: set[torch.dtype] = set()  # that its forward casts to
         self.random = False  # the model draws random numbers
         self.movement: int | None = None  # of its forward, by which it looks like earlier ones
         self.coloured = False  # the samples of its rows were found anew

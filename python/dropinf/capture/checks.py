@@ -174,7 +174,8 @@ def mixing_message(name: str, pair: tuple[int, int] | None, n: int) -> str:
         found = (
             f"layer {name}: rows of its output's gradient do not grow with the loss of one sample (of the {n} of the "
             "batch): either losses of several samples depend on the same row, so that no sample has a gradient of its "
-            "own, or a hook or an autograd Function clips or normalises gradients, which has to be left out"
+            "own, or a hook or an autograd Function clips or normalises gradients, which has to be left out, or "
+            "gradients are below what float16 holds: scale the loss up"
         )
     else:
         found = (
@@ -197,7 +198,7 @@ def refused_message(name: str, error: float, n: int, dtype: torch.dtype) -> str:
         f"(relative error {error:.2g}), whichever way they are found. {rounding}Likely the model draws numbers from a "
         "generator of its own, changes a state from call to call that no module holds, is used by another thread "
         "meanwhile, or has a hook that clips or normalises gradients; make it repeatable, or leave the layer out with "
-        "layers="
+        "layers=. Or the batch has no gradient but rounding (a loss that is as small as it can be): leave it out"
     )
 
 

@@ -56,6 +56,9 @@ class UseGuard(TorchFunctionMode):
             self._look_inside(tensors)
         if func not in _OWN and (why := _replaced(func)):
             self.unforeseen = why  # this mode runs it twice
+        dtype = kwargs.get("dtype")
+        if dtype is not None and tensors and tensors[0].requires_grad:
+            self._cast((tensors[0], dtype), {})
         look = _LOOKED_AT.get(func)
         if look is not None:
             look(self, args, kwargs)

@@ -46,7 +46,7 @@ class Pass:
     failed: dict[str, str] = field(default_factory=dict)  # modules that are not what their class says, and why
     uses: dict[str, Use] = field(default_factory=dict)  # by name, those that were called
     emitted: Counter[str] = field(default_factory=Counter)
-    dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs
+    dtypes: set[torch.dtype] = field(default_factory=set)  # of outputs, and those that the forward casts to
     shapes: dict[Key, torch.Size] = field(default_factory=dict)  # of gradients
     called: Counter[str] = field(default_factory=Counter)
     modes: int = 0  # that a forward begins in

@@ -68,7 +68,8 @@ class Run(Sharing):
             losses = self._losses(guard)
             guard.movement.end(losses)
             self._check_forward(current, guard, losses)
-            self.unforeseen, self.dtypes = self.unforeseen or guard.unforeseen, guard.dtypes
+            self.unforeseen = self.unforeseen or guard.unforeseen
+            current.dtypes |= guard.dtypes
             if any(use.is_odd for use in current.uses.values()):
                 self.unforeseen = self.unforeseen or "a parameter is of a class of its own"
             if guard.writes:
@@ -124,7 +125,7 @@ class Run(Sharing):
     def _check_repeated(self, current: Pass, losses: Tensor) -> None:
         """Raise AttributionError where another run of the batch, from the same state, gives other losses."""
         assert self.first_losses is not None
-        slack = TOLERANCE[self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})]
+        slack = TOLERANCE[self.proof.coarsest(current.dtypes | {losses.dtype})]
         apart = (losses - self.first_losses).nan_to_num().abs().max()
         if apart > slack * self.first_losses.nan_to_num().abs().max():
             raise AttributionError(unrepeatable_message(float(apart)))
@@ -254,7 +255,7 @@ class Run(Sharing):
         if (why or plan.unclear) and not current.proven and known.exact_names:
             self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
-        dtype = self.proof.coarsest(current.dtypes | self.dtypes | {losses.dtype})
+        dtype = self.proof.coarsest(current.dtypes | {losses.dtype})
         asked = not why and hooked.probe is None
         sums = self.proof.sums(current) if asked else None
         first = self.proof.first_gradients(plan, store) if asked else []
