@@ -35,7 +35,6 @@ from .workload import (
     CuSeqlens,
     Ids,
     LossFn,
-    check_ids,
     check_loss,
     check_model,
     check_order,
@@ -235,14 +234,12 @@ class Compressor:
         ``progress`` shows a bar on standard error.
         """
         if out is not None:
-            check_ids(ids)
-            made = Fisher(fisher) if isinstance(fisher, str) else fisher
             return write_index(
                 self,
                 batches,
                 out,
                 dtype=dtype,
-                fisher=made,
+                fisher=fisher,
                 ids=ids,
                 order=order,
                 append=append,

@@ -185,6 +185,17 @@ def check_loss(loss_fn: object) -> None:
         raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")
 
 
+def check_ids_stay(ids: Ids, batch: Any) -> None:
+    """Raise ValueError where samples get other names each time: what is resumed, or shared, asks again."""
+    first, second = ids(batch), ids(batch)
+    first, second = (x if isinstance(x, str) or x is None else list(x) for x in (first, second))
+    if first != second:
+        raise ValueError(
+            f"ids: it gives the first batch {str(first)[:60]}, and then {str(second)[:60]}; names must come from the "
+            "batch alone, such as lambda batch: batch['id']"
+        )
+
+
 def check_ids(ids: object) -> None:
     """Raise TypeError where ids are not a function: a list of them belongs to no batch."""
     if ids is not None and not callable(ids):

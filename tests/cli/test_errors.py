@@ -115,5 +115,5 @@ def test_help_imports_no_model_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.splitlines()[-1] == "[]"
     assert "--budget-bytes" in done.stdout
-    assert "dropinf.transformer.Workload(model, loss_fn, batches, ids)" in done.stdout
+    assert "from dropinf.transformer import Workload" in done.stdout
     assert "\x1b" not in done.stdout

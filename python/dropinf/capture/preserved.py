@@ -236,9 +236,10 @@ def gradients_taken(parameters: Iterable[Any], take: Mapping[Tensor, Callable[[T
     seen: dict[Tensor, Tensor] = {}  # also what autograd.grad returns, as of a loss that differentiates
 
     def accumulated(parameter: Tensor) -> None:
-        parameter.grad = None
-        if parameter in take:
-            take[parameter](seen.pop(parameter))
+        g, parameter.grad = parameter.grad, None
+        g = seen.pop(parameter, g)  # FSDP2 calls this for a gradient that no hook saw
+        if g is not None and parameter in take:
+            take[parameter](g)
 
     kept = [(p, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
     handles = []

@@ -97,12 +97,15 @@ class HookedModel:
 
 
 @contextmanager
-def progress_bar(batches: Iterable[Any], shown: bool) -> Iterator[tqdm[Any]]:
+def progress_bar(batches: Iterable[Any], shown: bool) -> Iterator[Iterable[Any]]:
     """Yield the batches, with a bar on standard error if it is to be shown."""
     check_batches(batches)
     try:
-        with tqdm(batches, disable=not shown, desc="compress", unit="batch") as bar:
-            yield bar
+        if shown:
+            with tqdm(batches, desc="compress", unit="batch") as bar:
+                yield bar
+        else:  # tqdm would take a lock that processes share, and one that is killed keeps it
+            yield batches
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         if type(error) in (TypeError, ValueError, IndexError, RuntimeError) and is_one_batch(batches):
             raise ValueError(

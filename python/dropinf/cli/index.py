@@ -116,7 +116,8 @@ def index(
 
     \b
         def load():  # loss_fn(model, batch) -> losses of N samples; ids(batch) -> their N names
-            return dropinf.transformer.Workload(model, loss_fn, batches, ids)
+            from dropinf.transformer import Workload
+            return Workload(model, loss_fn, batches, ids)
     """
     if discard:
         if append or any(x is not None for x in (loader, model, data)):

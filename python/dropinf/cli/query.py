@@ -331,9 +331,12 @@ def _samples(train: Index, best: list[TopK]) -> list[list[list[Found]]]:
 
 def passage_texts(index: Index, wanted: set[str]) -> dict[str, str]:
     """Return the texts of these passages by id, none where the index has no passages, in one scan of the file."""
-    if PASSAGES not in index.manifest.files:
+    expected = index.manifest.files.get(PASSAGES)
+    if expected is None:
         return {}
-    return PassageFile(index.path / PASSAGES).texts(wanted)
+    file = PassageFile(index.path / PASSAGES)
+    file.check(expected)
+    return file.texts(wanted)
 
 
 def _facts(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ import torch
 
 from ..ranks import Ranks
 
-LOOKS = 64  # batches of other ranks that each rank looks at
 _CLOSE = 1e-2  # of losses that are computed on other devices
 _CHECKSUMS = ("model", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
 _WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
@@ -53,11 +52,6 @@ def compare_batches(ranks: Ranks, prints: Mapping[int, str]) -> None:
                     f"batches: batch {b} is another one on rank {rank} than on rank {other}; {_WAY_OUT}"
                     f"{_sampler('first batch')}"
                 )
-
-
-def looks(count: int) -> range:
-    """Return the numbers of the batches that every rank looks at, spread over all of them."""
-    return range(0, count, max(1, -(-count // LOOKS)))
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ from ..files import SUFFIX, array_file, new_array, plain_name, replacing
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, GradientSource, block_rows
 from ..gradients import Rows as Selected
+from .folder import FISHER, PARTS, SHARDS, SKETCH
 
 FAISS = ".faiss"
 IDS = ".ids"
@@ -30,11 +31,15 @@ class Rows(Protocol):
     def at(self, positions: Tensor) -> Tensor: ...
 
 
-def check_out(out: str | os.PathLike[str], factory: str | None) -> None:
-    """Raise ValueError for a name that says no known kind of file, or a factory that has no use for it."""
+def check_out(out: str | os.PathLike[str], factory: str | None, folder: Path) -> None:
+    """Raise ValueError for a name that says no known kind of file or one of an index's own files in its ``folder``, or
+    for a factory that has no use for it."""
     suffix = Path(out).suffix
     if suffix not in (".npy", SUFFIX, FAISS):
         raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or {FAISS}")
+    final, folder = Path(out).absolute(), folder.absolute()
+    if final.parent in (folder / SHARDS, folder / PARTS) or final in (folder / SKETCH, folder / FISHER):
+        raise ValueError(f"out is {os.fspath(out)!r}, a file of the index itself; name a file beside it")
     if factory is not None and suffix != FAISS:
         raise ValueError(f"factory is {factory!r}; it is of a {FAISS} file, and out is {os.fspath(out)!r}")
     if suffix == FAISS:
@@ -55,19 +60,25 @@ class Export:
     def write(self, rows: Rows, ids: Iterable[str]) -> None:
         """Write the file, and then the ids of its rows beside it: never those of another file."""
         beside = Path(f"{os.fspath(self.out)}{IDS}")
-        beside.unlink(missing_ok=True)
+        with replacing(beside) as temporary:
+            with open(temporary, "w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(name) + "\n" for name in ids)
+            self._write_rows(rows, beside)
+
+    def _write_rows(self, rows: Rows, beside: Path) -> None:
+        """Write the rows. What is ``beside`` goes just before they get their name: a kill there leaves no other ids."""
         if Path(self.out).suffix != FAISS:
             with new_array(self.out, (self.count, self.width), self.dtype) as file:
                 for offset, part in rows.blocks():
                     file.write(offset, 0, part)
+                beside.unlink(missing_ok=True)
         elif self.factory in (None, "Flat") and (header := self._flat_header()) is not None:
             with array_file(self.out, header, (self.count, self.width), torch.float32) as file:
                 for offset, part in rows.blocks():
                     file.write(offset, 0, part.float())
+                beside.unlink(missing_ok=True)
         else:
-            self._write_coded(rows)
-        with replacing(beside) as temporary, open(temporary, "w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(name) + "\n" for name in ids)
+            self._write_coded(rows, beside)
 
     def _flat_header(self) -> bytes | None:
         """Return what stands before the rows of a flat FAISS file; None where FAISS writes it in another way."""
@@ -88,7 +99,7 @@ class Export:
             else None
         )
 
-    def _write_coded(self, rows: Rows) -> None:
+    def _write_coded(self, rows: Rows, beside: Path) -> None:
         """Train an index on a random part of the rows, add all of them, and write it."""
         faiss = _faiss()
         coded = self._made()
@@ -109,6 +120,7 @@ class Export:
             temporary.touch()
             with plain_name(temporary) as name:
                 faiss.write_index(coded, name)
+            beside.unlink(missing_ok=True)
 
     def _made(self) -> Any:
         faiss = _faiss()

@@ -30,11 +30,17 @@ _held: set[int] = set()  # locks of this process, as open files
 
 
 @contextmanager
-def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of the folder while inside; the lock is released however this run ends."""
+def locked(folder: Path, ranks: Ranks, *, make: bool = True) -> Iterator[None]:
+    """Keep other runs out of the folder while inside; the lock is released however this run ends.
+
+    ``make``: make the folder where there is none.
+    """
 
     def acquire() -> int:
-        make_folder(folder)
+        if make:
+            make_folder(folder)
+        elif not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no longer there; open the index where it is now")
         try:
             handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:

@@ -95,7 +95,7 @@ def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
             f"fisher: it is of {fisher.count} samples, and the index has {len(index)}; use build_fisher(index), or "
             "fisher.save(path) for one of a part"
         )
-    with locked(index.path, Ranks(None)):
+    with locked(index.path, Ranks(None), make=False):
         now = Manifest.load(index.path)
         if replace(now, files={}) != replace(index.manifest, files={}):
             raise ValueError(

@@ -119,6 +119,14 @@ class Manifest:
         }
         return checksum(_canonical(body))
 
+    def has_key(self, number: int) -> bool:
+        """Return whether a run's key is of what the manifest says; True where that cannot be told."""
+        run, merged = self.runs[number], sum(len(before.calls) for before in self.runs[:number])
+        if run.calls or not run.printed or not run.shards:  # merged, of an earlier version, or not finished
+            return True
+        about = run.shards[0].number, run.first, run.batches, run.shard_batches
+        return any(run.key == self.key(place, *about) for place in range(number, number + merged + 1))
+
     def with_file(self, name: str, found: str) -> Manifest:
         return replace(self, files={**self.files, name: found})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..files import TEMPORARY, file_checksum, make_folder
 from ..gradients import Origin
 from ..ranks import Ranks
-from ..workload import HELD, Ids, count_of
+from ..workload import HELD, Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
@@ -83,6 +83,7 @@ class Opening:
         self._sweep()
         sweep_merged(self.folder, manifest)
         self._check_same(manifest, dtype)
+        self._check_ids(first)
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
@@ -167,8 +168,13 @@ class Opening:
 
     def _create(self, first: Any, found: str, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
+        self._check_ids(first)
         flat = self._rows(first) if self.source.is_sharded or self.ranks.rank == 0 else None
         return self.ranks.first(lambda: self._write_first(found, flat, dtype, about))
+
+    def _check_ids(self, first: Any) -> None:
+        if self.ids is not None:
+            check_ids_stay(self.ids, first)
 
     def _rows(self, batch: Any) -> Tensor:
         found: list[Tensor] = []

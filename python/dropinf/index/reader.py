@@ -274,7 +274,7 @@ class Index:
         self._rewrite(compact)
 
     def _rewrite(self, change: Callable[[Path, Manifest], Manifest]) -> None:
-        with locked(self.path, Ranks(None)):
+        with locked(self.path, Ranks(None), make=False):
             before = Manifest.load(self.path)
             manifest = change(self.path, before)
         if before.shards == self.manifest.shards:
@@ -295,9 +295,10 @@ class Index:
                 default. It is trained on random rows, as many as `memory_bytes` has room for.
 
         Raises:
-            ValueError: a factory that FAISS refuses, or whose codes take more memory than the index may.
+            ValueError: a file of the index itself, a factory that FAISS refuses, or one whose codes take more memory
+                than the index may.
         """
-        check_out(out, factory)
+        check_out(out, factory, self.path)
         fisher = self.fisher() if fisher is None else fisher
         fisher.check(self, "fisher and index")
         dtype = fisher.result_dtype(self.dtype, "whiten")

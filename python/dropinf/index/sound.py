@@ -38,6 +38,8 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
     problems += _problems_of_order(folder, manifest)
     for number in range(len(manifest.runs)):
+        if not manifest.has_key(number):
+            problems.append(f"{folder}: its manifest does not say of run {number} what its files were made with")
         problems += _problems(Plan(folder, manifest, number))
     if problems and _changed(folder, manifest):
         return verify(folder)  # while another process appended, or merged shards
@@ -64,7 +66,7 @@ def _problems_of_order(folder: Path, manifest: Manifest) -> list[str]:
 
 def _problems(plan: Plan) -> list[str]:
     """Return what is wrong with the shards of a finished run."""
-    problems = []
+    problems, batches = [], 0
     for shard in plan.run.shards or ():
         file = ShardFile(shard_path(plan.folder, shard.number, shard.checksum), plan.manifest.codec, shard.rows)
         try:
@@ -73,8 +75,13 @@ def _problems(plan: Plan) -> list[str]:
             if plan.manifest.ids:
                 file.texts(layout)
             counts = plan.own_header(file.path).batches
+            batches += len(counts)
             if sum(counts) != shard.rows:
                 problems.append(f"{file.path}: its batches have {sum(counts)} rows, and it has {shard.rows}")
+        except FileNotFoundError:
+            problems.append(f"{file.path}: missing")  # or merged meanwhile
         except ValueError as error:
             problems.append(str(error))
+    if not problems and plan.run.shards is not None and plan.run.batches not in (None, batches):
+        problems.append(f"{plan.folder}: its shards have {batches} batches, and a run of it has {plan.run.batches}")
     return problems

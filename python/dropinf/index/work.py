@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..workload import Ids, count_of, first_batch
-from .agreement import LOOKS, looks
 from .fingerprint import fingerprint
 from .finished import Finished
 from .parts import Share
@@ -19,9 +19,17 @@ class Work:
     """
 
     def __init__(
-        self, batches: Iterable[Any], first: str, finished: Finished, share: Callable[[int], bool], ids: Ids | None
+        self,
+        batches: Iterable[Any],
+        first: str,
+        finished: Finished,
+        share: Callable[[int], bool],
+        beside: Callable[[int], bool],
+        ids: Ids | None,
     ) -> None:
-        """Take ``batches``, of which ``share`` says whether they are this rank's; ``first``: its first fingerprint."""
+        """Take ``batches``, of which ``share`` says whether they are this rank's, and ``beside`` whether it looks at
+        them for another rank; ``first``: its first fingerprint."""
+        self.beside = beside
         self.batches, self.first, self.finished, self.share, self.ids = batches, first, finished, share, ids
         mine = [b for b in finished if share(b)]
         # What no fingerprint is of, such as the loss, shows in the rows of the first and of the last.
@@ -32,7 +40,7 @@ class Work:
         self.batch: Any = None
         self.print = ""  # fingerprint of the batch, as it was before loss_fn had it
         self.count = count_of(batches)
-        self.prints: dict[int, str] = {}  # of batches that other ranks may have looked at too
+        self.prints: dict[int, str] = {}  # of its batches, and of those that it looks at for another rank
         self.spare = batches.first if isinstance(batches, Share) else None
         self.rounds = 0  # computed by each rank, where all must compute together
 
@@ -68,10 +76,15 @@ class Work:
             for b in self.finished:
                 if self.share(b) and self.finished.tells(b):
                     self._compare(b, self.batches[b])
+            others = filter(self.beside, range(count))
             for b in (*sorted(self.again), *filter(self.wanted, range(count))):
                 batch = self.batches[b]
                 self.print = self._print(b, batch)
                 yield b, batch
+                for other in itertools.islice(others, 1):
+                    self._print(other, self.batches[other])
+            for other in others:
+                self._print(other, self.batches[other])
             return
         b, told = self.first_number - 1, self.count
         for b, batch in enumerate(self.batches, self.first_number):
@@ -81,7 +94,7 @@ class Work:
                     "iterator, or with random augmentation; pass a list, or iter(batches) to read them once"
                 )
             if not self.share(b):
-                if b < LOOKS or b & (b - 1) == 0:
+                if self.beside(b):
                     self._print(b, batch)
                 continue
             if b in self.finished:
@@ -100,14 +113,6 @@ class Work:
         found = self.first if b == self.first_number else fingerprint(batch, named=self.named)
         self.prints[b] = found
         return found
-
-    def looked_at(self) -> Mapping[int, str]:
-        """Return the fingerprints of batches that are known here, with some of other ranks'."""
-        if isinstance(self.batches, Sequence):
-            for b in looks(len(self.batches)):
-                if b not in self.prints:
-                    self._print(b, self.batches[b])
-        return self.prints
 
     def _compare(self, b: int, batch: Any) -> None:
         difference = self.finished.difference(b, self._print(b, batch), None if self.ids is None else self.ids(batch))

@@ -8,6 +8,7 @@ many runs, the bytes are the same.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +21,19 @@ import torch
 from torch import Tensor
 
 from ..files import SUFFIX, checksum, serialize, write_whole
-from ..fisher.fisher import Fisher
+from ..fisher.fisher import Fisher, FisherKind
 from ..ranks import Ranks
-from ..workload import HELD, Ids, check_order, count_of, first_batch, order_of, sampler_of_ranks, shuffles
+from ..workload import (
+    HELD,
+    Ids,
+    check_ids,
+    check_order,
+    count_of,
+    first_batch,
+    order_of,
+    sampler_of_ranks,
+    shuffles,
+)
 from .agreement import agree, compare_batches
 from .codec import DTYPES
 from .compact import compact_gathered
@@ -93,7 +104,11 @@ class Writer:
         def share(b: int) -> bool:
             return self.batches.is_mine(b) if isinstance(self.batches, Share) else self._is_mine(base + b // size)
 
-        work = Work(self.batches, first, self.finished, share, self.ids)
+        def beside(b: int) -> bool:  # whether it is the next rank's
+            own = isinstance(self.batches, Share) or self.ranks.world == 1
+            return not own and (base + b // size - self.ranks.rank) % self.ranks.world == 1
+
+        work = Work(self.batches, first, self.finished, share, beside, self.ids)
         if self.ranks.world > 1 and self.source.is_sharded:
             if work.count is None:
                 raise ValueError("batches: a sharded model needs a list or a DataLoader, whose length is known")
@@ -223,7 +238,7 @@ class Writer:
 
     def _finish(self) -> None:
         if self.ranks.world > 1:
-            compare_batches(self.ranks, self.work.looked_at())
+            compare_batches(self.ranks, self.work.prints)
         manifest = self._finished_manifest()
         every = dict(enumerate(manifest.shards))
         if self.plan.undecided:
@@ -343,13 +358,31 @@ def _first(batches: Iterable[Any], ranks: Ranks, places: Tensor | None) -> tuple
     return first_batch(batches)
 
 
+def _check_options(
+    batches: Iterable[Any], dtype: torch.dtype | None, fisher: FisherKind | Fisher | None, ids: Ids | None
+) -> Fisher | None:
+    """Raise ValueError or TypeError for options that no index has. Return the Fisher matrix to build."""
+    check_ids(ids)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
+    if shuffles(batches.loader if isinstance(batches, Parts) else batches):
+        raise ValueError(
+            "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
+            "sampler of a fixed order. Ranks share the work by group=, each with all batches"
+        )
+    made = Fisher(fisher) if isinstance(fisher, str) else fisher
+    if made is not None and made.count:
+        raise ValueError(f"fisher has {made.count} samples; pass an empty one, such as dropinf.Fisher('block')")
+    return made
+
+
 def write_index(
     source: RowSource,
     batches: Iterable[Any],
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    fisher: Fisher | None = None,
+    fisher: FisherKind | Fisher | None = None,
     ids: Ids | None = None,
     order: Sequence[int] | Tensor | None = None,
     append: bool = False,
@@ -359,18 +392,11 @@ def write_index(
     wrote: Callable[[int], None] | None = None,
 ) -> Index:
     """Compress into a folder; see `Compressor.compress`. `wrote` is told how many samples each batch added."""
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
-    loader = batches.loader if isinstance(batches, Parts) else batches
-    if shuffles(loader):
-        raise ValueError(
-            "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
-            "sampler of a fixed order. Ranks share the work by group=, each with all batches"
-        )
-    if fisher is not None and fisher.count:
-        raise ValueError(f"fisher has {fisher.count} samples; pass an empty one, such as dropinf.Fisher('block')")
-    ranks, folder, places = Ranks(group), Path(path), order_of(batches, order)
-    with ranks.watched(), locked(folder, ranks):
+    ranks = Ranks(group)
+    with ranks.watched(), contextlib.ExitStack() as stack:  # the others wait for a rank whose arguments are refused
+        fisher = _check_options(batches, dtype, fisher, ids)
+        folder, places = Path(path), order_of(batches, order)
+        stack.enter_context(locked(folder, ranks))
         first, batches = _first(batches, ranks, places)
         mine = found = fingerprint(first, named=ids is not None)
         if isinstance(batches, Share):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..files import checksum, write_whole
+from ..files import checksum, file_checksum, write_whole
 from .passages import Passage
 
 
@@ -27,6 +27,14 @@ class PassageFile:
     def write(self, lines: Iterable[bytes]) -> None:
         """Write the file; it is complete and on disk once it has its name."""
         write_whole(self.path, b"".join(lines))
+
+    def check(self, expected: str) -> None:
+        """Raise an error where the file is not the one with this checksum."""
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: missing; restore it from a copy")
+        if file_checksum(self.path) != expected:
+            way_out = f"see dropinf verify {shlex.quote(str(self.path.parent))}"
+            raise ValueError(f"{self.path}: damaged, its bytes do not match their checksum; {way_out}")
 
     def texts(self, wanted: set[str]) -> dict[str, str]:
         """Return the texts of the passages with these ids, by id, in one scan of the file.
