@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dropinf_kernels": ROOT / "dropinf_kernels", "dropinf": ROOT / "python" / "dropinf"}
 KERNELS = {"dropinf_kernels"}
-BASE = {"files", "readonly", "ranks", "workload", "gradients", "builder", "metrics", "sketch"} | KERNELS
+BASE = {"files", "readonly", "ranks", "workload", "loss_name", "gradients", "builder", "metrics", "sketch"} | KERNELS
 VERBS = BASE | {"capture", "fisher", "index", "text", "compressor", "score", "budget"}
 # Room -> the rooms that it may import, itself aside.
 MAY_IMPORT = {
@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "readonly": set(),
         "ranks": set(),
         "workload": {"files"},
+        "loss_name": {"workload", "files"},
         "gradients": {"files", "readonly"},
         "builder": {"gradients"},
         "metrics": {"files"},

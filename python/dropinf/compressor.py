@@ -29,6 +29,7 @@ from .index.folder import SKETCH
 from .index.manifest import Manifest, check_code
 from .index.reader import Index
 from .index.writer import write_index
+from .loss_name import name_of_loss
 from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
 from .workload import (
@@ -39,7 +40,6 @@ from .workload import (
     check_model,
     check_order,
     count_of,
-    name_of_loss,
     order_of,
     unwrap,
     warn_shuffled,

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import dis
-import functools
-import inspect
 import itertools
 import random
-import re
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -109,74 +104,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-HELD = ", holding "
-_LARGEST_HELD = 1 << 24  # bytes
-
-
-def name_of_loss(loss_fn: object) -> str:
-    """Return the qualified name of a loss function, and fingerprints of its source and of what it holds, if any.
-
-    It holds constants: numbers, text and tensors that a closure, a partial, defaults or attributes bind.
-    """
-    held = _held(loss_fn, frozenset())
-    return f"{_plain_name(loss_fn)}{HELD}{checksum(held)[:8]}" if held else _plain_name(loss_fn)
-
-
-def _plain_name(loss_fn: object) -> str:
-    if isinstance(loss_fn, functools.partial):
-        bound = re.sub(r" at 0x[0-9a-f]+", "", repr((loss_fn.args, loss_fn.keywords)))
-        return f"{_plain_name(loss_fn.func)}, bound {checksum(bound.encode())[:8]}"
-    about: Any = inspect.unwrap(loss_fn) if inspect.isroutine(loss_fn) else type(loss_fn)
-    try:
-        source = inspect.getsource(about).encode()
-    except (OSError, TypeError):
-        source = getattr(getattr(about, "__code__", None), "co_code", b"")
-    name = f"{getattr(about, '__module__', '')}.{getattr(about, '__qualname__', type(about).__name__)}"
-    return f"{name} {checksum(source)[:8]}" if source else name
-
-
-def _held(loss_fn: Any, seen: frozenset[int]) -> bytes:
-    """Return the constants that a loss binds, in bytes. ``seen``: functions that were asked, as one may hold itself."""
-    if id(loss_fn) in seen:
-        return b""
-    seen |= {id(loss_fn)}
-    if isinstance(loss_fn, functools.partial):
-        return _constants((loss_fn.args, loss_fn.keywords), seen) + _held(loss_fn.func, seen)
-    about = inspect.unwrap(loss_fn) if inspect.isroutine(loss_fn) else loss_fn
-    return _constants((_bound(about if inspect.isfunction(about) else loss_fn),), seen)
-
-
-def _bound(loss_fn: Any) -> Mapping[str, Any]:
-    """Return what a function or an object binds by name, but for what the function itself binds anew, as a count."""
-    if not inspect.isfunction(loss_fn):
-        return dict(getattr(getattr(loss_fn, "__self__", loss_fn), "__dict__", {}))
-    code = loss_fn.__code__
-    counts = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
-    cells = zip(code.co_freevars, loss_fn.__closure__ or (), strict=True)
-    found = {name: cell for name, cell in cells if name not in counts}
-    held = {name: cell.cell_contents for name, cell in found.items() if cell != types.CellType()}
-    return held | {"defaults": loss_fn.__defaults__ or ()} | (loss_fn.__kwdefaults__ or {})
-
-
-def _constants(values: Iterable[Any], seen: frozenset[int]) -> bytes:
-    """Return the constants in values, in bytes: nothing for what has none, such as a model, a list, or a function."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            small = value.numel() * value.element_size() <= _LARGEST_HELD  # weights of classes, not data
-            found.append(f"{tuple(value.shape)} {value.dtype}".encode() + (tensor_bytes(value) if small else b""))
-        elif isinstance(value, bool | int | float | complex | str | bytes):
-            found.append(repr(value).encode())
-        elif isinstance(value, tuple):
-            found.append(_constants(value, seen))
-        elif isinstance(value, Mapping):
-            parts = [(str(key).encode(), _constants((value[key],), seen)) for key in sorted(value, key=str)]
-            found.append(b"".join(key + b"=" + part for key, part in parts if part))
-        elif inspect.isfunction(value):
-            found.append(_plain_name(value).encode() + _held(value, seen))
-    return b";".join(part for part in found if part)
 
 
 def check_loss(loss_fn: object) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import dropinf
 from dropinf.gradients import Gradients
-from dropinf.workload import name_of_loss
+from dropinf.loss_name import name_of_loss
 from tests.index.fixtures import make_fixtures as made
 
 FIXTURES = Path(__file__).parents[1] / "index" / "fixtures"

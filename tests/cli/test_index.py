@@ -50,7 +50,9 @@ def test_verify_says_what_is_wrong(common, tmp_path):
     assert run("verify", folder).stdout == "sound\n"
     (folder / "passages.jsonl").write_text("{}\n")
     asked = ["query", folder, "--text", QUERIES[0]]
-    assert f"passages.jsonl: damaged, its bytes do not match their checksum; see dropinf verify {folder}" in error_of(*asked)
+    assert f"passages.jsonl: damaged, its bytes do not match their checksum; see dropinf verify {folder}" in error_of(
+        *asked
+    )
     shard = sorted((folder / "shards").iterdir())[0]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     assert f"{shard}: damaged" in error_of(*asked)

@@ -195,7 +195,7 @@ def same(model, batch):
 
 
 def test_losses_of_an_append_and_of_a_rerun(tmp_path):
-    """An append of another loss is warned of; a rerun is compared by its rows, whatever the loss is called."""
+    """An append of another loss is refused; a rerun is compared by its rows, whatever the loss is called."""
     model = make_compressor().model
     index = appended(tmp_path / "idx", count=1)
     for loss in (loss_fn, same, twice):
@@ -205,7 +205,7 @@ def test_losses_of_an_append_and_of_a_rerun(tmp_path):
                 made.compress(ordered(0), out=index.path, ids=ids)
         else:
             made.compress(ordered(0), out=index.path, ids=ids)
-    with pytest.warns(UserWarning, match=r"loss_fn: it is .*\.twice .*, and .* was made with .*\.loss_fn "):
+    with pytest.raises(ValueError, match=r"loss_fn: it is .*\.twice .*, and .* was made with .*\.loss_fn "):
         made.compress(ordered(1), out=index.path, ids=ids, append=True)
 
 

@@ -33,15 +33,21 @@ def interrupted(batches, at):
 def test_an_interrupted_run_goes_on(at, tmp_path):
     """140 batches make shards of three: stopped within one, and between two."""
     batches = make_batches(140, rows=1)
-    make_compressor().compress(batches, out=tmp_path / "whole", fisher="block", ids=names)
+    calls: list[int] = []
+
+    def counted():
+        model = make_model()
+        model.register_forward_hook(lambda _, args, _out: calls.append(len(args[0])))
+        return dropinf.Compressor(model, dropinf.Dropout(6), loss_fn, audit="never")
+
+    counted().compress(batches, out=tmp_path / "whole", fisher="block", ids=names)
     with pytest.raises(StopError):
-        make_compressor().compress(interrupted(batches, at), out=tmp_path / "idx", fisher="block", ids=names)
+        counted().compress(interrupted(batches, at), out=tmp_path / "idx", fisher="block", ids=names)
+    calls.clear()
     with pytest.raises(ValueError, match="not finished; run the same compress again"):
         dropinf.Index.open(tmp_path / "idx")
     assert any("not finished" in line for line in verify(tmp_path / "idx"))
-    calls, model = [], make_model()
-    model.register_forward_hook(lambda _, args, _out: calls.append(len(args[0])))
-    again = dropinf.Compressor(model, dropinf.Dropout(6), loss_fn, audit="never")
+    again = counted()
     assert again.compress(batches, out=tmp_path / "idx", fisher="block", ids=names).verify() == []
     again_computed = 1 if at == 1 else 2  # the first and the last that were finished: their rows show the loss
     computed = [0, at - 1, *range(at, 140)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ FORMAT = "dropinf-masks-1"
 Sums = dict[Place, Tensor]
 _SUM = "moments"
 _SETTINGS = (bool, int, float, str, type(None))
+_HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
 def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
@@ -192,9 +194,10 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
 def code_of(model: nn.Module) -> dict[str, str]:
     """Return checksums of a model's classes and constants (buffers that are not saved), and of its modules' settings.
 
-    Settings are numbers and text in attributes; some may be counts that mean nothing to a gradient.
+    Settings are numbers and text in attributes, others functions, containers of settings, hooks and train mode; some
+    may be counts that mean nothing to a gradient.
     """
-    constants, settings = [], []
+    constants, settings, others = [], [], []
     for prefix, module in model.named_modules():
         kind = type(module).__qualname__
         kept = {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set) if n in module._buffers}
@@ -202,8 +205,29 @@ def code_of(model: nn.Module) -> dict[str, str]:
         constants.append(f"{clean_name(prefix)} {kind} {found}")
         plain = {n: x for n, x in vars(module).items() if isinstance(x, _SETTINGS) and n[0] != "_" and n != "training"}
         settings.append(f"{clean_name(prefix)} {sorted(plain.items())}")
-    lines = {"classes and constants": constants, "settings": settings}
+        rest = {n: text for n, x in vars(module).items() if n[0] != "_" and (text := _setting(x)) is not None}
+        hooked = (hook for kind in _HOOKS for hook in vars(module)[kind].values())
+        hooks = [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooked]
+        others.append(f"{clean_name(prefix)} {module.training} {hooks} {sorted(rest.items())}")
+    lines = {"classes and constants": constants, "settings": settings, "other settings": others}
     return {name: checksum("\n".join(found).encode()) for name, found in lines.items()}
+
+
+def _setting(value: Any) -> str | None:
+    """Return a function, or a container of plain values, as text; None for anything else, as for an empty cache."""
+    if inspect.isroutine(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    if not value or not isinstance(value, dict | list | tuple | set | frozenset) or not _is_plain(value):
+        return None
+    return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, _SETTINGS)
 
 
 def check_weights(model: nn.Module, expected: str, folder: object) -> None:

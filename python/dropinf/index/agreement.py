@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..files import checksum
+from ..fisher.fisher import Fisher
+from ..loss_name import HELD
 from ..ranks import Ranks
+from ..workload import Ids, count_of
+from .plan import RowSource
 
 _CLOSE = 1e-2  # of losses that are computed on other devices
 _CHECKSUMS = ("model", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
 _WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
+
+
+def facts_of(
+    source: RowSource,
+    batches: Iterable[Any],
+    first: str,
+    dtype: torch.dtype | None,
+    fisher: Fisher | None,
+    ids: Ids | None,
+    append: bool,
+    places: Tensor | None,
+    folder: Path,
+) -> dict[str, object]:
+    """Return what must be the same on all ranks, by name."""
+    return {
+        "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
+        "sketch": dict(source.digest()),
+        "number of batches": count_of(batches),
+        "first batch": first,
+        "loss": source.origin().loss.partition(HELD)[0],  # ranks may hold their own numbers
+        "order": None if places is None else checksum(places.numpy().tobytes()),
+        "folder": os.path.realpath(folder),
+        "dtype": dtype,
+        "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
+        "choice of ids": ids is not None,
+        "append": append,
+    }
 
 
 def agree(ranks: Ranks, facts: Mapping[str, object], losses: Sequence[float]) -> None:

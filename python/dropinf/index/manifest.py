@@ -335,15 +335,21 @@ def _strings(value: object, what: str) -> dict[str, str]:
     return {key: _string(text) for key, text in value.items()}
 
 
-def check_code(code: Mapping[str, str], expected: Mapping[str, str], folder: object) -> None:
-    """Raise ValueError where a model computes something else than when an index was made; warn where it may."""
+def check_code(code: Mapping[str, str], expected: Mapping[str, str], folder: object) -> bool:
+    """Raise ValueError where a model computes something else than when an index was made; warn where it may.
+
+    Return whether it may.
+    """
+    may = False
     for what, found in code.items():
         if expected.get(what, found) == found:
             continue
         message = f"model: its {what} are not those that {folder} was made with"
-        if what != "settings":
+        if what == "classes and constants":
             raise ValueError(f"{message}: this is another model's code; pass the model of then, or name another folder")
         warnings.warn(
-            f"{message} (numbers and text in attributes of modules); if they change gradients, name another folder",
+            f"{message} (attributes, train mode and hooks of modules); if they change gradients, name another folder",
             stacklevel=2,
         )
+        may = True
+    return may

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..files import TEMPORARY, file_checksum, make_folder
 from ..gradients import Origin
+from ..loss_name import is_same_loss
 from ..ranks import Ranks
-from ..workload import HELD, Ids, check_ids_stay, count_of
+from ..workload import Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
@@ -82,12 +83,12 @@ class Opening:
             return None
         self._sweep()
         sweep_merged(self.folder, manifest)
-        self._check_same(manifest, dtype)
+        changed = self._check_same(manifest, dtype)
         self._check_ids(first)
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
-            other = self._is_other_loss(manifest)
+            other = self._is_other_loss(manifest) or changed
             make_folder(self.folder / PARTS)
             return replace(chosen, every=chosen.every or (other and chosen.run.shards is None))
         last = manifest.runs[-1]
@@ -103,7 +104,7 @@ class Opening:
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
             )
-        self._is_other_loss(manifest)
+        self._check_loss(manifest)
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
         manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
         manifest.save(self.folder)
@@ -120,8 +121,9 @@ class Opening:
                 if _STRAY.fullmatch(stray.name):
                     stray.unlink(missing_ok=True)
 
-    def _check_same(self, manifest: Manifest, dtype: torch.dtype | None) -> None:
-        """Raise ValueError where the index is of another sketch, model or dtype."""
+    def _check_same(self, manifest: Manifest, dtype: torch.dtype | None) -> bool:
+        """Raise ValueError where the index is of another sketch, model or dtype. Return whether the model may compute
+        something else, which is warned of."""
         way_out = "use the same model and sketch (compressor.load(folder / 'sketch.safetensors')), or another folder"
         digest, shapes = self.source.digest(), self.source.shapes
         for layer in manifest.layers:
@@ -133,7 +135,7 @@ class Opening:
             raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
         if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
-        check_code(self.source.code(), manifest.about, self.folder)
+        changed = check_code(self.source.code(), manifest.about, self.folder)
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
             raise ValueError(
                 f"dtype is {dtype}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
@@ -142,6 +144,7 @@ class Opening:
             raise ValueError(
                 f"ids: {self.folder} was begun {'with' if manifest.ids else 'without'} ids; do the same again"
             )
+        return changed
 
     def _with_origin(self, manifest: Manifest, append: bool) -> Manifest:
         """Return the manifest with the origin of its rows, which the first format version did not have.
@@ -153,11 +156,22 @@ class Opening:
         origin = self.source.origin()
         return replace(manifest, origin=origin._replace(loss="") if append else origin)
 
+    def _check_loss(self, manifest: Manifest) -> None:
+        """Raise ValueError where rows of another loss would be appended: nothing else can tell."""
+        assert manifest.origin is not None
+        before, now = manifest.origin[1], self.source.origin().loss
+        if not is_same_loss(before, now):
+            raise ValueError(
+                f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in "
+                "one index: append with the function of then (its source and the constants that it reads are "
+                "compared), or name another folder"
+            )
+
     def _is_other_loss(self, manifest: Manifest) -> bool:
         """Return whether the rows may be of another loss, and say so; all of an unfinished run are then compared."""
         assert manifest.origin is not None
         before, now = manifest.origin[1], self.source.origin().loss
-        if before in ("", now, now.partition(HELD)[0]):  # an earlier version did not look at what a loss holds
+        if is_same_loss(before, now):
             return False
         warnings.warn(
             f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in one "

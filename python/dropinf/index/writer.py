@@ -24,17 +24,15 @@ from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher, FisherKind
 from ..ranks import Ranks
 from ..workload import (
-    HELD,
     Ids,
     check_ids,
     check_order,
-    count_of,
     first_batch,
     order_of,
     sampler_of_ranks,
     shuffles,
 )
-from .agreement import agree, compare_batches
+from .agreement import agree, compare_batches, facts_of
 from .codec import DTYPES
 from .compact import compact_gathered
 from .discard import discard
@@ -314,33 +312,6 @@ class Writer:
         return None if order is None else write_order(self.folder, order)
 
 
-def _facts(
-    source: RowSource,
-    batches: Iterable[Any],
-    first: str,
-    dtype: torch.dtype | None,
-    fisher: Fisher | None,
-    ids: Ids | None,
-    append: bool,
-    places: Tensor | None,
-    folder: Path,
-) -> dict[str, object]:
-    """Return what must be the same on all ranks, by name."""
-    return {
-        "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
-        "sketch": dict(source.digest()),
-        "number of batches": count_of(batches),
-        "first batch": first,
-        "loss": source.origin().loss.partition(HELD)[0],  # ranks may hold their own numbers
-        "order": None if places is None else checksum(places.numpy().tobytes()),
-        "folder": os.path.realpath(folder),
-        "dtype": dtype,
-        "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
-        "choice of ids": ids is not None,
-        "append": append,
-    }
-
-
 def _first(batches: Iterable[Any], ranks: Ranks, places: Tensor | None) -> tuple[Any, Iterable[Any]]:
     """Return the first batch that this rank has, and all of its batches."""
     if isinstance(batches, Parts):
@@ -403,7 +374,9 @@ def write_index(
             first, found, places = *ranks.first(lambda: (first, found)), order_of(None, batches.order)
         if ranks.world > 1:
             agree(
-                ranks, _facts(source, batches, found, dtype, fisher, ids, append, places, folder), source.losses(first)
+                ranks,
+                facts_of(source, batches, found, dtype, fisher, ids, append, places, folder),
+                source.losses(first),
             )
         plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
         Writer(source, batches, mine, plan, ranks, ids, fisher, places, wrote).write(progress)
