@@ -178,11 +178,19 @@ def stop(kind: str, folder: Path) -> None:
         batches = dropinf.Parts(DataLoader(data, 4, sampler=range(0, 48, 2) if odd else range(1, 40, 2)))
     if kind == "batch" and odd:
         batches[9] = make_batches(23, 2)[9]
+    if kind == "neighbours":
+        batches = make_batches(140)
+        if odd:
+            batches[100], batches[101] = batches[101], batches[100]
     scale = 2 if kind == "loss" and odd else 1
     loss = losses if kind == "source" and odd else lambda m, b: scale * losses(m, b)
     try:
         index = dropinf.Compressor(model, dropinf.Dropout(6, seed=kind == "sketch" and odd), loss).compress(
-            batches, out=folder, fisher=fisher, group=dist.group.WORLD
+            batches,
+            out=folder,
+            fisher=fisher,
+            group=dist.group.WORLD,
+            dtype=torch.int32 if kind == "options" and odd else None,
         )
         print(f"rank {rank} ends with {len(index)} samples", flush=True)
     except (ValueError, RuntimeError) as error:

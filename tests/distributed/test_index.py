@@ -113,12 +113,20 @@ def test_a_rank_that_others_would_wait_for_in_vain_ends_them(kind, says, tmp_pat
         ("replicas", "batches: their DistributedSampler makes 3 parts, and group= has 2 ranks"),
         ("uneven", "batches: the ranks have [5, 6] of them; each must have as many"),
         ("batch", "batches: batch 9 is another one on rank 1 than on rank 0"),
+        ("neighbours", "batches: batch 100 is another one on rank 1 than on rank 0"),
     ],
 )
 def test_ranks_that_do_not_agree_are_told_so(kind, says, tmp_path):
     with started(2, kind, tmp_path / "index") as ranks:
         assert all(f"ends: ValueError: {says}" in said(rank) for rank in ranks)
-    assert not (tmp_path / "index" / "manifest.json").exists() or kind == "batch"
+    assert not (tmp_path / "index" / "manifest.json").exists() or kind in ("batch", "neighbours")
+
+
+def test_a_rank_whose_arguments_are_refused_ends_the_others(tmp_path):
+    with started(2, "options", tmp_path / "index") as ranks:
+        first, second = map(said, ranks)
+    assert "rank 1 ends: ValueError: dtype is torch.int32" in second
+    assert "rank 0 ends: RuntimeError: rank 1 failed: ValueError: dtype is torch.int32" in first
 
 
 def test_a_rank_that_computes_for_long_is_waited_for(tmp_path):
