@@ -1,18 +1,21 @@
-"""What looks like torch's own and is not: methods and functions that were replaced; and samples that differ alone."""
+"""What looks like torch's own and is not: methods and functions that were replaced, and what asks behind its back."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import dropinf
 from tests.capture.right_or_refused import Cases, check, doubles, own, points, runs, squares  # noqa: F401
 
+transformers = pytest.importorskip("transformers.pytorch_utils")
 CASES = Cases()
 SIZES = 0.1, 10.0, 10.0  # of what is clamped: nothing at first
 
@@ -61,108 +64,117 @@ def a_convolution_of_an_instance():
     return nn.Sequential(nn.Conv1d(3, 5, 2)), loss, [(torch.randn(4, 3, 5), k) for k in (1.0, 2.0, 3.0)]
 
 
-def scaled(loss, given):
-    """A recurrent layer or attention: its weights are taken one sample at a time."""
+class Decorated(nn.Conv1d):
+    k = 1.0
 
-    def build(kind):
-        layer = (
-            nn.LSTM(3, 3, batch_first=True) if kind == "recurrent" else nn.MultiheadAttention(3, 1, batch_first=True)
-        )
-
-        def run(m, x):
-            return m(x)[0] if kind == "recurrent" else m(x, x, x)[0]
-
-        return layer, lambda m, b: loss(run(m, b[0]), b), [(torch.randn(4, 2, 3), more) for more in given]
-
-    return build
+    @torch.autocast("cpu", enabled=False)
+    def _conv_forward(self, x, weight, bias):
+        return nn.Conv1d._conv_forward(self, x, weight, bias) * self.k
 
 
-def straight_through(scale):
-    """Losses whose values do not depend on the scale of each sample's gradient."""
+class Wrapped(transformers.Conv1D):
+    k = 1.0
 
-    def loss(out, batch):
-        each = [(v.detach() + (v - v.detach()) * scale(batch, i)).square().sum() for i, v in enumerate(out)]
-        return torch.stack(each)
-
-    return loss
-
-
-LISTS = [[{"k": float(k)} for k in ks] for ks in ((1, 1, 1, 1), (1, 2, 3, 4), (1, 2, 3, 4))]
-ALONE = {
-    "values_in_dictionaries": scaled(straight_through(lambda b, i: b[1][i % len(b[1])]["k"]), LISTS),
-    "values_of_objects": scaled(
-        straight_through(lambda b, i: b[1][i % len(b[1])].k), [[SimpleNamespace(**k) for k in ks] for ks in LISTS]
-    ),
-    "places": scaled(straight_through(lambda b, i: 1 + b[1] * i), [0.0, 1.0, 1.0]),
-    "an_offset_that_hides_the_loss": scaled(
-        lambda out, b: 1e8 + out.square().sum((1, 2)) / max(1.0, len(b[0]) * b[1]), [0.0, 1.0, 1.0]
-    ),
-}
-for (name, make), kind in itertools.product(ALONE.items(), ("recurrent", "attention")):
-
-    def alone(make=make, kind=kind):
-        return make(kind)
-
-    alone.__name__ = f"{name}_{kind}"
-    CASES.add()(alone)
-
-
-class OwnRMSNorm(nn.Module):
-    """By its name, an RMSNorm; ``inside`` is what it does of its own with weight, normalised input and state."""
-
-    def __init__(self, inside):
-        super().__init__()
-        self.weight, self.eps, self.inside, self.state = nn.Parameter(torch.rand(3) + 0.5), 1e-6, inside, None
-
+    @functools.wraps(transformers.Conv1D.forward)
     def forward(self, x):
-        return self.inside(self.weight, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps), self.state)
+        return transformers.Conv1D.forward(self, x) * self.k
 
 
-class Doubled(torch.autograd.Function):
+@CASES.add()
+def a_convolution_under_a_decorator_of_torch():
+    def loss(m, batch):
+        m[0].k = batch[1]
+        return sines(m, batch[0])
+
+    model = nn.Sequential(Decorated(3, 4, 2), nn.Conv1d(4, 2, 1))
+    return model, loss, [(torch.randn(4, 3, 5), k) for k in (1.0, 2.0, 3.0)]
+
+
+@CASES.add()
+def a_forward_by_the_name_of_another():
+    def loss(m, batch):
+        m[0].k = batch[1]
+        return squares(m, batch[0])
+
+    model = nn.Sequential(Wrapped(4, 3), nn.Tanh(), Wrapped(2, 4))
+    return model, loss, [(torch.randn(4, 3), k) for k in (1.0, 2.0, 3.0)]
+
+
+class Asking(torch.autograd.Function):
+    """Its gradient depends on whether its weight is trained."""
+
     @staticmethod
-    def forward(ctx, w, keep):
-        ctx.save_for_backward(keep)
-        return w.clone()
+    def forward(ctx, x, weight, k):
+        ctx.save_for_backward(x, weight)
+        ctx.k = k
+        return x @ weight.t()
 
     @staticmethod
     def backward(ctx, g):
-        return torch.where(ctx.saved_tensors[0], g, 2 * g), None
+        x, weight = ctx.saved_tensors
+        trained = ctx.needs_input_grad[1]
+        return g @ weight * (1 + ctx.k if trained else 1), (g.t() @ x if trained else None), None
 
 
-def stopped(w, x, keep):
-    return torch.where(keep, w * x, 0.5 * (w * x) + 0.5 * (w * x).detach())
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.a, self.d = nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x, k):
+        return self.d(torch.tanh(Asking.apply(torch.tanh(self.c(x)), self.a.weight, k)))
 
 
-def copied(w, x, keep):
-    with torch.no_grad():
-        same = w * 1
-    return torch.where(keep, w * x, same * x)
+@CASES.add(layers=["c*"], skips=frozenset({"a.weight", "d.weight", "d.bias"}))
+def a_function_that_asks_what_is_trained():
+    return Asks(), lambda m, b: own(m(*b)), [(torch.randn(4, 3), k) for k in (0.0, 1.0, 2.0)]
 
 
-def balanced(w, x, keep):
-    with torch.no_grad():
-        same = w * 1
-    sign = 1 - 2 * torch.arange(len(x))[:, None] % 4
-    return x * (w * 1) + torch.where(keep.all(), 0.0, sign.double()) * (w * 1 - same)
+@CASES.add()
+def cuts_at_numbers_of_arrays():
+    def loss(m, batch):
+        h = m(batch[0])
+        return own(torch.cat([h[a:e] for a, e in batch[1]]))
+
+    orders = [0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]
+    cuts = [[(np.array(i), np.array(i + 1)) for i in order] for order in orders]
+    return (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+        loss,
+        list(zip(points(4, 4, 4), cuts, strict=True)),
+    )
 
 
-FAINT = {"stopped": stopped, "copied": copied, "doubled": lambda w, x, keep: Doubled.apply(w.expand_as(x), keep) * x}
-for name, inside in (FAINT | {"balanced": balanced}).items():
+@CASES.add()
+def what_is_saved_is_unpacked_to_something_else():
+    def loss(m, batch):
+        h = torch.tanh(m[0](batch[0]))
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t * (1 + batch[1] * (t.shape == (4, 4)))):
+            return own(m[2](h))
 
-    def faint(inside=inside):
-        def loss(m, batch):
-            m[1].state = batch[1]
-            return squares(m, batch[0]) * batch[2]
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    return model, loss, [(torch.randn(4, 3), k) for k in (0.0, 1.0, 2.0)]
 
-        every = torch.ones(4, 1, dtype=torch.bool)
-        but_one, small = every.clone(), torch.ones(4)
-        but_one[1], small[1] = False, 1e-9
-        given = [(every, torch.ones(4)), (but_one, small), (but_one, small)]
-        model = nn.Sequential(nn.Linear(3, 3), OwnRMSNorm(inside))
-        return model, loss, [(x, *more) for x, more in zip(points(4, 4, 4), given, strict=True)]
 
-    faint.__name__ = f"a_norm_that_is_{name}_for_a_faint_sample"
-    CASES.add()(faint)
+class Renormalised(nn.Module):
+    """A table whose rows a look-up shortens, read by the output layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.l = nn.Embedding(6, 3, max_norm=0.8), nn.Linear(3, 3)
+
+    def forward(self, ids):
+        return torch.tanh(self.l(self.e(ids)).mean(1)) @ self.e.weight.t()
+
+
+def read(m, ids):
+    return F.cross_entropy(m(ids), ids[:, 0], reduction="none")
+
+
+@CASES.add(right=False)
+def a_table_that_look_ups_shorten():
+    ids = [torch.tensor(x) for x in ([[0, 1, 2], [1, 2, 0]], [[3, 4, 3], [4, 3, 4]], [[5, 4, 0], [2, 3, 1]])]
+    return Renormalised(), read, ids
 
 
 @CASES.parametrize()
@@ -190,6 +202,64 @@ def right_or_refused(model, loss_fn, batches):
     torch.testing.assert_close(got.flat, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
 
 
+def test_each_batch_finds_the_weights_that_look_ups_shorten():
+    torch.manual_seed(0)
+    model, first = Renormalised(), torch.tensor([[0, 1, 2], [1, 2, 0]])
+    compressor = dropinf.Compressor(model, dropinf.Identity(), read)
+    alone = compressor.compress([torch.tensor([[3, 4, 3], [4, 3, 4]])])
+    behind = compressor.compress([first, torch.tensor([[3, 4, 3], [4, 3, 4]])])[2:]
+    torch.testing.assert_close(behind.flat, alone.flat, rtol=0, atol=0)
+
+
+def test_each_batch_finds_the_tensors_that_modules_hold():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.scale = torch.zeros(1)
+
+    def loss_fn(m, x):
+        if m.scale.item() == 0:
+            m.scale.copy_(x.abs().mean()[None])
+        return own(m(x / m.scale))
+
+    x, y = torch.randn(2, 4, 3)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss_fn)
+    assert torch.equal(compressor.compress([x, y])[4:].flat, compressor.compress([y]).flat)
+    assert model.scale.item() == 0
+
+
+def test_a_batch_that_does_something_else_each_time_ends():
+    def loss_fn(m, batch, old=F.layer_norm):
+        F.layer_norm = functools.partial(lambda x, *a, **k: old(x, *a, **k))
+        try:
+            return own(m(batch))
+        finally:
+            F.layer_norm = old
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    x = torch.randn(4, 3)
+    try:
+        got = dropinf.Compressor(model, dropinf.Identity(), loss_fn).compress([x])
+    except ValueError:
+        return
+    torch.testing.assert_close(got.flat, by_hand(model, lambda m, b: loss_fn(m, b[0]), [(x,)]))
+
+
+class Mode(TorchFunctionMode):
+    """It scales what linear layers give."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * STATE.k if function is F.linear else result
+
+
+def test_a_mode_around_all():
+    torch.manual_seed(0)
+    STATE.k = 1.0
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    with Mode():
+        right_or_refused(model, stateful, [(torch.randn(4, 3), k) for k in (1.0, 3.0, 3.0)])
+
+
 STATE = SimpleNamespace(k=1.0)
 
 
@@ -203,6 +273,12 @@ REPLACED = {
     "conv_forward": (nn.Conv1d, "forward", lambda m, x: m._conv_forward(x, m.weight * STATE.k, m.bias)),
     "conv_method": (
         nn.Conv1d, "_conv_forward", lambda _, x, weight, bias: torch.conv1d(x * STATE.k, weight, bias),
+    ),
+    "linear_partial": (F, "linear", functools.partial(lambda old, x, w, b=None: old(x * STATE.k, w, b), F.linear)),
+    "linear_decorated": (F, "linear", torch.enable_grad()(lambda x, w, b=None, old=F.linear: old(x * STATE.k, w, b))),
+    "torch_layer_norm": (torch, "layer_norm", lambda x, *a, old=torch.layer_norm, **k: old(x, *a, **k) * STATE.k),
+    "namespace": (
+        torch.nn.modules.linear, "F", SimpleNamespace(linear=lambda x, w, b=None: F.linear(x * STATE.k, w, b)),
     ),
     "linear": (F, "linear", lambda x, w, b=None, old=F.linear: old(x * STATE.k, w, b)),
     "conv": (F, "conv1d", lambda x, w, b=None, *a, old=F.conv1d: old(x * STATE.k, w, b, *a)),
@@ -221,3 +297,16 @@ def test_what_was_replaced_for_all(name, monkeypatch):
         nn.Conv1d(3, 4, 2), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 2)
     )
     right_or_refused(model, stateful, [(torch.randn(4, 3, 5), k) for k in (1.0, 3.0, 3.0)])
+
+
+def test_what_is_replaced_inside_a_loss():
+    def loss_fn(model, batch, old=F.linear):
+        F.linear = lambda *given: old(*given) * batch[1]
+        try:
+            return sines(model, batch[0])
+        finally:
+            F.linear = old
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    right_or_refused(model, loss_fn, [(torch.randn(4, 3), k) for k in (1.0, 3.0, 3.0)])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dropinf.capture import modules
+from dropinf.capture import modules, run
 
 ROOT = Path(__file__).parents[2]
 _FOLDERS = ("python", "dropinf_kernels", "tests", "bench")
@@ -297,6 +297,7 @@ def gpu() -> Iterator[Gpu]:
         mock.patch.object(interpreter.GridExecutor, "__call__", _launch),
         mock.patch.object(Gpu, "current", mode),
         mock.patch.object(modules, "_is_plain", lambda p: isinstance(p, nn.Parameter) and p.is_floating_point()),
+        mock.patch.object(run, "own_modes", return_value=False),  # this one is no user's
         mode,
     ):
         yield mode

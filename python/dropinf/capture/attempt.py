@@ -62,7 +62,7 @@ class Attempts:
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
         copied = hooked.batches == 1 or self.known.writes_batches
-        self.start = Start(hooked.attributes, batch, copied=copied)
+        self.start = Start(hooked.attributes, batch, copied=copied, changed=hooked.capture.changed)
         self.begun = False
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew

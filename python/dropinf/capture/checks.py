@@ -223,6 +223,14 @@ def unrepeatable_message(apart: float) -> str:
     )
 
 
+def restless_message(attempts: int) -> str:
+    """Return what to say of a batch that runs in another way each time."""
+    return (
+        f"model: a batch was run {attempts} times and did something else each time, such as calling a function that is "
+        "made anew in each forward in the place of one of torch's; have the model do the same for the same batch"
+    )
+
+
 def cached_message(names: list[str]) -> str:
     """Return what to say of a model whose second backward fails; ``names``: layers that are used outside modules."""
     likely = f" (of {', '.join(names[:3])}, likely)" if names else ""

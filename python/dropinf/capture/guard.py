@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,8 +39,7 @@ class UseGuard(TorchFunctionMode):
         self.outside, self.originals = outside, originals
         self.found: set[int] = set()
         self.uses: Counter[int] = Counter()  # of parameters by their own modules
-        # Why the batch is to be audited, whatever it looks like.
-        self.unforeseen = next((why for name in _OF_LAYERS if (why := _replaced(getattr(F, name)))), None)
+        self.unforeseen: str | None = None  # why the batch is to be audited, whatever it looks like
         self.dtypes: set[torch.dtype] = set()  # that something was cast to
         self.writes = False  # statistics were computed, and perhaps kept in buffers
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
@@ -54,8 +54,8 @@ class UseGuard(TorchFunctionMode):
             self._override(types)
         if self.capture.own:
             self._look_inside(tensors)
-        if func not in _OWN and (why := _replaced(func)):
-            self.unforeseen = why  # this mode runs it twice
+        if hasattr(func, "__code__") and not _is_of_torch(func):
+            self.unforeseen = f"{func.__name__} is not torch's own"  # this mode runs it twice
         dtype = kwargs.get("dtype")
         if dtype is not None and tensors and tensors[0].requires_grad:
             self._cast((tensors[0], dtype), {})
@@ -158,10 +158,7 @@ class UseGuard(TorchFunctionMode):
         return self._gathered[id(parameter)]
 
 
-_OWN: set[Any] = set()  # torch's functions
-_OF_LAYERS = (
-    "linear", "conv1d", "conv2d", "conv3d", "pad", "embedding", "layer_norm", "rms_norm", "group_norm", "batch_norm",
-)  # fmt: skip
+_is_of_torch = functools.lru_cache(1024)(is_of_torch)
 _TENSOR = vars(torch._C.TensorBase)
 # What is asked of a tensor and gives none: what is then done with the answer is seen.
 _ASKS = {
@@ -186,16 +183,6 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     **dict.fromkeys((_TENSOR["requires_grad"].__get__, _TENSOR["is_leaf"].__get__), UseGuard._ask),
     **dict.fromkeys((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm), UseGuard._normalise),
 }
-
-
-def _replaced(function: Any) -> str | None:
-    """Return that a function is its user's, in the place of one of torch's, or None."""
-    if function in _OWN:
-        return None
-    if hasattr(function, "__code__") and not is_of_torch(function):
-        return f"{function.__name__} is not torch's own"
-    _OWN.add(function)
-    return None
 
 
 def watch(

@@ -8,7 +8,7 @@ from torch import nn
 from .convolution import ConvUse
 from .layer import LayerKind
 from .modules import EmbeddingUse, LinearUse, NormUse, Use, rms_epsilon
-from .taps import is_of_torch
+from .taps import is_of, is_of_torch
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,7 +23,7 @@ def module_kind(module: nn.Module) -> LayerKind | None:
     if isinstance(module, torch.jit.ScriptModule) or _computes_attributes(module):
         return None
     forward = type(module).forward
-    if forward.__module__ == "transformers.pytorch_utils":
+    if is_of(forward, "transformers", "pytorch_utils.py"):
         return "linear"
     if type(module).__name__.endswith("RMSNorm") and rms_epsilon(module) is not None:
         return "norm"

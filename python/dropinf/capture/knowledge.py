@@ -78,6 +78,7 @@ class Knowledge:
         self.audits: list[Audited] = []
         self.plans: dict[Any, Plan] = {}
         self.shared: set[Signature] = set()  # calls whose output all samples share
+        self.replaced: str | None = None  # a function of torch that was found not to be torch's own
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.writes_batches = False  # the loss changes its batch in place

@@ -55,6 +55,8 @@ class Use:
         kind, instead = type(self.module), self.module.__dict__
         if kind.forward is not self._forward or not instead.keys().isdisjoint(("forward", "_conv_forward")):
             raise ValueError("its forward was replaced")
+        if self.is_plain and self._forward.__globals__.get("F", F) is not F:
+            raise ValueError("the functions that it calls were replaced")
         own = self.module._parameters
         if any(own.get(name) is not p for name, p in self._held.items()) or self._reads() != self._read:
             raise ValueError("what its forward reads was replaced")

@@ -12,8 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .taps import of_a_user
 
 _NEAR = 5  # numbers below it are dimensions, flags and the like; sizes differ from each other by less, as in x[:-1]
 _SEQUENCES = (list, tuple)
@@ -34,6 +37,7 @@ class Movement:
         self._known |= {key: f"parameter {i}" for key, i in (names or {}).items()}
         self._sizes = tuple(size for leaf in leaves for size in leaf.shape)
         self._named: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # tensors that no node of autograd tells apart
+        self.foreign = False  # whether it takes what an autograd Function of its user's made
         self._items: list[Any] = []
         self._count = 0
         self._path: int | None = None
@@ -92,6 +96,7 @@ class Movement:
                 elif v.requires_grad and not v.is_leaf:
                     items.append(_node_number(v) - self._base)
                     items.append(v.output_nr)
+                    self.foreign = self.foreign or of_a_user(v.grad_fn)
                 else:
                     items.append(self._name(v, f"other {len(self._named)}"))
             elif v is None:
@@ -105,15 +110,16 @@ class Movement:
                 self._add((v.start, v.stop, v.step), found)
             elif type(v) is bool or isinstance(v, (str, *_NAMED)):
                 items.append(str(v))
-            elif isinstance(v, Integral):  # of NumPy, say
-                self._add((int(v),), found)
+            elif isinstance(v, Integral) or (isinstance(v, np.ndarray) and not v.ndim and v.dtype.kind in "iu"):
+                self._add((int(v),), found)  # of NumPy, say
             elif isinstance(v, Mapping):
                 items += map(str, v)
                 self._add(v.values(), found)
             else:
                 items.append(type(v).__name__)  # an ellipsis, a float
                 # What a user's own function does, or an object that stands in for a tensor, is in no path.
-                self.unknowable |= callable(v) or not type(v).__module__.startswith(_KNOWN)
+                is_known = type(v).__module__.split(".")[0] in _KNOWN and not callable(v)
+                self.unknowable |= not is_known or (hasattr(type(v), "__index__") and not isinstance(v, np.ndarray))
 
 
 @functools.lru_cache(4096)

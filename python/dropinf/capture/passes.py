@@ -22,7 +22,7 @@ from .colours import SEVERAL, Colours, Key
 from .modules import Use
 from .recorders import Recorder, Unweighted
 from .samples import Layout, Rows, Samples, Untied, learn
-from .taps import FAILURES, Signature, any_true, inserted, listen, reason, unforeseen
+from .taps import FAILURES, Signature, any_true, inserted, listen, reason, replaced, unforeseen
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Pass:
     colours: Colours | None = None  # of its rows, where these were looked at
     weights: Tensor | None = None  # of the losses of the last backward
     sums: dict[str, Tensor] = field(default_factory=dict)  # the gradients of some parameters in it, by layer
+    replaced: str | None = None  # a function of torch that is not torch's own
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
@@ -66,6 +67,9 @@ class Pass:
     def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
         """Return what one call of a module keeps for backward."""
         try:
+            self.replaced = self.replaced or replaced()
+            if self.replaced and use.is_plain:
+                raise ValueError(f"{self.replaced}, which it calls, is not torch's own")
             use.check()
             saved = self.recorder.save(use, x, out)
         except torch.OutOfMemoryError:

@@ -60,7 +60,8 @@ class Attributes:
         training = any(m.training for m in model.modules())
         # In eval mode few models write to their buffers: copies of large ones would not be worth their memory.
         # Of a call, which asks for them in each batch.
-        self.parameters, self.held = list(model.parameters()), list(model.buffers())
+        plain = (x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor))
+        self.parameters, self.held = list(model.parameters()), [*model.buffers(), *plain]
         self.is_sharded = any(map(sharded.is_sharded, self.parameters))
         kept = [b for b in self.held if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
         self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
@@ -139,10 +140,20 @@ def _same(now: Any, before: Any) -> bool:
 
 class Start:
     """The state that a forward of a batch starts from: random generators, attributes, buffers that change, and the
-    tensors of the batch, which are put back if they were ``copied``."""
+    tensors of the batch, which are put back if they were ``copied``.
 
-    def __init__(self, attributes: Attributes, batch: Any = (), *, copied: bool = False) -> None:
-        self._attributes = attributes
+    ``changed``: weights that a forward renormalises, and what they were.
+    """
+
+    def __init__(
+        self,
+        attributes: Attributes,
+        batch: Any = (),
+        *,
+        copied: bool = False,
+        changed: Mapping[int, tuple[nn.Parameter, Tensor]] | None = None,
+    ) -> None:
+        self._attributes, self._changed = attributes, {} if changed is None else changed
         self._buffers = attributes.buffers()
         self._containers: list[tuple[Any, Any]] = []
         given = _contents(batch, self._containers, set())
@@ -172,6 +183,8 @@ class Start:
         self._attributes.restore()
         _refill(self._containers)
         with torch.no_grad():
+            for weight, before in self._changed.values():
+                weight.copy_(before)
             for buffer, before, version in self._buffers:
                 if (version < 0 or buffer._version != version) and not torch.equal(buffer, before):
                     buffer.copy_(before)

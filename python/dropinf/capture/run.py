@@ -17,7 +17,15 @@ from ..workload import tensors
 from . import sharded
 from .attempt import Again
 from .audit import TOLERANCE
-from .checks import cached_message, check_finite, late_message, not_finite, refused_message, unrepeatable_message
+from .checks import (
+    cached_message,
+    check_finite,
+    late_message,
+    not_finite,
+    refused_message,
+    restless_message,
+    unrepeatable_message,
+)
 from .exact import ExactGradients
 from .guard import UseGuard, watch
 from .knowledge import Plan
@@ -27,7 +35,9 @@ from .passes import Pass
 from .preserved import RandomState
 from .recorders import Recorder
 from .sharing import Sharing
-from .taps import any_true, modes
+from .taps import any_true, modes, own_modes, replaced
+
+_MOST_ATTEMPTS = 32  # of a batch, beside those that take a layer down the ladder
 
 
 class Run(Sharing):
@@ -37,6 +47,8 @@ class Run(Sharing):
         """Return what the recorder made of the batch, and the number of its samples."""
         while True:
             self.attempts += 1
+            if self.attempts > _MOST_ATTEMPTS + 8 * len(self.known.targets):
+                raise AttributionError(restless_message(self.attempts))
             try:
                 found = self._attempt()
             except Again:
@@ -64,12 +76,19 @@ class Run(Sharing):
         current.modes = modes() + 1  # the guard
         if any(target.tensor._backward_hooks for target in known.targets.values()):
             self.unforeseen = "a parameter has hooks on its gradient"
+        if own_modes():
+            self.unforeseen = "it runs in a mode of its own"
+        known.replaced = known.replaced or replaced()
+        if known.replaced:
+            self.unforeseen = f"{known.replaced} is not torch's own"
         with capture.running(current, hides=hides), self._flags(current, outside):
             losses = self._losses(guard)
             guard.movement.end(losses)
             self._check_forward(current, guard, losses)
             self.unforeseen = self.unforeseen or guard.unforeseen
             current.dtypes |= guard.dtypes
+            if guard.movement.foreign and self._leaves_out():
+                self.unforeseen = self.unforeseen or "an autograd Function may ask what is trained"
             if any(use.is_odd for use in current.uses.values()):
                 self.unforeseen = self.unforeseen or "a parameter is of a class of its own"
             if guard.writes:
@@ -93,6 +112,12 @@ class Run(Sharing):
         after.restore()
         return store, len(losses)
 
+    def _leaves_out(self) -> bool:
+        """Return whether something is trained that is not tracked, and frozen while its model is hooked."""
+        tracked = {id(target.tensor) for target in self.known.targets.values()}
+        trained = {key for key, flag in self.hooked.flags.given.items() if flag}
+        return not self.known.own_flags and not trained <= tracked
+
     def _refresh_uses(self) -> None:
         """Take the hooks off modules of which nothing is hooked any more."""
         hooked = set(self.known.ladder.on("hook"))
@@ -107,6 +132,7 @@ class Run(Sharing):
         self._lower(found, "the parameter is used outside its module's own forward", sharded_too=True)
         self._lower_counted(guard.counted)
         self._lower_unfit(guard.outside)
+        self.known.replaced = self.known.replaced or current.replaced
         self._check_uses(current, guard)
         self._lower_failed(current)
         if len(losses) != self.n:

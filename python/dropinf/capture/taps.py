@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 MARK = "_dropinf_of"  # an attribute of tensors: what they depend on, where parameters are followed outside of modules
 Signature = tuple[Any, ...]  # of a call: module, dimensions, how its output's leading dimension goes with the samples
 # What the capture of a module may raise where it is not what its class says.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
-_TORCH = Path(torch.__file__).parent
 Take = Callable[[Tensor], None]
 
 
@@ -78,12 +82,18 @@ def modes() -> int:
     return int(torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack())
 
 
+def own_modes() -> bool:
+    """Return whether functions and ops of torch run in a mode of its user's."""
+    found = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    return any(type(mode).__module__.split(".")[0] != "torch" for mode in found)
+
+
 def unforeseen(begun_in: int) -> str | None:
     """Return why a forward, begun in so many modes, is to be audited for where it runs, or None: no look shows this."""
     if modes() > begun_in:
         return "it runs in a mode of its own"
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and hooks[0].__module__.split(".")[0] != "torch":
+    if hooks is not None and not all(map(is_of_torch, hooks)):
         return "what it saves for backward is packed"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "it runs in a transform of torch.func"
@@ -97,10 +107,31 @@ def overrides(kind: type) -> bool:
     return getattr(own, "__func__", own) not in usual and kind.__module__.split(".")[0] not in ("torch", "torchvision")
 
 
+def is_of(function: Any, package: str, end: str = "") -> bool:
+    """Return whether a function of Python is a package's own, and all that it wraps, whatever names they have.
+
+    ``end``: of the name of its file.
+    """
+    folder = Path(getattr(sys.modules.get(package), "__file__", None) or "").parent
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not Path(code.co_filename).is_relative_to(folder) or not code.co_filename.endswith(end):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 def is_of_torch(function: Any) -> bool:
-    """Return whether a function of Python is torch's own, whatever name it has."""
-    code = getattr(function, "__code__", None)
-    return code is not None and Path(code.co_filename).is_relative_to(_TORCH)
+    """Return whether a function is torch's own."""
+    return isinstance(function, BuiltinFunctionType) or is_of(function, "torch")
+
+
+def replaced() -> str | None:
+    """Return which of the functions that layers call is not torch's own, or None."""
+    for function, place, name in _CALLED:
+        if getattr(place, name) is not function or function not in _OWN:
+            return name
+    return None
 
 
 def of_a_user(node: Any) -> bool:
@@ -109,6 +140,17 @@ def of_a_user(node: Any) -> bool:
         return False
     made_by: Any = getattr(type(node), "_forward_cls")  # noqa: B009  autograd's own, of no stub
     return bool(made_by is not _Tap and not made_by.__module__.startswith("torch."))
+
+
+_CALLED = [
+    (getattr(place, name), place, name)
+    for place, names in (
+        (F, "linear conv1d conv2d conv3d pad embedding layer_norm rms_norm group_norm batch_norm"),
+        (torch, "layer_norm group_norm batch_norm embedding addmm rms_norm"),
+    )
+    for name in names.split()
+]
+_OWN = {function for function, *_ in _CALLED if is_of_torch(function)}
 
 
 def any_true(flags: Iterable[Tensor]) -> bool:
