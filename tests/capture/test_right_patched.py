@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import operator
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 import dropinf
 from tests.capture.right_or_refused import Cases, check, doubles, own, points, runs, squares  # noqa: F401
@@ -229,19 +233,14 @@ def test_each_batch_finds_the_tensors_that_modules_hold():
 
 def test_a_batch_that_does_something_else_each_time_ends():
     def loss_fn(m, batch, old=F.layer_norm):
-        F.layer_norm = functools.partial(lambda x, *a, **k: old(x, *a, **k))
+        F.layer_norm = functools.partial(lambda f, k, *a, **kw: f(*a, **kw) * k, old, 1 + batch[1])
         try:
-            return own(m(batch))
+            return own(m(batch[0]))
         finally:
             F.layer_norm = old
 
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    x = torch.randn(4, 3)
-    try:
-        got = dropinf.Compressor(model, dropinf.Identity(), loss_fn).compress([x])
-    except ValueError:
-        return
-    torch.testing.assert_close(got.flat, by_hand(model, lambda m, b: loss_fn(m, b[0]), [(x,)]))
+    right_or_refused(model, loss_fn, [(torch.randn(4, 3), k) for k in (0.0, 1.0, 2.0)])
 
 
 class Mode(TorchFunctionMode):
@@ -310,3 +309,57 @@ def test_what_is_replaced_inside_a_loss():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     right_or_refused(model, loss_fn, [(torch.randn(4, 3), k) for k in (1.0, 3.0, 3.0)])
+
+
+REACHES = {
+    "numpy": lambda y, k: y.detach().numpy().__imul__(k),
+    "dlpack": lambda y, k: torch.from_dlpack(y.detach()).mul_(k),
+    "array": lambda y, k: np.asarray(y.detach()).__imul__(k),
+    "storage": lambda y, k: y.untyped_storage().copy_((y.detach() * k).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("by", REACHES)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 2), lambda: nn.LayerNorm(4)], ids=["linear", "norm"])
+def test_a_buffer_that_is_used_again_behind_autograd(by, make):
+    def loss_fn(m, batch):
+        y = torch.tanh(m[0](batch[0]))
+        z = m[2](y)
+        REACHES[by](y, batch[1])
+        return own(z)
+
+    torch.manual_seed(0)
+    right_or_refused(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), make()), loss_fn, [(torch.randn(4, 3), k) for k in (1.0, 2.0, 3.0)]
+    )
+
+
+ASKS = {
+    "retain_grad": lambda h: h.retain_grad(),
+    "numpy": lambda h: h.numpy(),
+    "deepcopy": copy.deepcopy,
+    "repr": lambda h: 1 / ("grad_fn" not in repr(h)),
+    "tree": lambda h: 1 / (not any(tree_map(operator.attrgetter("requires_grad"), [h]))),
+}
+
+
+@pytest.mark.parametrize("by", ASKS)
+def test_whoever_asks_what_is_trained(by):
+    """A hooked model freezes what is not tracked, so that it would take another branch than its user's."""
+
+    def loss_fn(m, batch):
+        h = m[0](batch[0])
+        with contextlib.suppress(Exception):
+            ASKS[by](h)
+            return own(m[2](torch.tanh(h)))
+        return own(m[2](torch.tanh(h * batch[1])))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batches = [(torch.randn(4, 3), k) for k in (1.0, 2.0, 3.0)]
+    want = [torch.autograd.grad(loss_fn(model, b)[n], list(model[2].parameters())) for b in batches for n in range(4)]
+    try:
+        got = dropinf.Compressor(model, dropinf.Identity(), loss_fn, layers=["2*"]).compress(batches)
+    except ValueError:
+        return
+    torch.testing.assert_close(got.flat, torch.stack([torch.cat([g.flatten() for g in gs]) for gs in want]))

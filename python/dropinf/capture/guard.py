@@ -106,11 +106,17 @@ class UseGuard(TorchFunctionMode):
 
     def _ask(self, args: Any, _kwargs: Any) -> None:
         """Note who asks whether something is trained: what is hooked runs with other flags than its user's."""
-        if torch.is_grad_enabled() and not sys._getframe(2).f_globals.get("__name__", "").startswith("torch."):
+        asks = sys._getframe(2).f_globals.get("__name__", "")
+        if torch.is_grad_enabled() and (not asks.startswith("torch.") or asks == "torch.utils._pytree"):
             with torch._C.DisableTorchFunction():
                 same = self.trained.get(id(args[0])) == args[0].requires_grad
                 if args[0].is_floating_point() and not same:
                     self.unforeseen = "its forward asks what requires a gradient"
+
+    def _reach(self, args: Any, _kwargs: Any) -> None:
+        """Note who reaches for the memory of an activation, to write to it, or asks what it says of itself."""
+        if isinstance(args[0], Tensor) and args[0].is_floating_point() and not self.movement.is_given(args[0]):
+            self.unforeseen = "its forward reaches for a tensor's memory"
 
     def _flag(self, args: Any, _kwargs: Any) -> None:
         if isinstance(args[0], nn.Parameter):
@@ -165,6 +171,10 @@ _ASKS = {
     *(_TENSOR[name].__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
 }
+_REACHES = (
+    "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr", "set_", "retain_grad", "__repr__",
+    "__format__", "__deepcopy__",
+)  # fmt: skip
 _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     F.embedding: UseGuard._look_up,
     F.embedding_bag: UseGuard._look_up,
@@ -173,6 +183,7 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     _TENSOR["grad_fn"].__get__: UseGuard._node,  # which may get hooks that change a weight's gradient
     **dict.fromkeys((_TENSOR["data"].__get__, _TENSOR["data"].__set__), UseGuard._data),  # which nobody sees written
     Tensor.requires_grad_: UseGuard._flag,
+    **dict.fromkeys((getattr(Tensor, name) for name in _REACHES), UseGuard._reach),
     Tensor.to: UseGuard._cast,
     Tensor.type: UseGuard._cast,
     Tensor.type_as: UseGuard._cast,

@@ -44,6 +44,10 @@ class Movement:
         self._functions: set[int] = set()
         self._base = _node_number(torch.zeros((), requires_grad=True).view(())) - _FAR  # of autograd's nodes so far
 
+    def is_given(self, x: Tensor) -> bool:
+        """Return whether a tensor is one of the batch, or a parameter or buffer."""
+        return id(x) in self._known
+
     def fingerprint(self) -> int | None:
         """Return what tells this forward from others once it has ended, or None where nothing can."""
         return None if self.unknowable else self._path
