@@ -124,4 +124,8 @@ def colour_powers_of_codes_taken_out(patch):
 
 @fault("sorted_rows", acts=1, audit="every", heals=True)
 def rows_of_another_order_confirmed(patch):
-    patch.setattr(Colours, "confirm", lambda colours, key, g, owner, some=False: True)
+    def confirm(colours, key, g, owner, some=False):
+        colours.rows[key].spread = torch.zeros(())
+        return torch.tensor(True)
+
+    patch.setattr(Colours, "confirm", confirm)

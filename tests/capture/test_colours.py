@@ -109,6 +109,7 @@ def test_a_digit_that_is_read_after_one_that_was_confirmed():
     colours.sign(KEY, rows)
     ones = torch.ones(n)
     assert colours.confirm(KEY, colours.weights(ones, 0)[moved][:, None] * rows, owner)
+    colours.take(KEY, owner)
     second = colours.weights(ones, 1)[moved][:, None] * rows
     assert not colours.confirm(KEY, second, owner)
     colours.read(KEY, second, 1)

@@ -70,6 +70,7 @@ class Attempts:
         self.unforeseen: str | None = None  # why it is to be audited, whatever it looks like
         self.random = False  # the model draws random numbers
         self.movement: int | None = None  # of its forward, by which it looks like earlier ones
+        self.trusting = True  # samples are taken to stand where they did in all batches, and looked at afterwards
         self.coloured = False  # the samples of its rows were found anew
         self.attempts, self.proving = 0, 3
         self.suspects: set[str] = set()  # modules whose output is taken to be shared since this batch
@@ -81,7 +82,9 @@ class Attempts:
 
     def _pass(self) -> Pass:
         anchor = torch.zeros((), device=self.hooked.attributes.parameters[0].device, requires_grad=True)
-        return Pass(self.hooked.recorder(), Samples(self.n, self.cu), anchor, place=self.proof.place)
+        return Pass(
+            self.hooked.recorder(), Samples(self.n, self.cu), anchor, place=self.proof.place, trusting=self.trusting
+        )
 
     def _parameters(self) -> list[nn.Parameter]:
         return [target.tensor for target in self.known.targets.values()]

@@ -39,6 +39,7 @@ class _Rows:
     code: Tensor | None = None
     weak: Tensor | None = None
     owner: Tensor | None = None
+    spread: Tensor | None = None  # of ratios, as they were last compared
 
 
 @functools.lru_cache(256)
@@ -79,7 +80,8 @@ class Colours:
             size = losses.detach().abs().nan_to_num().amax().log2().clamp(min=0)
             self._shift = (size / self.step).ceil() * self.step
         if self.codes.device != losses.device:  # once, not for each gradient
-            self.codes, self._named = self.codes.to(losses.device), self._named.to(losses.device)
+            self.codes = self.codes.to(losses.device, non_blocking=True)
+            self._named = self._named.to(losses.device, non_blocking=True)
             self._shift = self._shift.to(losses.device)
         power = self.codes // self.base**digit % self.base
         # None is one: what a clamp made the same in all passes is no sample's.
@@ -95,25 +97,30 @@ class Colours:
             least = 4 * d**0.5 * limits.smallest_normal * limits.eps / SLACK[g.dtype]
         self.rows[key] = _Rows(seen, seen.abs().amax(1), g.shape[:-1], least, normal)
 
-    def confirm(self, key: Key, g: Tensor, owner: Tensor, *, some: bool = False) -> bool:
-        """Return whether the gradient's rows are all of the samples [rows] that they are taken for; else `read` it.
+    def confirm(self, key: Key, g: Tensor, owner: Tensor, *, some: bool = False) -> Tensor | None:
+        """Return whether the gradient's rows are all of the samples [rows] that they are taken for, a truth value; None
+        where they are to be `read`.
 
         Rows that are small, or not exact, are left to `read`, and float16 has too many of them. ``some``: not all rows
         may be zero.
         """
         row = self.rows[key]
         if row.code is not None or self.base == 8 or len(owner) != len(row.seen):
-            return False
+            return None
         factor = self._weights.to(row.seen)[owner]
         apart = (_projected(g.reshape(-1, g.shape[-1])) - row.seen * factor[:, None]).abs_().amax(1)
         spread = (apart / (row.size * factor).clamp_(min=torch.finfo(apart.dtype).tiny)).amax()
         least = torch.where(row.size == 0, torch.inf, row.size).amin()
         whole = (least > row.normal) & (least.isfinite() if some else True)
-        if not bool((spread <= SLACK[g.dtype]) & whole):
-            return False
-        self._note_spread(key, spread)
+        row.spread = spread
+        return (spread <= SLACK[g.dtype]) & whole
+
+    def take(self, key: Key, owner: Tensor) -> None:
+        """Have a gradient's rows be of the samples [rows] that `confirm` was asked about."""
+        row = self.rows[key]
+        assert row.spread is not None
+        self._note_spread(key, row.spread)
         row.owner = owner
-        return True
 
     def _begin(self, row: _Rows, digit: int) -> tuple[Tensor, Tensor]:
         """Return the code of each row before a digit is read, and which rows are weak."""

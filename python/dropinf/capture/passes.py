@@ -59,6 +59,9 @@ class Pass:
     running: bool = False  # a backward of ours runs
     chaining: bool = False  # one through what is computed from parameters alone
     _take: Callable[[Call, Key, Tensor], None] | None = None
+    trusting: bool = True  # rows are taken to be of the samples that they have been of in all batches
+    mistaken: bool = False  # and were not
+    _confirmations: list[Tensor] = field(default_factory=list)
     _surprises: list[Tensor] = field(default_factory=list)
     _owners: dict[Any, Tensor] = field(default_factory=dict)  # of rows, by layout and shape
     _waiting: list[tuple[Node, int, Call]] = field(default_factory=list)  # which listen as the first backward begins
@@ -131,7 +134,8 @@ class Pass:
     @property
     def questions(self) -> list[Tensor]:
         """Truth values that nobody waited for: whether what was taken for known is otherwise."""
-        return [*(doubt for use in self.uses.values() for doubt in use.doubts), *self._surprises]
+        doubts = (doubt for use in self.uses.values() for doubt in use.doubts)
+        return [*doubts, *self._surprises, *(~found for found in self._confirmations)]
 
     def settle(self) -> None:
         """Find the norms that did something else than they did before, and gradients where none was."""
@@ -139,6 +143,7 @@ class Pass:
         self.failed |= dict.fromkeys(wrong, "it does not scale what it normalises by its weight")
         if any_true(self._surprises):
             self.unproven |= self.blank
+        self.mistaken = any_true(~found for found in self._confirmations)
 
     def add_sum(self, name: str, g: Tensor) -> None:
         """Take the gradient of a layer's parameter, from all of its uses in a backward."""
@@ -238,12 +243,24 @@ class Pass:
                     self._owners[place] = self.tied(key, layouts).owners(lead, rows.device).flatten()
             except Untied:
                 return None
-            return (layout, True) if colours.confirm(key, rows, self._owners[place]) else None
+            return (layout, True) if self._confirmed(colours, key, rows, self._owners[place]) else None
         followed = (x for x in reversed(self.layouts.values()) if isinstance(x, Rows) and x.sample.shape == lead)
         alike = next(followed, None) if colours.passes == 1 else None
-        if alike is not None and colours.confirm(key, rows, alike.owner, some=True):
-            return alike, False
+        if alike is not None:  # a guess, which is asked at once
+            found = colours.confirm(key, rows, alike.owner, some=True)
+            if found is not None and bool(found):
+                colours.take(key, alike.owner)
+                return alike, False
         return None
+
+    def _confirmed(self, colours: Colours, key: Key, rows: Tensor, owner: Tensor) -> bool:
+        """Return whether rows are of the samples that they have been of in all batches; nobody waits for the answer."""
+        found = colours.confirm(key, rows, owner) if self.trusting else None
+        if found is None:
+            return False
+        self._confirmations.append(found)
+        colours.take(key, owner)
+        return True
 
     def _layout(
         self, key: Key, sample: Tensor, before: Mapping[Key, Layout], proven: set[Key]

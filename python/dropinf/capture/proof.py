@@ -66,7 +66,7 @@ class Proof:
         return "rows do not sum to their parameter's gradient" if apart else None
 
     def doubted(self, store: Mapping[str, Tensor], current: Pass, dtype: torch.dtype) -> Tensor | None:
-        """Return the samples [N] of which colours may have missed a part, if any.
+        """Return of each sample [N] whether colours may have missed a part of it; None where rows were not looked at.
 
         Where samples meet in a row, what lies below the exactness of colours goes to the other sample. It may be much
         of what a sample has that is far below others: in all layers, or in one whose colours were not exact.
@@ -87,7 +87,7 @@ class Proof:
         found = (sizes * TOLERANCE[dtype] < apart[:, None]).any(0) | (sizes.amax(0) * TOLERANCE[dtype] < eps)
         for unsure in colours.unsure:
             found |= unsure.to(device)
-        return found if bool(found.any()) else None
+        return found
 
     def expect(
         self,

@@ -217,6 +217,9 @@ class Run(Sharing):
         current.settle()
         self._lower_failed(current)
         self._colour_unproven(current)
+        if current.mistaken:
+            self.trusting = False
+            raise Again
 
     def _learn(self, current: Pass, plan: Plan) -> Plan:
         """Return the plan with what this batch shows of its look."""
@@ -282,22 +285,12 @@ class Run(Sharing):
             self._check_leaves()
         store = current.recorder.finish(hooked.layers, losses)
         dtype = self.proof.coarsest(current.dtypes | {losses.dtype})
-        asked = not why and hooked.probe is None
-        sums = self.proof.sums(current) if asked else None
-        first = self.proof.first_gradients(plan, store) if asked else []
-        differ = [] if sums is None else sums.differ(store, dtype)
-        if any_true([*not_finite(store), *current.questions, *first, *differ]):  # the one wait of a batch
-            self._settle(current)
-            check_finite(store, hooked.where)
-            why = why or ("first gradient of a layer" if any_true(first) else None)
-            if sums is not None and not why:
-                why = self.proof.unequal(sums, store, dtype)
-            self.why = why
-        if why and hooked.probe is None:
-            self._audit(store, losses, dtype, (plan, look), why)
-        doubted = self.proof.doubted(store, current, dtype) if plan.follow and hooked.probe is None else None
-        if doubted is not None:
-            self._audit(store, losses, dtype, (plan, look), "a sample's gradient is far below others'", doubted)
+        if hooked.probe is None:
+            why, faint = self._ask(current, plan, store, dtype)
+            if why:
+                self._audit(store, losses, dtype, (plan, look), why)
+            if faint is not None:
+                self._audit(store, losses, dtype, (plan, look), "a sample's gradient is far below others'", faint)
         plan.trusted = 0 if why else plan.trusted + 1
         if not self.proof.says_nothing:
             plan.gradients.add(reached)
@@ -305,6 +298,25 @@ class Run(Sharing):
                 plan.paths.add(self.movement)
         known.plans[look] = plan
         return store
+
+    def _ask(
+        self, current: Pass, plan: Plan, store: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> tuple[str | None, Tensor | None]:
+        """Ask all that nobody waited for, and wait once. Return why the batch is to be audited, and which samples [N] are
+        to be compared by themselves; None for neither."""
+        sums = None if self.why else self.proof.sums(current)
+        first = [] if self.why else self.proof.first_gradients(plan, store)
+        differ = [] if sums is None else sums.differ(store, dtype)
+        faint = self.proof.doubted(store, current, dtype) if plan.follow else None
+        some = [] if faint is None else [faint.any()]
+        if not any_true([*not_finite(store), *current.questions, *first, *differ, *some]):
+            return self.why, None
+        self._settle(current)
+        check_finite(store, self.hooked.where)
+        self.why = self.why or ("first gradient of a layer" if any_true(first) else None)
+        if sums is not None:
+            self.why = self.why or self.proof.unequal(sums, store, dtype)
+        return self.why, faint if any_true(some) else None
 
     def _keep_apart(self, current: Pass, plan: Plan, look: Any) -> None:
         """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""

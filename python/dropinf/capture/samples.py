@@ -154,7 +154,10 @@ class Samples:
         """Return the sample of each row [*lead], int64."""
         places, cu = self.tie(torch.arange(lead.numel(), device=device).reshape(lead), 0)
         owner = torch.arange(self.n, device=device)
-        owner = owner[:, None] if cu is None else torch.repeat_interleave(owner, cu.diff().long().to(device))
+        if cu is None:
+            owner = owner[:, None]
+        else:
+            owner = torch.repeat_interleave(owner, cu.diff().long().to(device), output_size=len(places))
         found = torch.empty(lead.numel(), dtype=torch.int64, device=device)
         found[places.flatten()] = owner.expand(places.shape).flatten()
         return found.reshape(lead)
