@@ -99,6 +99,12 @@ class Attempts:
         names = [] if self.hooked.probe is not None else self.known.ladder.on("op")
         return {id(self.known.targets[n].tensor): self.hooked.layers[n] for n in names}
 
+    def _leaves_out(self) -> bool:
+        """Return whether something is trained that is not tracked, and frozen while its model is hooked."""
+        tracked = {id(target.tensor) for target in self.known.targets.values()}
+        trained = {key for key, flag in self.hooked.flags.given.items() if flag}
+        return not self.known.own_flags and not trained <= tracked
+
     def _unmark(self) -> None:
         """Take the marks off what outlives a forward."""
         for leaf in (*tensors(self.batch), *self.hooked.attributes.held):

@@ -112,12 +112,6 @@ class Run(Sharing):
         after.restore()
         return store, len(losses)
 
-    def _leaves_out(self) -> bool:
-        """Return whether something is trained that is not tracked, and frozen while its model is hooked."""
-        tracked = {id(target.tensor) for target in self.known.targets.values()}
-        trained = {key for key, flag in self.hooked.flags.given.items() if flag}
-        return not self.known.own_flags and not trained <= tracked
-
     def _refresh_uses(self) -> None:
         """Take the hooks off modules of which nothing is hooked any more."""
         hooked = set(self.known.ladder.on("hook"))
@@ -302,8 +296,10 @@ class Run(Sharing):
     def _ask(
         self, current: Pass, plan: Plan, store: Mapping[str, Tensor], dtype: torch.dtype
     ) -> tuple[str | None, Tensor | None]:
-        """Ask all that nobody waited for, and wait once. Return why the batch is to be audited, and which samples [N] are
-        to be compared by themselves; None for neither."""
+        """Find out all that nobody waited for, and wait once.
+
+        Return why the batch is to be audited, and which samples [N] are to be compared by themselves; None for neither.
+        """
         sums = None if self.why else self.proof.sums(current)
         first = [] if self.why else self.proof.first_gradients(plan, store)
         differ = [] if sums is None else sums.differ(store, dtype)
