@@ -261,7 +261,10 @@ def order_of(batches: object, order: Sequence[int] | Tensor | None = None) -> Te
     given = order if order is not None else getattr(batches, "order", None)
     if given is None or callable(given):
         return None
-    numbers = torch.as_tensor(given, device="cpu")
+    try:
+        numbers = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        numbers = torch.empty(0, 0)
     if numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"order is {type(given).__name__}; it must be whole numbers, one for each sample: [N]")
     found = numbers.long().argsort()

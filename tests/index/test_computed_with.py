@@ -199,3 +199,15 @@ def test_nothing_is_made_where_an_index_was(tmp_path):
         with pytest.raises(FileNotFoundError, match="no longer there"):
             change()
     assert not (tmp_path / "idx").exists()
+
+
+@pytest.mark.parametrize("out", [b"idx", 5, "a\0b"])
+def test_an_out_that_is_no_path(out):
+    with pytest.raises(TypeError, match="it must be the path of a folder"):
+        make_compressor().compress(make_batches(), out=out)
+
+
+@pytest.mark.parametrize("order", ["abc", {1: 2}, [10**30], [None] * 9])
+def test_an_order_that_is_none(order, tmp_path):
+    with pytest.raises(TypeError, match="it must be whole numbers, one for each sample"):
+        make_compressor().compress(make_batches(), out=tmp_path / "idx", order=order)

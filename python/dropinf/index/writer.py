@@ -330,9 +330,15 @@ def _first(batches: Iterable[Any], ranks: Ranks, places: Tensor | None) -> tuple
 
 
 def _check_options(
-    batches: Iterable[Any], dtype: torch.dtype | None, fisher: FisherKind | Fisher | None, ids: Ids | None
+    batches: Iterable[Any],
+    path: object,
+    dtype: torch.dtype | None,
+    fisher: FisherKind | Fisher | None,
+    ids: Ids | None,
 ) -> Fisher | None:
     """Raise ValueError or TypeError for options that no index has. Return the Fisher matrix to build."""
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
+        raise TypeError(f"out is {path!r}; it must be the path of a folder, text or a pathlib.Path")
     check_ids(ids)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
@@ -365,7 +371,7 @@ def write_index(
     """Compress into a folder; see `Compressor.compress`. `wrote` is told how many samples each batch added."""
     ranks = Ranks(group)
     with ranks.watched(), contextlib.ExitStack() as stack:  # the others wait for a rank whose arguments are refused
-        fisher = _check_options(batches, dtype, fisher, ids)
+        fisher = _check_options(batches, path, dtype, fisher, ids)
         folder, places = Path(path), order_of(batches, order)
         stack.enter_context(locked(folder, ranks))
         first, batches = _first(batches, ranks, places)
