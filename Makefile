@@ -23,8 +23,9 @@ test: $(READY)
 	$(INTERPRETED) -m "not kernels"
 	DROPINF_SANITIZE=1 TRITON_INTERPRET=1 $(PYTEST) tests/sanitizer
 	$(COMPILED) -m "not kernels"
-	@echo "Left to make test-kernels, ten minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone), on"
-	@echo "the interpreter half precision, random shapes and offsets past two billion elements; capture in other orders of batches;"
+	@echo "Left to make test-kernels, fifteen minutes: kernels compiled for every architecture and dtype (here bf16 on sm_90 alone), on"
+	@echo "the interpreter half precision, random shapes and offsets past two billion elements; capture in other orders of batches, and on"
+	@echo "tensors that say they are on a GPU;"
 	@echo "other interleavings of processes, and more damage."
 
 # What `test` leaves out: run it where you changed dropinf_kernels, how gradients are captured, or an index.
@@ -32,15 +33,18 @@ test-kernels: $(READY)
 	$(PYTEST) --dist worksteal -m "more and not long" tests/capture tests/faults
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
+	$(GPU_LIKE) -m "not kernels"
 
-# What differs on a GPU, without one. Not part of continuous integration yet.
+# What differs on a GPU, without one: its first half is in test-kernels.
 test-gpu-like: $(READY)
 	$(GPU_LIKE) -m "not kernels"
 	$(GPU_LIKE) -m kernels
 
-# Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes, two thousand interleavings.
+# Indexing killed at a hundred instants, every byte flipped, thousands of damaged indexes, two thousand interleavings; and
+# capture in yet other orders of batches, with other sketches.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long tests/faults
+	$(PYTEST) --dist worksteal -m long tests/capture
 
 # Each adapter against its installed toolkit, in an environment of its own: ten minutes the first time.
 test-interop: $(READY)

@@ -27,10 +27,10 @@ HOOKS = [
     "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_load_state_dict_pre_hooks",
 ]  # fmt: skip
 RUNS = [
-    pytest.param(lambda: dropinf.Identity(), False, id="whole", marks=pytest.mark.more),
+    pytest.param(lambda: dropinf.Identity(), False, id="whole", marks=pytest.mark.long),
     pytest.param(lambda: dropinf.Identity(), True, id="whole-backwards", marks=pytest.mark.more),
-    pytest.param(lambda: dropinf.Dropout(2), False, id="mask", marks=pytest.mark.more),
-    pytest.param(lambda: dropinf.Dropout(2), True, id="mask-backwards"),
+    pytest.param(lambda: dropinf.Dropout(2), False, id="mask"),
+    pytest.param(lambda: dropinf.Dropout(2), True, id="mask-backwards", marks=pytest.mark.long),
 ]
 runs = pytest.mark.parametrize(("sketch", "backwards"), RUNS)
 Build = Callable[[], tuple[nn.Module, Callable[[nn.Module, Any], Tensor], list[Any]]]
