@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from . import sharded
 from .hooks import Capture
 from .movement import Movement
+from .op_calls import DERIVED
 from .outside import Outside
-from .taps import is_of_torch, of_a_user, overrides
+from .taps import MARK, is_of_torch, of_a_user, overrides
 
 
 class UseGuard(TorchFunctionMode):
@@ -84,8 +85,8 @@ class UseGuard(TorchFunctionMode):
 
     def _hook(self, args: Any, _kwargs: Any) -> None:
         self.movement.unknowable = True  # what a hook does to a gradient is seen by its colours alone
-        if self.capture.own:
-            self.unforeseen = "a norm of its own has hooks on gradients inside"
+        if self.capture.own or getattr(args[0], MARK, 0) == DERIVED:
+            self.unforeseen = "a norm of its own, or a computed weight, has hooks on its gradient"
         if isinstance(args[0], nn.Parameter):
             self.unforeseen = "a parameter has hooks on its gradient"
 

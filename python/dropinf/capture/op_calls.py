@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .audit import TOLERANCE
 from .direct import MATMULS, PRODUCTS, SUMS, direct
 from .layer import Layer
 from .modules import Use
 from .passes import Call
 from .recorders import Recorder
 from .samples import Grid, Samples, Untied
-from .taps import MARK
+from .taps import MARK, of_a_user
 
 # Whole gradients of one op that exist at once.
 CHUNK_BYTES = 1 << 26
@@ -52,6 +53,20 @@ def leaves_of(x: Tensor) -> list[Tensor]:
     return found
 
 
+def has_functions(x: Tensor) -> bool:
+    """Return whether an autograd Function of its user's is in a tensor's graph."""
+    seen, todo = set(), [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if of_a_user(node):
+            return True
+        seen.add(node)
+        todo += [next_node for next_node, _ in node.next_functions]
+    return False
+
+
 class OpUse(Use):
     """The capture of parameters at one op."""
 
@@ -78,6 +93,7 @@ class OpCall(Call):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     derived: list[Tensor]
+    out: Tensor | None = None  # what the op gave, where its backward may be mapped over samples
 
     def __post_init__(self) -> None:
         self.versions = [(t, t._version) for t in tensors_of((self.args, tuple(self.kwargs.values())))]
@@ -97,7 +113,9 @@ class OpCall(Call):
     def _source(self, d: Tensor) -> Layer | None:
         """Return the layer whose parameter ``d`` is, or is a view of."""
         assert isinstance(self.use, OpUse)
-        return self.use.raw.get(id(d if d._base is None else d._base))
+        if d._base is None:
+            return self.use.raw.get(id(d))
+        return None if d._backward_hooks or has_functions(d) else self.use.raw.get(id(d._base))
 
     def _by_samples(self, d: Tensor, g: Tensor, samples: Samples) -> list[tuple[Layer, Tensor]]:
         """Return each layer that ``d`` is derived from, with its gradients, formed whole for some samples at a time."""
@@ -179,7 +197,7 @@ class OpCall(Call):
         places = [id(t) for t in tensors if id(t) in own]
         split = [t.reshape(n, t.shape[0] // n, *t.shape[1:])[first : first + len(g)] for t in batched]
 
-        def one(values: list[Tensor], g_n: Tensor) -> Tensor:
+        def one(values: list[Tensor], g_n: Tensor) -> tuple[Tensor, Tensor]:
             given = dict(zip(places, values, strict=True))
 
             def op(x: Tensor) -> Tensor:
@@ -190,13 +208,23 @@ class OpCall(Call):
                 out: Tensor = self.function(*args, **kwargs)
                 return out if places or moves else out[: g_n.shape[0]]
 
-            back = torch.func.vjp(op, d.detach())[1]
-            gradient: Tensor = back(g_n)[0]
-            return gradient
+            made: Any = torch.func.vjp(op, d.detach())
+            return made[1](g_n)[0], made[0]
 
         if not split:
-            return torch.func.vmap(lambda g_n: one([], g_n))(_placed(g, first, n) if moves else g)
-        return torch.func.vmap(one)(split, g)
+            return torch.func.vmap(lambda g_n: one([], g_n)[0])(_placed(g, first, n) if moves else g)
+        whole, alone = torch.func.vmap(one)(split, g)
+        self._compare(alone, first)
+        return whole
+
+    def _compare(self, alone: Tensor, first: int) -> None:
+        """Ask later whether the op gives samples from ``first`` on alone [samples, ...] what it gave them together."""
+        if self.out is None:
+            return
+        together = self.out.reshape(-1, *alone.shape[1:])[first : first + len(alone)]
+        apart = (alone - together).flatten(1).abs().amax(1)
+        close = apart <= TOLERANCE.get(self.out.dtype, 1e-3) * together.flatten(1).abs().amax(1)
+        self.current.doubts.append((self.use.name, ~(close | apart.isnan()).all()))
 
 
 def _placed(g: Tensor, first: int, n: int) -> Tensor:

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -60,20 +61,17 @@ class Attributes:
         training = any(m.training for m in model.modules())
         # In eval mode few models write to their buffers: copies of large ones would not be worth their memory.
         # Of a call, which asks for them in each batch.
-        plain = (x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor))
-        self.parameters, self.held = list(model.parameters()), [*model.buffers(), *plain]
+        self.parameters = list(model.parameters())
         self.is_sharded = any(map(sharded.is_sharded, self.parameters))
+        self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+        own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
+        self._containers: list[tuple[Any, Any]] = []
+        values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
+        mine = {id(x) for x in (*self.parameters, *model.modules())}
+        self.held = list(_state_of(values, self._containers, mine))
         kept = [b for b in self.held if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
         self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
         self.devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
-        self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
-        own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
-        self._containers = [
-            (value, type(value)(value))
-            for _, attributes in self._modules
-            for name, value in attributes.items()
-            if name not in own and type(value) in (dict, list, set)
-        ]
 
     def versions(self) -> list[tuple[nn.Parameter, int]]:
         """Return each parameter, and how often something wrote to it."""
@@ -120,6 +118,31 @@ def _contents(value: Any, containers: list[tuple[Any, Any]], seen: set[int]) -> 
         parts = (vars(value),)
     for part in parts:
         yield from _contents(part, containers, seen)
+
+
+def _state_of(value: Any, containers: list[tuple[Any, Any]], seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in what modules hold, modules that they hide among them; add its containers, as they are."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    parts: Any = ()
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        parts = (*value.parameters(), *value.buffers())
+    elif isinstance(value, SimpleNamespace):
+        parts = (vars(value),)
+    elif isinstance(value, dict):
+        containers.append((value, dict(value)))
+        parts = value.values()
+    elif isinstance(value, list | set):
+        containers.append((value, list(value) if isinstance(value, list) else set(value)))
+        parts = value
+    elif isinstance(value, tuple):
+        parts = value
+    if parts and not set(map(type, parts)) <= _PLAIN:
+        for part in parts:
+            yield from _state_of(part, containers, seen)
 
 
 def _refill(containers: Iterable[tuple[Any, Any]]) -> None:

@@ -100,6 +100,12 @@ def unforeseen(begun_in: int) -> str | None:
     return None
 
 
+def in_checkpoint() -> bool:
+    """Return whether what runs is computed again in backward, by a checkpoint that is not reentrant."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
 def overrides(kind: type) -> bool:
     """Return whether a class, not of torch's, says itself what functions of torch do with its tensors."""
     own = getattr(kind, "__torch_function__", None)
