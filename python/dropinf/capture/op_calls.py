@@ -218,7 +218,7 @@ class OpCall(Call):
         return whole
 
     def _compare(self, alone: Tensor, first: int) -> None:
-        """Ask later whether the op gives samples from ``first`` on alone [samples, ...] what it gave them together."""
+        """Note whether the op gives samples from ``first`` on alone [samples, ...] what it gave them together."""
         if self.out is None:
             return
         together = self.out.reshape(-1, *alone.shape[1:])[first : first + len(alone)]
