@@ -24,7 +24,7 @@ from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
-from .gradients import Gradients, Origin
+from .gradients import CODE, Gradients, Origin
 from .index.folder import SKETCH
 from .index.manifest import Manifest, check_code
 from .index.reader import Index
@@ -370,8 +370,11 @@ class Compressor:
         return {} if self.is_sharded else code_of(self.model)
 
     def origin(self) -> Origin:
-        """Return what makes the gradients: a checksum of the model's parameters, and the loss function's name."""
-        return Origin("" if self.is_sharded else fingerprint(self.model, buffers=False), name_of_loss(self.loss_fn))
+        """Return what makes the gradients: checksums of the model's parameters and classes, and the loss's name."""
+        if self.is_sharded:
+            return Origin("", name_of_loss(self.loss_fn))
+        model = f"{fingerprint(self.model, buffers=False)}{CODE}{self.code()['classes and constants']}"
+        return Origin(model, name_of_loss(self.loss_fn))
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""

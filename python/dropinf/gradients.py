@@ -26,10 +26,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 Rows = int | slice | Tensor | Sequence[int] | Sequence[bool]
 
 
+CODE = "+"  # between the fingerprints of a model's parameters and of its classes
+
+
 class Origin(NamedTuple):
     """What made gradients."""
 
-    model: str  # fingerprint of its parameters; empty where they were shards, of which no rank has all
+    model: str  # fingerprints of its parameters, and of its classes; empty where shards, of which no rank has all
     loss: str  # name of the loss function, and a fingerprint of its source; empty where it is not known
 
 
@@ -155,12 +158,17 @@ def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and 
 
 def check_same_model(query: Sketched, train: Sketched) -> None:
     """Raise ValueError where it is known that gradients are of different models."""
-    models = {origin.model for x in (query, train) if (origin := getattr(x, "origin", None)) is not None}
-    if len(models - {""}) > 1:
+    origins = (getattr(x, "origin", None) for x in (query, train))
+    known = [origin.model.split(CODE) for origin in origins if origin is not None and origin.model]
+    # Of gradients of earlier versions, only the weights are known.
+    apart = [place for place, found in enumerate(zip(*known, strict=False)) if len(set(found)) > 1]
+    if apart:
+        weights = "the weights were others when they were compressed (or of another dtype)"
+        code = "the weights are the same, and the classes or constants of modules are others"
         raise ValueError(
-            "query and train are of different models: the weights were others when they were compressed (or of another "
-            "dtype). Compress both with the same model, which Compressor.from_index checks, or pass other_model=True "
-            "where that is what you want, as between checkpoints"
+            f"query and train are of different models: {weights if 0 in apart else code}. Compress both with the same "
+            "model, which Compressor.from_index checks, or pass other_model=True where that is what you want, as "
+            "between checkpoints"
         )
 
 

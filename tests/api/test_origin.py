@@ -120,3 +120,22 @@ def test_names_of_losses():
     assert name_of_loss(functools.partial(smooth, smoothing=object())) == name_of_loss(
         functools.partial(smooth, smoothing=object())
     )
+
+
+class Other(nn.Tanh):
+    """A class of one's own."""
+
+
+def test_gradients_of_other_classes_are_not_scored_together():
+    query, train = make(), make()
+    query.model[1] = Other()
+    query = dropinf.Compressor(query.model, dropinf.Dropout(3), loss_fn).compress(batches())
+    train = train.compress(batches())
+    with pytest.raises(
+        ValueError, match="the weights are the same, and the classes or constants of modules are others"
+    ):
+        dropinf.score(query, train, kind="dot")
+    assert dropinf.score(query, train, kind="dot", other_model=True).shape == (12, 12)
+    weights = train.origin.model.partition("+")[0]  # as earlier versions knew it
+    earlier = Gradients(train.flat, train.shapes, train.digest, (weights, train.origin.loss))
+    assert dropinf.score(query, earlier, kind="dot").shape == (12, 12)

@@ -170,3 +170,21 @@ def test_a_loss_that_changes_its_batch_changes_no_fingerprint(tmp_path):
 
     for _ in range(2):
         dropinf.Compressor(make_compressor().model, dropinf.Dropout(6), loss).compress(batches(), out=tmp_path / "idx")
+
+
+class Tagged(np.ndarray):
+    """An array with an attribute."""
+
+
+def tagged(value):
+    x = np.zeros(3).view(Tagged)
+    x.tag = value
+    return x
+
+
+@pytest.mark.parametrize(
+    "make", [tagged, lambda v: np.ma.MaskedArray(np.array([v, 1.0]), mask=[True, False], fill_value=0.0)]
+)
+def test_what_arrays_hold_beside_their_values(make):
+    assert fingerprint(make(1.0)) == fingerprint(make(1.0))
+    assert fingerprint(make(1.0)) != fingerprint(make(2.0))

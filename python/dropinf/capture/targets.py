@@ -95,7 +95,7 @@ def find_targets(model: nn.Module, layers: LayerFilter) -> tuple[dict[str, Targe
     for parameter, sites in uses.items():
         target = _target(parameter, sites, silent)
         chosen = selected is None or any(
-            selected(module_name, module) or selected(f"{module_name}.{attribute}", parameter)  # type: ignore[arg-type]
+            selected(module_name, module) or selected(f"{module_name}.{attribute}".lstrip("."), parameter)  # type: ignore[arg-type]
             for module_name, attribute, module in sites
         )
         if not chosen:

@@ -56,7 +56,7 @@ class _Print:
         found = self._of(value, at)
         fields = {f.name for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
         extra = {} if isinstance(value, enum.Enum) else getattr(value, "__dict__", {})
-        extra = extra if isinstance(value, Tensor | Mapping | list | tuple | Set) or fields else {}
+        extra = extra if isinstance(value, Tensor | Mapping | list | tuple | Set | np.ndarray) or fields else {}
         held = value.data if isinstance(value, UserDict | UserList) else None
         rest = {name: x for name, x in extra.items() if name not in fields and x is not held and name[0] != "_"}
         return _digest("with", found, self.of(rest, at)) if rest else found
@@ -114,7 +114,10 @@ class _Print:
 
     def _array(self, x: np.ndarray[Any, Any], at: str) -> bytes:
         if isinstance(x, np.ma.MaskedArray):
-            parts = (self._array(part, at) for part in (np.ma.getmaskarray(x), np.asarray(x.filled())))
+            # What is masked counts too: a loss may read it.
+            parts = (
+                self._array(part, at) for part in (np.ma.getmaskarray(x), np.asarray(x.filled()), np.asarray(x.data))
+            )
             return _digest("masked", *parts)
         tag = f"array {x.dtype.str} {list(x.shape)}"
         if x.dtype.names:
