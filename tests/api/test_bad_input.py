@@ -388,17 +388,3 @@ def test_a_loader_that_shuffles(name, recwarn):
     dropinf.Compressor(model, dropinf.PCA(2), loss_fn).calibrate(loader)  # in any order
     dropinf.choose(model, loader, loss_fn, budget_bytes=400)
     assert len([w for w in recwarn if "shuffl" in str(w.message)]) == len(said)
-
-
-class Root(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w, self.l = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.l(x * self.w)
-
-
-@pytest.mark.parametrize("layers", ["w", "?", ["w"]])
-def test_a_parameter_of_the_model_itself_is_picked_by_its_name(layers):
-    assert "w" in dropinf.Compressor(Root(), dropinf.Identity(), lambda m, x: m(x).sum(1), layers=layers).layers

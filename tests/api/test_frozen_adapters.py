@@ -108,3 +108,17 @@ def test_the_active_one_of_several(tmp_path):
             compressor = dropinf.Compressor(model, dropinf.Dropout(2), loss_fn)
         assert len(compressor.layers) == 4
         assert all(active in name for name in compressor.layers)
+
+
+class Root(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.l = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.l(x * self.w)
+
+
+@pytest.mark.parametrize("layers", ["w", "?", ["w"]])
+def test_a_parameter_of_the_model_itself_is_picked_by_its_name(layers):
+    assert "w" in dropinf.Compressor(Root(), dropinf.Identity(), lambda m, x: m(x).sum(1), layers=layers).layers

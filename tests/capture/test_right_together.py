@@ -122,6 +122,62 @@ def clipped(w):
     return w
 
 
+NUMBERS = [torch.tensor(x) for x in ([0, 0, 0, 0], [0, 1, 2, 1], [2, 1, 0, 0])]  # alike at first
+GRAPHS = [torch.eye(N), torch.rand(N, N, generator=torch.Generator().manual_seed(1)), torch.ones(N, N)]
+
+
+def zeroed(m):
+    nn.init.zeros_(m.w)
+    return m
+
+
+def numpys(does, *shape):
+    model = Does(does, *shape)
+    return model, lambda m, b: m(*b).flatten(1).square().sum(1), [(torch.randn(N, D), i.numpy()) for i in NUMBERS]
+
+
+LOOKS = {
+    "rows_of_numpy": ((3, D), lambda m, x, k: m.l(x) * m.w[torch.from_numpy(k), :]),
+    "tables_of_numpy": ((3, D, D), lambda m, x, k: torch.einsum("ni,nio->no", m.l(x), m.w[torch.from_numpy(k)])),
+    "computed_of_numpy": ((3, D), lambda m, x, k: m.l(x) * torch.tanh(m.w)[torch.from_numpy(k)]),
+    "embedding_of_numpy": ((3, D), lambda m, x, k: m.l(x) * F.embedding(torch.from_numpy(k), m.w.exp())),
+}
+for name, (shape, does) in LOOKS.items():
+
+    def looked_up(shape=shape, does=does):
+        return numpys(does, *shape)
+
+    looked_up.__name__ = f"numbers_that_nobody_marked_{name}"
+    CASES.add()(looked_up)
+
+
+@CASES.add()
+def a_graph_that_has_no_edges_at_first():
+    def does(m, x, a):
+        return (m.l(x) + torch.einsum("nm,mi,io->no", a, x, m.w) + 1).square().sum(1)
+
+    return zeroed(Does(does, D, D)), lambda m, b: m(*b), [(torch.randn(N, D), a.double()) for a in GRAPHS]
+
+
+@CASES.add()
+def a_look_up_of_two_numbers():
+    def does(m, x, a, z):
+        return own(m.l(x) * m.w[a, z, None])
+
+    pairs = [(torch.randint(0, 5, (N, N)), z) for z in NUMBERS]
+    return Does(does, 5, 3), lambda m, b: m(*b), then(*pairs)
+
+
+@CASES.add()
+def a_mask_beside_what_is_infinite():
+    def does(m, x, z):
+        far = F.pad(m.l(x), (0, 1), value=-float("inf"))
+        return (torch.addcmul(far, m.w, z).softmax(-1) + 1).square().sum((1, 2))
+
+    masks = [(z,) for z in (torch.ones(N, D + 1), *torch.rand(2, N, D + 1).round())]
+    return Does(does, D + 1), lambda m, b: m(*b), then(*masks)
+
+
 VIEWS = {
     "function_on_a_gain": ((D,), lambda m, x, k: own(m.l(x) * Scale.apply(m.w, 1 + k))),
     "function_on_a_position": ((N, D), lambda m, x, k: own(m.l(x) + Scale.apply(m.w, 1 + k))),

@@ -217,7 +217,7 @@ def _setting(value: Any) -> str | None:
     """Return a function, or a container of plain values, as text; None for anything else, as for an empty cache."""
     if inspect.isroutine(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    if not value or not isinstance(value, dict | list | tuple | set | frozenset) or not _is_plain(value):
+    if not isinstance(value, dict | list | tuple | set | frozenset) or not value or not _is_plain(value):
         return None
     return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .audit import TOLERANCE
 from .direct import MATMULS, PRODUCTS, SUMS, direct
 from .layer import Layer
 from .modules import Use
@@ -25,6 +24,14 @@ _SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union 
 # What a tensor depends on: the batch, tracked parameters alone, or (a hooked module's name) that module alone.
 DATA, DERIVED = 1, 2
 BROADCASTS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
+
+
+# Ops each row of whose output depends on that row of their arguments alone, but for parameters.
+_BY_ROW = {
+    F.layer_norm, F.rms_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.pow,
+    Tensor.pow, torch.maximum, torch.minimum, F.prelu,
+}  # fmt: skip
+_REPEATS = {Tensor.repeat, torch.tile, Tensor.tile}
 
 
 def mark_data(x: Tensor) -> None:
@@ -93,7 +100,6 @@ class OpCall(Call):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     derived: list[Tensor]
-    out: Tensor | None = None  # what the op gave, where its backward may be mapped over samples
 
     def __post_init__(self) -> None:
         self.versions = [(t, t._version) for t in tensors_of((self.args, tuple(self.kwargs.values())))]
@@ -187,17 +193,32 @@ class OpCall(Call):
         a, b = rows.reshape(len(rows), -1, rows.shape[-1]), columns.reshape(len(columns), -1, columns.shape[-1])
         return torch.bmm(a.to(wide).mT, b.to(wide))
 
+    def _is_sure(self, d: Tensor, others: list[Tensor], cut: bool, moves: bool, out: int, rows: int) -> bool:
+        """Return whether an op whose output has ``rows`` of ``out`` dimensions takes each sample's from its own rows.
+
+        What is as long as the batch by chance would be ``cut`` up too, and what nobody marked, as NumPy's, is taken for
+        shared; what is not cut and ``moves`` runs as a whole.
+        """
+        if not cut:
+            return moves or self.function in _REPEATS
+        of_rows = all(isinstance(t, nn.Parameter) or (t.ndim == out and len(t) == rows) for t in others)
+        by_row = self.function in _BY_ROW or self.function in PRODUCTS or self.function in SUMS
+        return of_rows and (by_row or (self.function in MATMULS and out > 2 and d.ndim == 2))
+
     def _mapped(self, d: Tensor, g: Tensor, first: int, n: int) -> Tensor:
         """Map the op's backward over samples, each with its own rows of every argument that has the batch's."""
         tensors = list(tensors_of((self.args, tuple(self.kwargs.values()))))
         rows, derived = n * g.shape[1], {id(t) for t in self.derived}
         own = {id(t) for t in tensors if id(t) not in derived and is_rows(t, g.ndim - 1, rows, n)}
         moves = any(getattr(t, MARK, 0) == DATA for t in tensors if id(t) not in derived)
+        others = [t for t in tensors if id(t) not in derived]
+        if not self._is_sure(d, others, bool(own), moves, g.ndim - 1, rows):
+            self.current.unforeseen = self.current.unforeseen or "an op takes samples together"
         batched = [t.detach() for t in tensors if id(t) in own]
         places = [id(t) for t in tensors if id(t) in own]
         split = [t.reshape(n, t.shape[0] // n, *t.shape[1:])[first : first + len(g)] for t in batched]
 
-        def one(values: list[Tensor], g_n: Tensor) -> tuple[Tensor, Tensor]:
+        def one(values: list[Tensor], g_n: Tensor) -> Tensor:
             given = dict(zip(places, values, strict=True))
 
             def op(x: Tensor) -> Tensor:
@@ -208,23 +229,13 @@ class OpCall(Call):
                 out: Tensor = self.function(*args, **kwargs)
                 return out if places or moves else out[: g_n.shape[0]]
 
-            made: Any = torch.func.vjp(op, d.detach())
-            return made[1](g_n)[0], made[0]
+            back = torch.func.vjp(op, d.detach())[1]
+            gradient: Tensor = back(g_n)[0]
+            return gradient
 
         if not split:
-            return torch.func.vmap(lambda g_n: one([], g_n)[0])(_placed(g, first, n) if moves else g)
-        whole, alone = torch.func.vmap(one)(split, g)
-        self._compare(alone, first)
-        return whole
-
-    def _compare(self, alone: Tensor, first: int) -> None:
-        """Note whether the op gives samples from ``first`` on alone [samples, ...] what it gave them together."""
-        if self.out is None:
-            return
-        together = self.out.reshape(-1, *alone.shape[1:])[first : first + len(alone)]
-        apart = (alone - together).flatten(1).abs().amax(1)
-        close = apart <= TOLERANCE.get(self.out.dtype, 1e-3) * together.flatten(1).abs().amax(1)
-        self.current.doubts.append((self.use.name, ~(close | apart.isnan()).all()))
+            return torch.func.vmap(lambda g_n: one([], g_n))(_placed(g, first, n) if moves else g)
+        return torch.func.vmap(one)(split, g)
 
 
 def _placed(g: Tensor, first: int, n: int) -> Tensor:

@@ -34,7 +34,6 @@ from .taps import MARK, in_checkpoint, signature_of
 
 _SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union anew each time
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # its arguments that may have no name
-_FORMULAS = {F.linear, *LOOKUPS, *SUMS, *BROADCASTS}  # whose rows are whose is seen from the output's shape
 _EXPANDS = BROADCASTS | {Tensor.repeat, torch.tile, Tensor.tile}
 
 
@@ -150,8 +149,9 @@ class Outside:
             return result
         if in_checkpoint():  # which computes it again where nobody follows it
             self.unfit |= layers.keys()
-        if any(id(t) not in self.raw and has_functions(t) for t in derived):
-            self.current.unforeseen = self.current.unforeseen or "a weight is computed by an autograd Function"
+        for t in derived:
+            if id(t) not in self.raw and has_functions(t):
+                self.current.chains.append(t)  # whose backward may be no linear function
         name = f"{'+'.join(sorted(layers))}@{getattr(function, '__name__', 'op')}"
         if guessed and name in self.constant:
             return result
@@ -173,7 +173,6 @@ class Outside:
         of_rows = "".join("01"[is_rows(t, result.ndim, len(result), n)] for t in given)
         signature = (*known, goes + of_rows, single)
         call = OpCall(self.current, use, None, None, signature, function, tuple(args), dict(kwargs), derived)
-        call.out = None if function in _FORMULAS else result.detach()
         if self.outputs is not None:
             self.outputs.setdefault(name, []).append(result.detach().clone())
         tapped = tap(self.current, call, result)

@@ -61,7 +61,7 @@ class Pass:
     _take: Callable[[Call, Key, Tensor], None] | None = None
     trusting: bool = True  # rows are taken to be of the samples that they have been of in all batches
     mistaken: bool = False  # and were not
-    doubts: list[tuple[str, Tensor]] = field(default_factory=list)  # ops that may do something else with samples alone
+    chains: list[Tensor] = field(default_factory=list)  # at each use, what autograd Functions compute from parameters
     _confirmations: list[Tensor] = field(default_factory=list)
     _surprises: list[Tensor] = field(default_factory=list)
     _owners: dict[Any, Tensor] = field(default_factory=dict)  # of rows, by layout and shape
@@ -136,19 +136,12 @@ class Pass:
     def questions(self) -> list[Tensor]:
         """Truth values that nobody waited for: whether what was taken for known is otherwise."""
         doubts = (doubt for use in self.uses.values() for doubt in use.doubts)
-        return [
-            *doubts,
-            *(doubt for _, doubt in self.doubts),
-            *self._surprises,
-            *(~found for found in self._confirmations),
-        ]
+        return [*doubts, *self._surprises, *(~found for found in self._confirmations)]
 
     def settle(self) -> None:
         """Find the norms that did something else than they did before, and gradients where none was."""
         wrong = [name for name, use in self.uses.items() if any_true(use.doubts)]
         self.failed |= dict.fromkeys(wrong, "it does not scale what it normalises by its weight")
-        alone = [name for name, doubt in self.doubts if any_true([doubt])]
-        self.failed |= dict.fromkeys(alone, "its op does something else with a sample alone")
         if any_true(self._surprises):
             self.unproven |= self.blank
         self.mistaken = any_true(~found for found in self._confirmations)

@@ -96,6 +96,8 @@ class Run(Sharing):
             self.movement = guard.movement.fingerprint()
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
+            if current.chains and (self.coloured or len({id(x) for x in current.chains}) < len(current.chains)):
+                self.unforeseen = self.unforeseen or "a weight is computed by an autograd Function"
             self._lower_unfit(outside)
             self._lower_leaked()
         after = RandomState(self.hooked.attributes.devices)
