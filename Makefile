@@ -33,9 +33,9 @@ test-kernels: $(READY)
 	$(PYTEST) --dist worksteal -m "more and not long" tests/capture tests/faults
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
-	$(GPU_LIKE) -m "not kernels"
+	$(MAKE) test-gpu-like
 
-# What differs on a GPU, without one: its first half is in test-kernels.
+# What differs on a GPU, without one.
 test-gpu-like: $(READY)
 	$(GPU_LIKE) -m "not kernels"
 	$(GPU_LIKE) -m kernels
