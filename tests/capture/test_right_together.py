@@ -201,7 +201,7 @@ def a_source_that_goes_on_where_the_sample_before_ended():
         h = m.l(x)
         return own(h * m.w[:D]) + c * own(h.masked_scatter(mask, m.w))
 
-    masks = [(torch.rand(N, N, D) > 0.8, c) for c in (1e-7, 1.0, 0.5)]
+    masks = [(torch.rand(N, N, D) > 0.8, c) for c in (1e-9, 1.0, 0.5)]
     return Does(does, N * N * D), lambda m, b: m(*b), then(*masks)
 
 
