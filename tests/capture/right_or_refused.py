@@ -299,6 +299,19 @@ class Multiply(torch.autograd.Function):
         return g @ w, g.t() @ x
 
 
+class ScaledGradient(torch.autograd.Function):
+    """Its gradient is ``factor`` times what it would be."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
 def points(*sizes: int, width: int = 3) -> list[Tensor]:
     """Batches of vectors, of these sizes."""
     return [torch.randn(n, width) for n in sizes or (4, 4, 5, 3, 1)]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dropinf
-from tests.capture.right_or_refused import Cases, check, doubles, runs, squares  # noqa: F401
+from tests.capture.right_or_refused import Cases, ScaledGradient, check, doubles, runs, squares  # noqa: F401
 
 CASES = Cases()
 D = 4
@@ -218,19 +218,6 @@ def a_norm_with_a_hook_that_scales_later():
         return m.b(m.n(m.a(x)))
 
     return Does(does, n=HookedRMSNorm()), squares, then(1.0, 0.5, 0.25)
-
-
-class ScaledGradient(torch.autograd.Function):
-    """Its gradient is ``factor`` times what it would be."""
-
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.factor, None
 
 
 class Scaling(OwnRMSNorm):

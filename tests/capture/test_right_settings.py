@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.capture.right_or_refused import Cases, check, doubles, own, points, runs  # noqa: F401
+from tests.capture.right_or_refused import Cases, ScaledGradient, check, doubles, own, points, runs  # noqa: F401
 
 CASES = Cases()
 
@@ -188,26 +188,13 @@ class Subclass(nn.Parameter):
     """A parameter of a class of its own."""
 
 
-class Scaled(torch.autograd.Function):
-    """A weight, which gets ``size`` times its gradient."""
-
-    @staticmethod
-    def forward(ctx, weight, size):
-        ctx.size = size
-        return weight.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.size, None
-
-
 @CASES.add()
 def a_function_on_a_parameter_of_a_class_of_its_own():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     model[0].weight = Subclass(model[0].weight.detach())
 
     def loss(m, b):
-        return own(m(b[0])) + b[0].sum(1) * Scaled.apply(m[0].weight, b[1]).sum()
+        return own(m(b[0])) + b[0].sum(1) * ScaledGradient.apply(m[0].weight, b[1]).sum()
 
     return model, loss, numbered(*points(4, 4, 4))
 

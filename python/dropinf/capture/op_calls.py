@@ -45,33 +45,27 @@ def unmark(x: Tensor) -> None:
         delattr(x, MARK)
 
 
-def leaves_of(x: Tensor) -> list[Tensor]:
-    """Return the leaves of a tensor's graph."""
-    found, seen, todo = [], set(), [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.append(variable)
-        todo += [next_node for next_node, _ in node.next_functions]
-    return found
-
-
-def has_functions(x: Tensor) -> bool:
-    """Return whether an autograd Function of its user's is in a tensor's graph."""
+def _nodes_of(x: Tensor) -> Iterator[Any]:
+    """Yield the nodes of a tensor's graph."""
     seen, todo = set(), [x.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
-        if of_a_user(node):
-            return True
         seen.add(node)
+        yield node
         todo += [next_node for next_node, _ in node.next_functions]
-    return False
+
+
+def leaves_of(x: Tensor) -> list[Tensor]:
+    """Return the leaves of a tensor's graph."""
+    found = (getattr(node, "variable", None) for node in _nodes_of(x))
+    return [variable for variable in found if variable is not None]
+
+
+def has_functions(x: Tensor) -> bool:
+    """Return whether an autograd Function of its user's is in a tensor's graph."""
+    return any(map(of_a_user, _nodes_of(x)))
 
 
 class OpUse(Use):

@@ -134,8 +134,10 @@ def is_of_torch(function: Any) -> bool:
 
 def replaced() -> str | None:
     """Return which of the functions that layers call is not torch's own, or None."""
+    if _REPLACED_BEFORE is not None:
+        return _REPLACED_BEFORE
     for function, place, name in _CALLED:
-        if getattr(place, name) is not function or function not in _OWN:
+        if getattr(place, name) is not function:
             return name
     return None
 
@@ -156,7 +158,7 @@ _CALLED = [
     )
     for name in names.split()
 ]
-_OWN = {function for function, *_ in _CALLED if is_of_torch(function)}
+_REPLACED_BEFORE = next((name for function, _, name in _CALLED if not is_of_torch(function)), None)
 
 
 def any_true(flags: Iterable[Tensor]) -> bool:

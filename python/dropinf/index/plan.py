@@ -88,9 +88,12 @@ class Opening:
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
-            other = self._is_other_loss(manifest) or changed
+            other = self._other_loss(manifest)
+            if other is not None:  # all of an unfinished run are then compared
+                warnings.warn(f"{other}: unless both give the same, name another folder", stacklevel=2)
             make_folder(self.folder / PARTS)
-            return replace(chosen, every=chosen.every or (other and chosen.run.shards is None))
+            compares = (changed or other is not None) and chosen.run.shards is None
+            return replace(chosen, every=chosen.every or compares)
         last = manifest.runs[-1]
         if last.shards is None:
             give_up = "; to give up what was appended of them: Index.discard()" if manifest.shards else ""
@@ -104,7 +107,12 @@ class Opening:
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
             )
-        self._check_loss(manifest)
+        other = self._other_loss(manifest)
+        if other is not None:
+            raise ValueError(
+                f"{other}: append with the function of then (its source and the constants that it reads are compared), "
+                "or name another folder"
+            )
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
         manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
         manifest.save(self.folder)
@@ -156,29 +164,16 @@ class Opening:
         origin = self.source.origin()
         return replace(manifest, origin=origin._replace(loss="") if append else origin)
 
-    def _check_loss(self, manifest: Manifest) -> None:
-        """Raise ValueError where rows of another loss would be appended: nothing else can tell."""
-        assert manifest.origin is not None
-        before, now = manifest.origin[1], self.source.origin().loss
-        if not is_same_loss(before, now):
-            raise ValueError(
-                f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in "
-                "one index: append with the function of then (its source and the constants that it reads are "
-                "compared), or name another folder"
-            )
-
-    def _is_other_loss(self, manifest: Manifest) -> bool:
-        """Return whether the rows may be of another loss, and say so; all of an unfinished run are then compared."""
+    def _other_loss(self, manifest: Manifest) -> str | None:
+        """Return what to say where the rows may be of another loss, or None."""
         assert manifest.origin is not None
         before, now = manifest.origin[1], self.source.origin().loss
         if is_same_loss(before, now):
-            return False
-        warnings.warn(
+            return None
+        return (
             f"loss_fn: it is {now}, and {self.folder} was made with {before}; rows of two losses do not belong in one "
-            "index: unless both give the same, name another folder",
-            stacklevel=2,
+            "index"
         )
-        return True
 
     def _create(self, first: Any, found: str, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
