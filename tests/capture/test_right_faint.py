@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dropinf
+from dropinf.capture.modules import NormUse
 
 BATCHES = 3  # the last is not one that is audited for its place
 
@@ -179,3 +180,78 @@ def test_a_float64_model_that_computes_in_float32_inside(by, n):
     assert set(compressor._sweep.ladder.rungs.values()) == {"hook"}
     want = [torch.autograd.grad(model(row[None]).square().sum(), model.k.weight)[0] for row in x]
     torch.testing.assert_close(rows["k"], torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
+class Faint(nn.Module):
+    """A raw parameter that shares little of the loss, at an op that reads what all samples share."""
+
+    def __init__(self, faint, op, shape):
+        super().__init__()
+        self.l, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(*shape))
+        self.faint, self.op = faint, op
+
+    def forward(self, x, t):
+        return self.l(x).square().sum((1, 2)) + self.faint * self.op(x, t, self.w).square().sum((1, 2))
+
+
+OPS = {
+    "einsum": ((4, 5), lambda x, t, w: torch.einsum("ntd,t,de->nte", x, t, w)),
+    "addcmul": ((4,), lambda x, t, w: torch.addcmul(x, t[:, None], w)),
+    "lerp": ((4,), lambda x, t, w: torch.lerp(x, w, t[:, None])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("faint", [1e-3, 1e-5, 1e-7, 1e-10])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rung", ["op", "vmap", "alone"])
+def test_a_layer_far_below_others_is_held_against_its_own_rounding(dtype, faint, op, rung):
+    torch.manual_seed(3)
+    model = Faint(faint, OPS[op][1], OPS[op][0]).to(dtype)
+    batches = [(torch.randn(4, 4, 4).to(dtype), t.to(dtype)) for t in (torch.ones(4), torch.rand(4), torch.rand(4))]
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, batch: m(*batch), route={"w": rung})
+    rows = compressor.compress(batches)["w"].double()
+    model = model.double()
+    losses = [model(*(x.double() for x in batch)) for batch in batches]
+    want = [torch.autograd.grad(x, model.w, retain_graph=True)[0].flatten() for loss in losses for x in loss]
+    assert (rows - torch.stack(want)).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * torch.stack(want).norm()
+
+
+class OwnRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(4) + 0.5), 1e-6
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).add(self.eps).rsqrt() * self.weight
+
+
+class Normed(nn.Module):
+    def __init__(self, faint):
+        super().__init__()
+        self.l, self.norm, self.faint = nn.Linear(4, 4), OwnRMSNorm(), faint
+
+    def forward(self, x):
+        h = self.l(x)
+        return h.square().sum((1, 2)) + self.faint * self.norm(h).pow(3).sum((1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("faint", [1.0, 1e-4, 1e-9])
+def test_rows_of_a_norm_are_held_against_its_gradient_in_every_batch(monkeypatch, dtype, faint):
+    begun, emit = [], NormUse.emit_weight
+
+    def loss(model, x):
+        begun.append(x)
+        return model(x)
+
+    def doubled(*given):
+        return emit(*given) * (1 + int(begun[-1] is batches[-1]))
+
+    monkeypatch.setattr(NormUse, "emit_weight", doubled)
+    batches = list(torch.randn(BATCHES, 4, 4, 4, dtype=dtype))
+    compressor = dropinf.Compressor(Normed(faint).to(dtype), dropinf.Identity(), loss)
+    compressor.compress(batches[:-1])
+    assert [audit.why for audit in compressor.audits] == ["first batch"]
+    with pytest.raises(dropinf.AttributionError, match="layer norm: its per-sample"):
+        compressor.compress(batches)

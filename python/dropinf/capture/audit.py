@@ -23,6 +23,9 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 FLOOR = {torch.float64: 1e-7, torch.float32: 3e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 # The same of biases and scales, whose gradients autograd may sum in half precision.
 FLOOR_OF_SUMS = FLOOR | {torch.float16: 0.5, torch.bfloat16: 0.5}
+# What rounding explains of a layer below its floor, in differences of two backwards that round differently.
+ROUNDINGS = {torch.float64: 100.0, torch.float32: 100.0, torch.float16: 10.0, torch.bfloat16: 10.0}
+OTHERWISE = 0.75  # times this, numbers round in another way
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,25 @@ class Expected:
         floors = {name: (FLOOR if len(layers[name].shape) > 1 else FLOOR_OF_SUMS)[dtype] for name in store}
         return {name: apart[name] / (size[name] + floors[name] * largest) for name in store if size[name]}
 
-    def differ(self, store: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def differ(self, store: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Return of each layer whether it seems to be wrong: a truth value, for which nobody waited."""
-        both = (self._compared(name, store[name]) for name in self.sketches)
-        return [~(apart <= TOLERANCE[dtype] * size) for apart, size in both]
+        both = {name: self._compared(name, c) for name, c in store.items()}
+        return {name: ~(apart <= TOLERANCE[dtype] * size) for name, (apart, size) in both.items()}
+
+    def beyond_rounding(
+        self, names: Iterable[str], store: Mapping[str, Tensor], otherwise: Expected, dtype: torch.dtype
+    ) -> dict[str, float]:
+        """Return the relative error of each layer that differs by more than rounding explains.
+
+        ``otherwise``: the same sums of samples whose weights are ``OTHERWISE`` times as large.
+        """
+        found = {}
+        for name in names:
+            apart, size = self._compared(name, store[name])
+            both = [x.sketches.get(name, apart.new_zeros(())).double() for x in (self, otherwise)]
+            if bool(apart > ROUNDINGS[dtype] * norm(both[0] - both[1] / OTHERWISE)):
+                found[name] = float(apart / size)
+        return found
 
     def _compared(self, name: str, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return how far a layer's rows sum to something else than they must, and beside what size."""
@@ -92,12 +110,13 @@ def expected(
     dtype: torch.dtype = torch.float32,
     only: Tensor | None = None,
     place: int = 0,
+    r: Tensor | None = None,
 ) -> Expected:
     """Run the model forward and backward as its user has it. Each weight's gradient is sketched and dropped at once.
 
     ``sizes`` [N]: the norms of the rows to compare with. A sample's weight is then the larger the smaller its row.
     ``dtype``: the coarsest that gradients are computed in. ``only`` [N]: samples beside which all have weight zero.
-    ``place``: of the batch; weights are drawn anew for each.
+    ``place``: of the batch; weights are drawn anew for each. ``r`` [N]: these weights, in their place.
     """
     sketches: dict[str, Tensor] = {}
 
@@ -108,7 +127,7 @@ def expected(
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model.parameters(), take):
         losses = losses_of()
-        r = _weights(losses, sizes, dtype, only, place)
+        r = _weights(losses, sizes, dtype, only, place) if r is None else r
         if losses.requires_grad:
             losses.backward(r)
     return Expected(r, sketches, losses.detach())

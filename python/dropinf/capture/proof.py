@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from .audit import TOLERANCE, Audited, Expected, coarsest, expected, is_due, norm, sketched
+from .audit import OTHERWISE, TOLERANCE, Audited, Expected, coarsest, expected, is_due, norm, sketched
 from .knowledge import Knowledge, Plan
+from .ladder import RUNGS
 from .layer import Layer
 from .passes import Pass
 from .preserved import Flags, Start
@@ -42,7 +43,11 @@ class Proof:
             return "new look"
         if unforeseen is not None:
             return unforeseen
-        return f"batch {self.place} of its call" if is_due(self.place) else None
+        return self._by_place if is_due(self.place) else None
+
+    @property
+    def _by_place(self) -> str:
+        return f"batch {self.place} of its call"
 
     def first_gradients(self, plan: Plan, store: Mapping[str, Tensor]) -> list[Tensor]:
         """Return whether layers have a gradient that had none in any audit of batches that look alike."""
@@ -60,10 +65,18 @@ class Proof:
         return Expected(weights, found, weights)
 
     def unequal(self, want: Expected, store: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
-        """Return that rows do not sum to what they must, beside those of all layers, or None."""
+        """Return that rows that differ from what they must sum to are not as coarse as half precision, or None."""
         errors = want.errors({name: store[name] for name in self.layers}, self.layers, dtype)
-        apart = any(not errors.get(name, 0) <= TOLERANCE[dtype] for name in want.sketches)
-        return "rows do not sum to their parameter's gradient" if apart else None
+        coarse = dtype.itemsize < 4 and all(errors.get(name, 0) <= TOLERANCE[dtype] for name in want.sketches)
+        return None if coarse else "rows do not sum to their parameter's gradient"
+
+    def _below_floor(self, why: str, want: Expected, store: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
+        """Return layers far below the largest that differ from plain autograd's sum: by rounding, or by a fault."""
+        rungs, usual = self.known.ladder.rungs, is_due(self.place) and why == self._by_place
+        sure = RUNGS[-1:] if not usual else (RUNGS[0], RUNGS[-1])
+        names = [name for name in self.layers if rungs[name] not in sure]
+        differ = want.differ({name: store[name] for name in names}, dtype)
+        return [name for name, wrong in differ.items() if bool(wrong)]
 
     def doubted(self, store: Mapping[str, Tensor], current: Pass, dtype: torch.dtype) -> Tensor | None:
         """Return of each sample [N] whether colours may have missed a part of it; None where rows were not looked at.
@@ -114,12 +127,13 @@ class Proof:
         store: Mapping[str, Tensor] | None,
         dtype: torch.dtype,
         only: Tensor | None = None,
+        r: Tensor | None = None,
     ) -> Expected:
         parameters = {name: self.known.targets[name].tensor for name in self.layers}
         sizes = None if store is None else _norms([store[name] for name in self.layers])
         self.start.restore()
         model, place = self.known.model, self.place
-        found = expected(model, losses_of, self.layers, parameters, self.flags, sizes, dtype, only, place)
+        found = expected(model, losses_of, self.layers, parameters, self.flags, sizes, dtype, only, place, r)
         self.start.restore()
         return found
 
@@ -128,7 +142,14 @@ class Proof:
         return coarsest({*dtypes, *(self.known.targets[name].tensor.dtype for name in self.layers)})
 
     def wrong(
-        self, store: Mapping[str, Tensor], losses: Tensor, dtype: torch.dtype, plan: Plan, why: str, want: Expected
+        self,
+        store: Mapping[str, Tensor],
+        losses: Tensor,
+        dtype: torch.dtype,
+        plan: Plan,
+        why: str,
+        want: Expected,
+        losses_of: Callable[[], Tensor],
     ) -> dict[str, float]:
         """Compare rows with plain autograd. Return the error of each layer that is wrong; record it if none is."""
         known, slack = self.known, TOLERANCE[dtype]
@@ -137,6 +158,10 @@ class Proof:
         apart = (want.losses - losses.to(want.losses)).nan_to_num().abs().max()
         if not apart <= slack * want.losses.nan_to_num().abs().max():  # the model does something else under hooks
             wrong |= {name: math.inf for name in known.ladder.on("hook") if name not in wrong}
+        faint = [] if wrong else self._below_floor(why, want, store, dtype)
+        if faint:
+            otherwise = self._expect(losses_of, None, dtype, r=want.r * OTHERWISE)
+            wrong = want.beyond_rounding(faint, store, otherwise, dtype)
         self.says_nothing = not errors  # zeros are right in any way
         if errors and not wrong:
             known.audits.append(Audited(self.place, why, errors))

@@ -304,7 +304,7 @@ class Run(Sharing):
         """
         sums = None if self.why else self.proof.sums(current)
         first = [] if self.why else self.proof.first_gradients(plan, store)
-        differ = [] if sums is None else sums.differ(store, dtype)
+        differ = [] if sums is None else [*sums.differ({name: store[name] for name in sums.sketches}, dtype).values()]
         faint = self.proof.doubted(store, current, dtype) if plan.follow else None
         some = [] if faint is None else [faint.any()]
         if not any_true([*not_finite(store), *current.questions, *first, *differ, *some]):
@@ -312,7 +312,7 @@ class Run(Sharing):
         self._settle(current)
         check_finite(store, self.hooked.where)
         self.why = self.why or ("first gradient of a layer" if any_true(first) else None)
-        if sums is not None:
+        if sums is not None and any_true(differ):
             self.why = self.why or self.proof.unequal(sums, store, dtype)
         return self.why, faint if any_true(some) else None
 
@@ -343,8 +343,8 @@ class Run(Sharing):
         """Compare the batch's rows, or ``only`` some [N], with plain autograd; where they differ, run again."""
         with self.hooked.capture.removed():
             want = self.proof.expect(self._plain_losses, store, dtype, only)
-        plan, look = known
-        wrong = self.proof.wrong(store, losses, dtype, plan, why, want)
+            plan, look = known
+            wrong = self.proof.wrong(store, losses, dtype, plan, why, want, self._plain_losses)
         if wrong:
             self._fall(wrong, look)
             if plan.trusted:
