@@ -38,6 +38,7 @@ CONFIGS = {
     "loha": lambda: peft.LoHaConfig(target_modules=["q", "v"], r=2),
     "vera": lambda: peft.VeraConfig(target_modules=["v"], r=2),
     "oft": lambda: peft.OFTConfig(target_modules=["v"], oft_block_size=2),
+    "parameter": lambda: peft.LoraConfig(target_modules=["q"], target_parameters=["v.weight"], r=2),
     "norm": lambda: peft.LNTuningConfig(target_modules=["v"]),
 }
 
@@ -69,8 +70,9 @@ def test_the_adapter_is_tracked(kind, tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_its_gradients_are_those_of_a_trainable_one(tmp_path):
-    saved(CONFIGS["head"](), tmp_path)
+@pytest.mark.parametrize("kind", ["head", "parameter"])
+def test_its_gradients_are_those_of_a_trainable_one(kind, tmp_path):
+    saved(CONFIGS[kind](), tmp_path)
     frozen, trainable = (
         peft.PeftModel.from_pretrained(Base(), tmp_path, is_trainable=t).double().eval() for t in (False, True)
     )

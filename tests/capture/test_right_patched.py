@@ -315,6 +315,7 @@ REACHES = {
     "numpy": lambda y, k: y.detach().numpy().__imul__(k),
     "dlpack": lambda y, k: torch.from_dlpack(y.detach()).mul_(k),
     "array": lambda y, k: np.asarray(y.detach()).__imul__(k),
+    "set": lambda y, k: torch.empty(0, dtype=y.dtype).set_(y.detach()).mul_(k),
     "storage": lambda y, k: y.untyped_storage().copy_((y.detach() * k).untyped_storage()),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,15 @@ class UseGuard(TorchFunctionMode):
         self.writes = False  # statistics were computed, and perhaps kept in buffers
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
         self._gathered: dict[int, int] = {}
+
+    def __enter__(self) -> UseGuard:
+        _SETTING.enter(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _SETTING.leave(self)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKS:
@@ -165,6 +175,39 @@ class UseGuard(TorchFunctionMode):
         return self._gathered[id(parameter)]
 
 
+class _Setting:
+    """Looks at ``Tensor.set_``, which no mode of torch sees, while there are guards."""
+
+    def __init__(self) -> None:
+        self._guards: list[UseGuard] = []
+        self._lock = threading.Lock()
+
+    def enter(self, guard: UseGuard) -> None:
+        with self._lock:
+            self._guards.append(guard)
+            Tensor.set_ = self._set  # type: ignore[method-assign, assignment]
+
+    def leave(self, guard: UseGuard) -> None:
+        with self._lock:
+            self._guards.remove(guard)
+            if not self._guards:
+                del Tensor.set_
+
+    @property
+    def _set(self) -> Callable[..., Tensor]:
+        def set_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given = args[0] if len(args) == 1 else None
+            with torch._C.DisableTorchFunction():
+                if isinstance(given, Tensor) and given.dtype == x.dtype and given.is_set_to(x):
+                    return x  # as where an adapter of peft's works on a parameter: nothing is written
+            for guard in self._guards:
+                guard.unforeseen = "its forward sets a tensor to another's memory"
+            return torch._C.TensorBase.set_(x, *args, **kwargs)
+
+        return set_
+
+
+_SETTING = _Setting()
 _is_of_torch = functools.lru_cache(1024)(is_of_torch)
 _TENSOR = vars(torch._C.TensorBase)
 # What is asked of a tensor and gives none: what is then done with the answer is seen.
@@ -173,7 +216,7 @@ _ASKS = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
 }
 _REACHES = (
-    "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr", "set_", "retain_grad", "__repr__",
+    "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr", "retain_grad", "__repr__",
     "__format__", "__deepcopy__",
 )  # fmt: skip
 _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {

@@ -212,6 +212,7 @@ class Start:
                 if (version < 0 or buffer._version != version) and not torch.equal(buffer, before):
                     buffer.copy_(before)
             self._batch = [self._put_back(*given) for given in self._batch]
+        self._parameters = self._attributes.versions()  # which our own runs may have counted up
 
     def _put_back(self, x: Tensor, version: int, before: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
         if _version(x) == version:
