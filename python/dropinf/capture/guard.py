@@ -185,7 +185,7 @@ class _Setting:
     def enter(self, guard: UseGuard) -> None:
         with self._lock:
             self._guards.append(guard)
-            Tensor.set_ = self._set  # type: ignore[method-assign, assignment]
+            Tensor.set_ = self._set  # type: ignore[method-assign]
 
     def leave(self, guard: UseGuard) -> None:
         with self._lock:
