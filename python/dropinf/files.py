@@ -44,10 +44,15 @@ def is_checksum(text: object) -> bool:
     return isinstance(text, str) and _HASH.fullmatch(text) is not None
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting, as a pipe in its place would."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def file_checksum(path: Path) -> str:
     """Return the checksum of a file, read window by window."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=_at_once) as file:
         buffer = memoryview(bytearray(min(_WINDOW, max(1, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

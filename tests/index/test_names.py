@@ -111,3 +111,16 @@ def test_ids_that_are_no_text(tmp_path):
 def test_dampings_that_are_none(damping):
     with pytest.raises(ValueError, match=r"damping is .*; it must be a finite number of at least 0"):
         dropinf.Fisher("block", damping)
+
+
+def test_pipes_in_the_place_of_files(tmp_path):
+    folder = tmp_path / "idx"
+    index = make_compressor().compress(make_batches(), out=folder)
+    shard = min(folder.rglob("*.safetensors"))
+    for place, says in ((shard, "0 bytes, too few"), (folder / "manifest.json", "not a file")):
+        place.unlink()
+        os.mkfifo(place)
+        with pytest.raises(ValueError, match=f"{place.name}: .*({says})"):
+            dropinf.Index.open(folder)[:]
+        if place is shard:
+            assert place.name in str(index.verify())

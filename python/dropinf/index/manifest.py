@@ -148,6 +148,8 @@ class Manifest:
         """
         path = folder / NAME
         try:
+            if path.exists() and not path.is_file():  # a pipe, for which reading would wait
+                raise ValueError(f"{path}: not a file")
             if path.stat().st_size > _MOST:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a manifest")
             data = path.read_bytes()

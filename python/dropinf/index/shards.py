@@ -204,9 +204,11 @@ class ShardFile:
 def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     """Return the header of a safetensors file, where its data starts, and the file's size."""
     size = path.stat().st_size
+    if size < 8:  # as a pipe's, for which opening would wait
+        raise ValueError(f"{path}: truncated or not a safetensors file")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_HEADER_BYTES, size - 8):
+        if length > min(_HEADER_BYTES, size - 8):
             raise ValueError(f"{path}: truncated or not a safetensors file")
         try:
             header = json.loads(file.read(length))
