@@ -372,9 +372,13 @@ class Compressor:
     def origin(self) -> Origin:
         """Return what makes the gradients: checksums of the model's parameters and classes, and the loss's name."""
         if self.is_sharded:
-            return Origin("", name_of_loss(self.loss_fn))
+            return Origin("", self.loss_name())
         model = f"{fingerprint(self.model, buffers=False)}{CODE}{self.code()['classes and constants']}"
-        return Origin(model, name_of_loss(self.loss_fn))
+        return Origin(model, self.loss_name())
+
+    def loss_name(self) -> str:
+        """Return by what losses are told apart: the name of the function, its code, and what it holds."""
+        return name_of_loss(self.loss_fn)
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""

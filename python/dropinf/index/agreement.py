@@ -39,7 +39,7 @@ def facts_of(
         "sketch": dict(source.digest()),
         "number of batches": count_of(batches),
         "first batch": first,
-        "loss": source.origin().loss.partition(HELD)[0],  # ranks may hold their own numbers
+        "loss": source.loss_name().partition(HELD)[0],  # ranks may hold their own numbers
         "order": None if places is None else checksum(places.numpy().tobytes()),
         "folder": os.path.realpath(folder),
         "dtype": dtype,
