@@ -163,11 +163,16 @@ class Samples:
         return found.reshape(lead)
 
     def sum_parts(self, parts: Tensor) -> Tensor:
-        """Return [N, ...], the sums over the m parts of each sample in [N * m, ...]."""
+        """Return [N, ...], the sums over each sample's parts in [N * m, ...], or packed [rows, ...]."""
         if isinstance(self.layout, Rows):
             return self._sum_scattered(parts, self.layout.sample)
+        if self.layout is None and self.cu_seqlens is not None and len(parts) == self.packed:
+            owner = torch.repeat_interleave(self.bounds(parts.device).diff().long(), output_size=len(parts))
+            return parts.new_zeros(self.n, *parts.shape[1:]).index_add_(0, owner, parts)
         if self.layout is None and len(parts) == self.n:
             return parts
+        if self.layout is None and self.cu_seqlens is not None:
+            raise Untied
         grid = self.layout or Grid()
         if self.n == 0 or len(parts) % self.n or grid.dim:
             raise Untied

@@ -1,0 +1,72 @@
+"""Packed documents that are equally long in the first batch, and not in later ones, through every kind of module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.capture.right_or_refused import check, doubles, runs  # noqa: F401
+
+D = 6
+# By whom each position, or each document, is taken for itself: as an image, a sequence, a row.
+MODULES = {
+    "conv1d": (lambda: nn.Conv1d(1, 1, 3, padding=1), lambda m, x: m(x[:, None])[:, 0]),
+    "conv1d_channels": (lambda: nn.Conv1d(2, 3, 2, groups=1), lambda m, x: m(x.view(-1, 2, 3)).flatten(1)),
+    "conv1d_groups": (lambda: nn.Conv1d(2, 2, 2, groups=2), lambda m, x: m(x.view(-1, 2, 3)).flatten(1)),
+    "conv2d": (lambda: nn.Conv2d(1, 2, 2), lambda m, x: m(x.view(-1, 1, 2, 3)).flatten(1)),
+    "conv3d": (lambda: nn.Conv3d(1, 1, (1, 2, 2)), lambda m, x: m(x.view(-1, 1, 1, 2, 3)).flatten(1)),
+    "transposed": (lambda: nn.ConvTranspose1d(1, 1, 2), lambda m, x: m(x[:, None])[:, 0]),
+    "linear": (lambda: nn.Linear(D, 3), lambda m, x: m(x)),
+    "heads": (lambda: nn.Linear(3, 3), lambda m, x: m(x.view(-1, 2, 3)).flatten(1)),
+    "heads_first": (lambda: nn.Linear(3, 3), lambda m, x: m(x.view(-1, 2, 3).transpose(0, 1)).transpose(0, 1).flatten(1)),
+    "layer_norm": (lambda: nn.LayerNorm(D), lambda m, x: m(x)),
+    "group_norm": (lambda: nn.GroupNorm(1, 2), lambda m, x: m(x.view(-1, 2, 3)).flatten(1)),
+    "batch_norm": (lambda: nn.BatchNorm1d(D).eval(), lambda m, x: m(x)),
+    "embedding": (lambda: nn.Embedding(9, 3), lambda m, x: m((x.abs() * 9).long() % 9).flatten(1)),
+    "embedding_bag": (lambda: nn.EmbeddingBag(9, 3), lambda m, x: m((x.abs() * 9).long() % 9)),
+    "bilinear": (lambda: nn.Bilinear(D, D, 2), lambda m, x: m(x, x.sin())),
+    "prelu": (lambda: nn.PReLU(D), lambda m, x: m(x)),
+    "gru_cell": (lambda: nn.GRUCell(D, 3), lambda m, x: m(x)),
+    "lstm": (lambda: nn.LSTM(2, 3, batch_first=True), lambda m, x: m(x.view(-1, 3, 2))[0].flatten(1)),
+    "attention": (
+        lambda: nn.MultiheadAttention(2, 1, batch_first=True),
+        lambda m, x: m(*3 * [x.view(-1, 3, 2)])[0].flatten(1),
+    ),
+}  # fmt: skip
+LENGTHS = {
+    "equal_at_first": ([2, 2], [1, 3], [3, 1]),
+    "a_total_of_the_same_size": ([2, 3, 1], [3, 2, 1], [1, 4, 1], [4, 1, 1], [6, 1, 2]),
+    "one_each": ([1, 1], [1, 3], [2, 2]),
+    "one_with_many": ([3, 3], [5, 1], [3, 1]),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, make, use):
+        super().__init__()
+        self.module, self.use = make(), use
+        self.last = nn.LazyLinear(1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.use(self.module, x)))[:, 0]
+
+
+def loss(model, batch):
+    x, cu = batch
+    owner = torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
+    return torch.zeros(len(cu) - 1, dtype=x.dtype).index_add(0, owner, model(x).square())
+
+
+@runs
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", MODULES)
+def test_documents_of_other_lengths(name, lengths, sketch, backwards):
+    def build():
+        model = Net(*MODULES[name])
+        model(torch.randn(4, D))
+        bounds = [F.pad(torch.tensor(x).cumsum(0), (1, 0)) for x in LENGTHS[lengths]]
+        return model, loss, [(torch.randn(int(cu[-1]), D), cu) for cu in bounds]
+
+    check(build, sketch, backwards, cu_seqlens=lambda batch: batch[1])
