@@ -32,7 +32,7 @@ MAY_IMPORT = {
         "builder": {"gradients"},
         "metrics": {"files"},
         "sketch": KERNELS,
-        "capture": KERNELS | {"sketch", "workload", "files"},
+        "capture": KERNELS | {"sketch", "workload", "files", "loss_name"},
         "fisher": KERNELS | {"gradients", "files", "ranks"},
         "index": BASE | {"fisher"},
         "text": {"workload", "files"},

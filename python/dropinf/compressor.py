@@ -373,8 +373,9 @@ class Compressor:
         """Return what makes the gradients: checksums of the model's parameters and classes, and the loss's name."""
         if self.is_sharded:
             return Origin("", self.loss_name())
-        model = f"{fingerprint(self.model, buffers=False)}{CODE}{self.code()['classes and constants']}"
-        return Origin(model, self.loss_name())
+        code = self.code()
+        parts = fingerprint(self.model, buffers=False), code["classes and constants"], code["functions"]
+        return Origin(CODE.join(parts), self.loss_name())
 
     def loss_name(self) -> str:
         """Return by what losses are told apart: the name of the function, its code, and what it holds."""

@@ -112,7 +112,10 @@ def positions_of(rows: Rows, count: int) -> Tensor:
     """Return the positions, int64 [n], that `rows` selects of `count` samples."""
     if isinstance(rows, slice):
         return torch.tensor(range(*rows.indices(count)), dtype=torch.int64, device="cpu")
-    index = torch.as_tensor(rows, device="cpu")
+    try:
+        index = torch.as_tensor(rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"samples are selected by ints, a slice or a mask, not by {rows!r}") from error
     if index.dtype == torch.bool:
         if index.shape != (count,):
             raise IndexError(f"a mask of shape {tuple(index.shape)} selects from {count} samples; it must be [{count}]")
@@ -160,15 +163,14 @@ def check_same_model(query: Sketched, train: Sketched) -> None:
     """Raise ValueError where it is known that gradients are of different models."""
     origins = (getattr(x, "origin", None) for x in (query, train))
     known = [origin.model.split(CODE) for origin in origins if origin is not None and origin.model]
-    # Of gradients of earlier versions, only the weights are known.
     apart = [place for place, found in enumerate(zip(*known, strict=False)) if len(set(found)) > 1]
     if apart:
         weights = "the weights were others when they were compressed (or of another dtype)"
         code = "the weights are the same, and the classes or constants of modules are others"
+        does = "the weights are the same, and what modules do in forward is not, or a constant that they read"
         raise ValueError(
-            f"query and train are of different models: {weights if 0 in apart else code}. Compress both with the same "
-            "model, which Compressor.from_index checks, or pass other_model=True where that is what you want, as "
-            "between checkpoints"
+            f"query and train are of different models: {(weights, code, does)[apart[0]]}. Compress both with one "
+            "model, which Compressor.from_index checks, or pass other_model=True (for checkpoints, say)"
         )
 
 

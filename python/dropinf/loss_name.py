@@ -1,11 +1,13 @@
-"""What a loss function is known by: its name, its source, and the constants that it computes with."""
+"""What a loss function, and the classes of a model, are known by: their source, and the constants they compute with."""
 
 from __future__ import annotations
 
+import ast
 import dis
 import functools
 import inspect
 import re
+import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -39,6 +41,47 @@ def is_same_loss(before: str, now: str) -> bool:
     (old, _, its), (new, _, held) = before.partition(HELD), now.partition(HELD)
     known = its != "" and _FEWER not in before
     return not before or (_source(old.partition(_FEWER)[0]) == _source(new) and (its == held or not known))
+
+
+def functions_of(kind: type) -> bytes:
+    """Return what a class of its user's does in ``forward``, and in what that names of the class, with the constants
+    that these read, in bytes. Comments, docstrings and layout count for nothing, and what is installed is left out.
+    """
+    found: dict[str, bytes] = {}
+    todo = ["forward", "__call__", "__getattr__"]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        value = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+        given = [getattr(value, part, None) for part in ("__func__", "fget", "func")]
+        functions = [f for f in (value, *given) if inspect.isfunction(f) and not _is_installed(f)]
+        found[name] = b"".join(_text(f.__code__) + _held(f, frozenset()) for f in functions)
+        if not callable(value):
+            found[name] += _constant(value, frozenset())
+        for function in functions:
+            todo += [i.argval for i in _instructions(function.__code__) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+    return b";".join(name.encode() + b"=" + found[name] for name in sorted(found) if found[name])
+
+
+def _is_installed(function: types.FunctionType) -> bool:
+    return _INSTALLED.search(function.__code__.co_filename) is not None
+
+
+@functools.lru_cache(4096)
+def _text(code: types.CodeType) -> bytes:
+    """Return a function's source without comments, docstrings and layout, as it was when it was first asked for."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):  # made at run time, say
+        return code.co_code
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree).encode()
 
 
 def _source(name: str) -> str:
@@ -86,7 +129,7 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
     """Return what a function of its user's reads by global names, but for what it binds anew."""
-    if _INSTALLED.search(function.__code__.co_filename):
+    if _is_installed(function):
         return {}
     names, counts = set(), set()
     for i in _instructions(function.__code__):
@@ -131,6 +174,6 @@ def _constant(value: Any, seen: frozenset[int]) -> bytes:
     if isinstance(value, nn.Module):  # a criterion; a model is known by its weights
         mine = {name: x for name, x in vars(value).items() if isinstance(x, _PLAIN)} | dict(value.named_buffers())
         return b"" if any(True for _ in value.parameters()) else type(value).__name__.encode() + _constant(mine, seen)
-    if inspect.isfunction(value) and not _INSTALLED.search(value.__code__.co_filename):
+    if inspect.isfunction(value) and not _is_installed(value):
         return _plain_name(value).encode() + _held(value, seen)
     return b""

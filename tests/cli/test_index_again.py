@@ -105,9 +105,12 @@ def test_appended_passages(common, made, named, tmp_path):
         every = [Passage(str(i), p.text) for i, p in enumerate(every)]
     kept = read_passages(folder / "passages.jsonl", id_field="id")
     assert [(p.id, p.text) for p in kept] == [(p.id, p.text) for p in every]
-    assert torch.equal(index[:50].flat, made[4].flat)
+    torch.testing.assert_close(index[:50].flat, made[4].flat, rtol=1e-4, atol=1e-6)
     added = made[3].workload(every[50:], tokens_per_batch=32)
-    assert torch.equal(index[50:].flat, made[2].compress(added.batches, order=added.batches.order).flat)
+    rows = made[2].compress(added.batches, order=added.batches.order).flat
+    torch.testing.assert_close(
+        index[50:].flat, rows, rtol=1e-4, atol=1e-6
+    )  # as many threads as there are cores to spare
     assert index.ids(slice(50, None)) == [p.id for p in every[50:]]
     assert index.fisher().count == 61
     samples = query_json(folder, "--text", QUERIES[0], "--top", 61)["queries"][0]["proponents"]

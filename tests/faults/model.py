@@ -88,7 +88,10 @@ class Source:
         return "model"
 
     def origin(self) -> Origin:
-        return Origin("model", "loss")
+        return Origin("model", self.loss_name())
+
+    def loss_name(self) -> str:
+        return "loss"
 
     def version(self) -> int:
         return 0

@@ -75,6 +75,7 @@ class Sequence:
         ]
         self.done: list[Call] = []
         self.pending: Call | None = None
+        self.stored = False  # whether batches of it are in the folder
         self.since: list[Call] = []  # written since the pending one began, or as it did
         self.exists = False
         self.outcomes: Counter[str] = Counter()
@@ -130,9 +131,23 @@ class Sequence:
 
     def note(self, member: Member, asked: dict[str, Any]) -> None:
         """Remember how things stood as this was asked for."""
-        member.before = (list(self.done), self.pending, self.exists, self.rivals())
+        self.stored = self.has_stored()
+        # A call of which nothing was stored is as if it had never been.
+        begun = self.pending if self.stored else None
+        exists = self.exists and (bool(self.done) or begun is not None)
+        member.before = (list(self.done), begun, exists, self.rivals())
         if asked["do"] == "write":
             self.since.append(asked["call"])
+
+    def has_stored(self) -> bool:
+        """Return whether batches of an unfinished call are in the folder."""
+        try:
+            manifest = Manifest.load(self.folder)
+        except FileNotFoundError:
+            return False
+        known = {f"{shard.number:06d}-{shard.checksum}" for shard in manifest.shards}
+        files = [path for part in ("shards", "parts") for path in (self.folder / part).glob("[0-9]*.safetensors")]
+        return any(path.stem not in known for path in files)
 
     def rivals(self) -> bool:
         """Return whether calls that begin alike may have gone on with the pending one, each as long as nothing differed."""
@@ -145,6 +160,9 @@ class Sequence:
         message = member.hear()
         if stepped and stepped[0] == "rename" and stepped[-1].endswith("/manifest.json"):
             self.changed(member)
+            self.stored = self.has_stored()
+        elif stepped and stepped[0] == "rename":
+            self.stored = self.has_stored()
         elif self.chance.random() < 0.03:
             self.check()
         if message is not None:
@@ -240,6 +258,9 @@ class Sequence:
             assert asked["do"] == "write"
             first = fingerprint(batch_of(asked["call"][0]), named=self.ids)
             assert manifest.runs[-1].first == first
+            self.pending = asked["call"]
+        elif manifest.unfinished and asked["do"] == "write" and not self.stored:  # in the place of one with nothing
+            assert manifest.runs[-1].first == fingerprint(batch_of(asked["call"][0]), named=self.ids)
             self.pending = asked["call"]
         if self.pending is not was:
             self.since = [m.asked["call"] for m in self.members if m.asked is not None and m.asked["do"] == "write"]

@@ -42,7 +42,7 @@ class Stream(IterableDataset):
 
 
 def test_a_wrapper_of_an_iterator_is_refused_and_the_iterator_is_not(tmp_path):
-    with pytest.raises(ValueError, match="their first batch is another one when they are iterated again"):
+    with pytest.raises(ValueError, match="their first batch is another one when it is read again"):
         compressor().compress(Once(make_batches()), out=tmp_path / "idx")
     index = compressor().compress(iter(make_batches()), out=tmp_path / "other")
     assert torch.equal(index[:].flat, compressor().compress(make_batches()).flat)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
+from ..loss_name import functions_of
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from ..workload import tensor_bytes
@@ -26,6 +27,7 @@ FORMAT = "dropinf-masks-1"
 Sums = dict[Place, Tensor]
 _SUM = "moments"
 _SETTINGS = (bool, int, float, str, type(None))
+_DEVICES = "cpu", "cuda"
 _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
@@ -192,7 +194,8 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
 
 
 def code_of(model: nn.Module) -> dict[str, str]:
-    """Return checksums of a model's classes and constants (buffers that are not saved), and of its modules' settings.
+    """Return checksums of a model's classes and constants (buffers that are not saved), of what the classes' functions
+    do, and of its modules' settings.
 
     Settings are numbers and text in attributes, others functions, containers of settings, hooks and train mode; some
     may be counts that mean nothing to a gradient.
@@ -209,7 +212,16 @@ def code_of(model: nn.Module) -> dict[str, str]:
         hooked = (hook for kind in _HOOKS for hook in vars(module)[kind].values())
         hooks = [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooked]
         others.append(f"{clean_name(prefix)} {module.training} {hooks} {sorted(rest.items())}")
-    lines = {"classes and constants": constants, "settings": settings, "other settings": others}
+    cast = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    others += [f"autocast {device} {torch.get_autocast_dtype(device)}" for device in cast]
+    kinds = sorted({type(module) for module in model.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__))
+    functions = [f"{kind.__qualname__} {checksum(does)}" for kind in kinds if (does := functions_of(kind))]
+    lines = {
+        "classes and constants": constants,
+        "functions": functions,
+        "settings": settings,
+        "other settings": others,
+    }
     return {name: checksum("\n".join(found).encode()) for name, found in lines.items()}
 
 

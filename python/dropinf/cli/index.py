@@ -264,7 +264,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
     )
     note(meter.summary(sum(ranks.everyone(meter.done))))
     if is_first():
-        _say_where(made, recipe)
+        _say_where(made, out, recipe)
 
 
 def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
@@ -341,8 +341,8 @@ def _lines(source: Source, start: int) -> list[bytes]:
     return [passage_line(passage) for passage in passages]
 
 
-def _say_where(made: Index, recipe: Recipe) -> None:
+def _say_where(made: Index, out: Path, recipe: Recipe) -> None:
     size = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
     asked = '--text "..."' if recipe.loader is None else f"--loader {recipe.loader}"
-    note(f"{made.path}: {len(made):,} samples, {size_text(size)} on disk")
-    note(f"next: dropinf query {shlex.quote(str(made.path))} {asked}")
+    note(f"{out}: {len(made):,} samples, {size_text(size)} on disk")
+    note(f"next: dropinf query {shlex.quote(str(out))} {asked}")

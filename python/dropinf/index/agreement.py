@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import checksum
+from ..files import TEMPORARY, checksum
 from ..fisher.fisher import Fisher
 from ..loss_name import HELD
 from ..ranks import Ranks
 from ..workload import Ids, count_of
 from .plan import RowSource
+
+_SHOWS = 10.0  # seconds until a file that one rank wrote shows on others
 
 _CLOSE = 1e-2  # of losses that are computed on other devices
 _CHECKSUMS = ("model", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
@@ -47,6 +51,35 @@ def facts_of(
         "choice of ids": ids is not None,
         "append": append,
     }
+
+
+def check_one_folder(ranks: Ranks, folder: Path) -> None:
+    """Raise ValueError where a rank has another folder of the same name, as on a disk of its own."""
+    if ranks.world == 1:
+        return
+    name = ranks.first(lambda: _left_in(folder))
+    there = ranks.everyone(_appears(folder / name))
+    ranks.first(lambda: (folder / name).unlink(missing_ok=True))
+    if not all(there):
+        raise ValueError(
+            f"out: {folder} is another folder on rank {there.index(False)} than on rank 0; ranks need one file system, "
+            "that all of them write to"
+        )
+
+
+def _left_in(folder: Path) -> str:
+    name = f".rank0.{uuid.uuid4().hex}{TEMPORARY}"
+    (folder / name).touch()
+    return name
+
+
+def _appears(path: Path) -> bool:
+    until = time.monotonic() + _SHOWS
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def agree(ranks: Ranks, facts: Mapping[str, object], losses: Sequence[float]) -> None:

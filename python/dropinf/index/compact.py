@@ -64,8 +64,9 @@ def compact_gathered(folder: Path, manifest: Manifest) -> None:
 def sweep_merged(folder: Path, manifest: Manifest) -> None:
     """Remove the files that merging has left: those before, and those that a merge was ended with before it counted."""
     known = {shard_path(folder, shard.number, shard.checksum).name for shard in manifest.shards}
-    others = [match for match in names(folder / SHARDS, SHARD_NAME) if match[0] not in known]
-    if not others:
+    there = {match[0]: match for match in names(folder / SHARDS, SHARD_NAME)}
+    others = [match for name, match in there.items() if name not in known]
+    if not others or not known <= there.keys():  # others may hold the rows of those that are missing
         return
     gone = {key for run in manifest.runs for key in run.replaces}
     if not manifest.unfinished:

@@ -16,7 +16,9 @@ from ..files import SUFFIX, array_file, new_array, plain_name, replacing
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, GradientSource, block_rows
 from ..gradients import Rows as Selected
-from .folder import FISHER, PARTS, SHARDS, SKETCH
+from .folder import FISHER, PARTS, PASSAGES, SHARDS, SKETCH
+from .manifest import NAME
+from .order import ORDER_NAME
 
 FAISS = ".faiss"
 IDS = ".ids"
@@ -31,15 +33,21 @@ class Rows(Protocol):
     def at(self, positions: Tensor) -> Tensor: ...
 
 
+def check_beside(out: str | os.PathLike[str], folder: Path) -> None:
+    """Raise ValueError for the name of a file of the index in ``folder``, or of one in its place, as a link may be."""
+    final, folder = Path(out).resolve(), folder.resolve()
+    own = final.name in (NAME, SKETCH, FISHER, PASSAGES, ".lock") or ORDER_NAME.fullmatch(final.name) is not None
+    if final.parent in (folder / SHARDS, folder / PARTS) or (final.parent == folder and own):
+        raise ValueError(f"out is {os.fspath(out)!r}, a file of the index itself; name a file beside it")
+
+
 def check_out(out: str | os.PathLike[str], factory: str | None, folder: Path) -> None:
     """Raise ValueError for a name that says no known kind of file or one of an index's own files in its ``folder``, or
     for a factory that has no use for it."""
     suffix = Path(out).suffix
     if suffix not in (".npy", SUFFIX, FAISS):
         raise ValueError(f"out is {os.fspath(out)!r}; it must end in .npy, {SUFFIX} or {FAISS}")
-    final, folder = Path(out).absolute(), folder.absolute()
-    if final.parent in (folder / SHARDS, folder / PARTS) or final in (folder / SKETCH, folder / FISHER):
-        raise ValueError(f"out is {os.fspath(out)!r}, a file of the index itself; name a file beside it")
+    check_beside(out, folder)
     if factory is not None and suffix != FAISS:
         raise ValueError(f"factory is {factory!r}; it is of a {FAISS} file, and out is {os.fspath(out)!r}")
     if suffix == FAISS:

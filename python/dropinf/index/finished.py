@@ -95,7 +95,7 @@ class Finished:
         if not self.missing(b):
             raise ValueError(
                 f"batches: not as many as before: {self.folder} has {b} of them, and there are more now; pass "
-                "append=True and a list of all batches, or only the new ones, to add them"
+                "append=True and the new ones alone, to add them"
             )
 
     def tells(self, b: int) -> bool:

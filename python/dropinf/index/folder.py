@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -82,6 +83,15 @@ def names(folder: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
         yield from (m for n in sorted(os.listdir(folder)) if (m := pattern.fullmatch(n)) and (folder / n).exists())
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the files of single batches, once shards hold them, and nothing else that is there."""
+    place = folder / PARTS
+    for match in names(place, PART_NAME):
+        (place / match[0]).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or not there
+        place.rmdir()
+
+
 def check_free(folder: Path) -> None:
     """Raise ValueError where a folder without a manifest holds rows of an index, or files that are not one's."""
     made = [path for part in (folder / SHARDS, folder / PARTS, folder) for path in sorted(part.glob(f"*{SUFFIX}"))]
@@ -91,8 +101,8 @@ def check_free(folder: Path) -> None:
             f"out: {folder} has files of an index ({made[0]}) but no manifest, which says of what model and data they "
             "are; restore the manifest, or delete the folder"
         )
-    own = {SHARDS, PARTS, SKETCH, PASSAGES, ".lock"}
-    found = (path.name for path in folder.iterdir())
-    others = sorted(name for name in found if name not in own and not _STRAY.fullmatch(name))
+    own = {folder / name for name in (SHARDS, PARTS, SKETCH, PASSAGES, ".lock")}
+    found = (path for place in (folder, folder / SHARDS, folder / PARTS) if place.is_dir() for path in place.iterdir())
+    others = sorted(str(p.relative_to(folder)) for p in found if p not in own and not _STRAY.fullmatch(p.name))
     if others:
         raise ValueError(f"out: {folder} is no index and not empty (it has {others[0]!r}); name a new folder")

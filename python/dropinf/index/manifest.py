@@ -16,6 +16,7 @@ from .codec import DTYPES, Codec
 from .folder import FISHER, PASSAGES, SKETCH
 
 NAME = "manifest.json"
+FUNCTIONS = "functions"  # of a model's classes, in what is known of its code
 FORMAT = "dropinf.index"
 # Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale.
 VERSION = 2
@@ -107,9 +108,14 @@ class Manifest:
         key = self.key(len(self.runs), self.next_number, first, batches, shard_batches)
         return replace(self, runs=(*self.runs, Run(first, batches, shard_batches, key)))
 
-    def key(self, *run: object) -> str:
-        """Return what the files of a run are known by: a checksum of all that is fixed before its first batch."""
+    def key(self, *run: object, whole: bool = True) -> str:
+        """Return what the files of a run are known by: a checksum of all that is fixed before its first batch.
+
+        ``whole``: with the loss and the model's code, which earlier versions left out.
+        """
+        made_with = {"origin": self.origin, "about": dict(self.about)} if whole else {}
         body = {
+            **made_with,
             "layers": [asdict(layer) for layer in self.layers],
             "dtype": self.dtype,
             "sketch": self.files.get(SKETCH),
@@ -125,7 +131,12 @@ class Manifest:
         if run.calls or not run.printed or not run.shards:  # merged, of an earlier version, or not finished
             return True
         about = run.shards[0].number, run.first, run.batches, run.shard_batches
-        return any(run.key == self.key(place, *about) for place in range(number, number + merged + 1))
+        places = range(number, number + merged + 1)
+        return any(run.key == self.key(place, *about, whole=whole) for place in places for whole in (True, False))
+
+    def known_keys(self) -> set[str]:
+        """Return the keys of its runs, and of those that were merged into them last."""
+        return {key for run in self.runs for key in (run.key, *run.replaces)}
 
     def with_file(self, name: str, found: str) -> Manifest:
         return replace(self, files={**self.files, name: found})
@@ -337,6 +348,13 @@ def _strings(value: object, what: str) -> dict[str, str]:
     return {key: _string(text) for key, text in value.items()}
 
 
+_CODE = {
+    FUNCTIONS: "what its modules' forward does, or a function or constant that it reads",
+    "settings": "numbers and text in attributes of modules",
+    "other settings": "functions and containers in attributes, train mode and hooks of modules, autocast",
+}
+
+
 def check_code(code: Mapping[str, str], expected: Mapping[str, str], folder: object) -> bool:
     """Raise ValueError where a model computes something else than when an index was made; warn where it may.
 
@@ -349,9 +367,6 @@ def check_code(code: Mapping[str, str], expected: Mapping[str, str], folder: obj
         message = f"model: its {what} are not those that {folder} was made with"
         if what == "classes and constants":
             raise ValueError(f"{message}: this is another model's code; pass the model of then, or name another folder")
-        warnings.warn(
-            f"{message} (attributes, train mode and hooks of modules); if they change gradients, name another folder",
-            stacklevel=2,
-        )
+        warnings.warn(f"{message} ({_CODE[what]}); if they change gradients, name another folder", stacklevel=2)
         may = True
     return may

@@ -19,7 +19,7 @@ from ..workload import check_order
 from .folder import names
 from .manifest import Manifest
 
-_ORDER = re.compile(r"order-([0-9a-f]{32})" + re.escape(SUFFIX))
+ORDER_NAME = re.compile(r"order-([0-9a-f]{32})" + re.escape(SUFFIX))
 _TENSOR = "positions"
 
 
@@ -123,7 +123,7 @@ def _split(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 def remove_others(folder: Path, kept: str | None) -> None:
     """Remove the orders of before."""
-    for match in names(folder, _ORDER):
+    for match in names(folder, ORDER_NAME):
         if match[1] != kept:
             (folder / match[0]).unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import TEMPORARY, file_checksum, make_folder
+from ..files import TEMPORARY, file_checksum, make_folder, replacing
 from ..gradients import Origin
 from ..loss_name import is_same_loss
 from ..ranks import Ranks
@@ -20,8 +20,8 @@ from ..workload import Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
-from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
-from .manifest import LayerEntry, Manifest, check_code
+from .folder import _STRAY, PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, SKETCH, check_free, names, shard_path
+from .manifest import FUNCTIONS, LayerEntry, Manifest, check_code
 from .parts import Share
 from .runs import Plan
 from .shards import SHARD_BYTES
@@ -84,7 +84,12 @@ class Opening:
             return None
         self._sweep()
         sweep_merged(self.folder, manifest)
-        changed = self._check_same(manifest, dtype)
+        left = self._without_unbegun(manifest)
+        if left is None:
+            return None
+        manifest = left
+        code = self.source.code()
+        changed = self._check_same(manifest, dtype, code)
         self._check_ids(first)
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
@@ -108,6 +113,11 @@ class Opening:
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
             )
+        if manifest.about.get(FUNCTIONS, code.get(FUNCTIONS)) != code.get(FUNCTIONS):
+            raise ValueError(
+                f"model: what its modules' forward does is not what it did when {self.folder} was made, or a function "
+                "or constant that it reads is another; append with the code of then, or name another folder"
+            )
         other = self._other_loss(manifest)
         if other is not None:
             raise ValueError(
@@ -120,6 +130,32 @@ class Opening:
         make_folder(self.folder / PARTS)
         return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
 
+    def _save_sketch(self) -> None:
+        """Write the masks; where some are there, as the command line draws them first, they must be the same."""
+        path = self.folder / SKETCH
+        if not path.exists():
+            self.source.save(path)
+            return
+        with replacing(path) as temporary:
+            self.source.save(temporary)
+            if path.read_bytes() != temporary.read_bytes():
+                raise ValueError(
+                    f"out: {path} holds other masks than those of this compressor; take them with "
+                    "Compressor.from_masks, or name another folder"
+                )
+
+    def _without_unbegun(self, manifest: Manifest) -> Manifest | None:
+        """Return the manifest without a run of which no batch was finished, as this call may be of another model or
+        loss; None where there was no other."""
+        known = {shard_path(self.folder, shard.number, shard.checksum).name for shard in manifest.shards}
+        shards = (match[0] for match in names(self.folder / SHARDS, SHARD_NAME))
+        if not manifest.unfinished or any(names(self.folder / PARTS, PART_NAME)) or any(n not in known for n in shards):
+            return manifest
+        if manifest.shards:
+            return replace(manifest, runs=manifest.runs[:-1])
+        (self.folder / SKETCH).unlink(missing_ok=True)
+        return None
+
     def _shard_batches(self, most: int) -> int:
         return self.batches.shard_batches(most) if isinstance(self.batches, Share) else most
 
@@ -130,7 +166,7 @@ class Opening:
                 if _STRAY.fullmatch(stray.name):
                     stray.unlink(missing_ok=True)
 
-    def _check_same(self, manifest: Manifest, dtype: torch.dtype | None) -> bool:
+    def _check_same(self, manifest: Manifest, dtype: torch.dtype | None, code: Mapping[str, str]) -> bool:
         """Raise ValueError where the index is of another sketch, model or dtype. Return whether the model may compute
         something else, which is warned of."""
         way_out = "use the same model and sketch (compressor.load(folder / 'sketch.safetensors')), or another folder"
@@ -144,7 +180,7 @@ class Opening:
             raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
         if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
-        changed = check_code(self.source.code(), manifest.about, self.folder)
+        changed = check_code(code, manifest.about, self.folder)
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
             raise ValueError(
                 f"dtype is {dtype}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
@@ -206,7 +242,7 @@ class Opening:
         if self.count is not None:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))
         a_shard = self._shard_batches(a_shard)
-        self.source.save(self.folder / SKETCH)
+        self._save_sketch()
         for kept in (SKETCH, PASSAGES):
             if (self.folder / kept).exists():
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))

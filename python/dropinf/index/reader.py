@@ -50,7 +50,7 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
-        folder = Path(path)
+        folder = Path(path).absolute()
         manifest, order = opened(folder)
         while True:
             self._hold(folder, manifest, dict(enumerate(manifest.shards)), memory_bytes, order)
@@ -258,8 +258,7 @@ class Index:
     def discard(self) -> None:
         """Remove the rows of an append that was not finished, so that others can be appended; all else stays.
 
-        Raises:
-            ValueError: it is being written now.
+        Raises ValueError where it is being written now.
         """
         self._rewrite(discard)
 
@@ -276,6 +275,8 @@ class Index:
     def _rewrite(self, change: Callable[[Path, Manifest], Manifest]) -> None:
         with locked(self.path, Ranks(None), make=False):
             before = Manifest.load(self.path)
+            if self.manifest.known_keys().isdisjoint(before.known_keys()):
+                raise ValueError(f"{self.path}: another index than the one that was opened; open it again")
             manifest = change(self.path, before)
         if before.shards == self.manifest.shards:
             self._hold(self.path, manifest, dict(enumerate(manifest.shards)), self._memory_bytes, self._order)

@@ -74,7 +74,8 @@ class Plan:
         return self.first_number * self.run.shard_batches
 
     def shard_files(self) -> Iterator[tuple[int, str, ShardHeader]]:
-        """Yield number within the run, checksum and header of its shards that are there.
+        """Yield number within the run, checksum and header of its shards that are there: those that are named, of one
+        that is finished.
 
         Raises:
             ValueError: one is damaged, or of another run.
@@ -82,7 +83,7 @@ class Plan:
         own = self.run.shards
         for match in names(self.folder / SHARDS, SHARD_NAME):
             n = int(match[1]) - self.first_number
-            if n >= 0 and (own is None or n < len(own)):
+            if n >= 0 and (own is None or (n < len(own) and own[n].checksum == match[2])):
                 yield n, match[2], self.own_header(self.folder / SHARDS / match[0])
 
     def part_files(self) -> Iterator[tuple[int, str, ShardHeader]]:

@@ -73,6 +73,8 @@ class Work:
     def _all(self) -> Iterator[tuple[int, Any]]:
         if isinstance(self.batches, Sequence):
             count = len(self.batches)
+            if not isinstance(self.batches, list | tuple | Share) and self.share(0):
+                self._check_first(self.batches[0])
             for b in self.finished:
                 if self.share(b) and self.finished.tells(b):
                     self._compare(b, self.batches[b])
@@ -88,11 +90,8 @@ class Work:
             return
         b, told = self.first_number - 1, self.count
         for b, batch in enumerate(self.batches, self.first_number):
-            if b == 0 and not isinstance(self.batches, Iterator) and fingerprint(batch, named=self.named) != self.first:
-                raise ValueError(
-                    "batches: their first batch is another one when they are iterated again, as of a wrapper around an "
-                    "iterator, or with random augmentation; pass a list, or iter(batches) to read them once"
-                )
+            if b == 0 and not isinstance(self.batches, Iterator):
+                self._check_first(batch)
             if not self.share(b):
                 if self.beside(b):
                     self._print(b, batch)
@@ -107,6 +106,13 @@ class Work:
         self.count = b + 1
         if told not in (None, self.count):
             raise ValueError(f"batches: their len() is {told}, and {self.count} came; give the length that is")
+
+    def _check_first(self, batch: Any) -> None:
+        if fingerprint(batch, named=self.named) != self.first:
+            raise ValueError(
+                "batches: their first batch is another one when it is read again, as of a wrapper around an "
+                "iterator, or with random augmentation; pass a list, or iter(batches) to read them once"
+            )
 
     def _print(self, b: int, batch: Any) -> str:
         # loss_fn may have had the first batch already, and changed it.

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +31,13 @@ from ..workload import (
     sampler_of_ranks,
     shuffles,
 )
-from .agreement import agree, compare_batches, facts_of
+from .agreement import agree, check_one_folder, compare_batches, facts_of
 from .codec import DTYPES
 from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
 from .finished import Finished
-from .folder import FISHER, PARTS, locked, shard_path
+from .folder import FISHER, PARTS, locked, remove_parts, shard_path
 from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
@@ -185,11 +184,11 @@ class Writer:
     def _ids_of(self, batch: Any, count: int) -> dict[str, Tensor]:
         assert self.ids is not None
         given = self.ids(batch)
-        found = [] if given is None or isinstance(given, str) else list(given)
+        found = [] if given is None or isinstance(given, str | Set | Mapping) else list(given)  # which have no order
         if len(found) != count or not all(isinstance(name, str) for name in found):
             raise ValueError(
                 f"ids: it gave {found[:3] if found else given!r}... for a batch of {count} samples; it must give "
-                f"{count} strings"
+                f"{count} strings, in order"
             )
         texts, offsets = pack_texts(found)
         return {"ids": texts, "id_offsets": offsets}
@@ -298,7 +297,7 @@ class Writer:
         settle_fisher(self.folder, manifest)
         remove_others(self.folder, manifest.order)
         if not manifest.unfinished:
-            shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+            remove_parts(self.folder)
             compact_gathered(self.folder, manifest)
 
     def _order(self, manifest: Manifest) -> str | None:
@@ -372,8 +371,9 @@ def write_index(
     ranks = Ranks(group)
     with ranks.watched(), contextlib.ExitStack() as stack:  # the others wait for a rank whose arguments are refused
         fisher = _check_options(batches, path, dtype, fisher, ids)
-        folder, places = Path(path), order_of(batches, order)
+        folder, places = Path(path).absolute(), order_of(batches, order)
         stack.enter_context(locked(folder, ranks))
+        check_one_folder(ranks, folder)
         first, batches = _first(batches, ranks, places)
         mine = found = fingerprint(first, named=ids is not None)
         if isinstance(batches, Share):
