@@ -257,6 +257,7 @@ class Gradients:
         Raises:
             KeyError: no such layer.
             IndexError: a sample out of range, or a mask that is not `[N]`.
+            TypeError: what selects no samples.
         """
         if isinstance(key, str):
             if key not in self._columns:
@@ -270,15 +271,7 @@ class Gradients:
             start, stop, step = key.indices(len(self))
             if step == 1:
                 return self._with(self._flat[start:stop])
-            key = list(range(start, stop, step))
-        index = torch.as_tensor(key, device=self.device)
-        if index.numel() == 0 and index.dtype != torch.bool:
-            index = index.long()
-        if index.ndim == 0:
-            index = index.reshape(1)
-        if index.ndim != 1:
-            raise IndexError(f"samples are selected by a 1-D index, not one of shape {tuple(index.shape)}")
-        return self._with(self._flat[index])
+        return self._with(self._flat[positions_of(key, len(self)).to(self.device)])
 
     def to(self, *targets: torch.dtype | torch.device | str) -> Gradients:
         """Return the gradients in another dtype, on another device, or both; self if nothing changes."""

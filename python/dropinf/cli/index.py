@@ -192,7 +192,13 @@ def _read(recipe: Recipe, passages: list[Passage], numbered: bool, device: torch
     model = recipe.text_model(device)
     assert recipe.model is not None
     name = os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model
-    recipe = replace(recipe, model=name, task=cast("Task", model.task), max_tokens=model.max_tokens)
+    recipe = replace(
+        recipe,
+        model=name,
+        task=cast("Task", model.task),
+        max_tokens=model.max_tokens,
+        tokenizer=model.tokenizer_checksum(),
+    )
     work = model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, packed=recipe.packed, loss=recipe.loss)
 
     def part() -> Workload:

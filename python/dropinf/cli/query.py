@@ -18,6 +18,7 @@ from ..files import replacing
 from ..fisher.fisher import Fisher, FisherKind, build_fisher
 from ..gradients import Gradients
 from ..index import verify as problems_of
+from ..index.export import check_beside
 from ..index.folder import FISHER, PARTS, PASSAGES, SHARDS
 from ..index.manifest import NAME, Manifest
 from ..index.reader import MEMORY_BYTES, Index
@@ -65,6 +66,8 @@ def query(
             f"{len(label)} for {len(text or ())} of --text; pass one for each", param_hint="--label"
         )
     train = open_index(index)
+    if html is not None:
+        check_beside(html, train.path)
     fisher = read_fisher(train, damping, "or ask for --kind dot or cosine") if _reads_fisher(kind, damping) else None
     recipe = Recipe.of(train.manifest.about)
     passages: list[Passage] | None = None
@@ -78,6 +81,7 @@ def query(
         else:
             passages = [Passage(str(i), t, label[i] if label else None) for i, t in enumerate(text or ())]
         text_model = replace(recipe, model=model or recipe.model).text_model(pick_device(device))
+        replace(recipe, tokenizer=text_model.tokenizer_checksum()).check_tokenizer(recipe.tokenizer, index)
         work = text_model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, loss=recipe.loss)
     ids, rows = _compressed(work, train)
     if passages is not None:  # batches are in the order of their lengths

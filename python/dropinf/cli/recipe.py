@@ -23,7 +23,16 @@ from ..workload import Workload
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16", "int8"]
-_TEXT = ("model", "loader", "task", "model_dtype", "loss", "sampling", "dtype")  # kept as they are, the rest as JSON
+_TEXT = (
+    "model",
+    "loader",
+    "task",
+    "model_dtype",
+    "loss",
+    "sampling",
+    "dtype",
+    "tokenizer",
+)  # kept as they are, the rest as JSON
 _CHOICES = {
     "task": get_args(Task),
     "model_dtype": get_args(ModelDtype),
@@ -53,6 +62,7 @@ class Recipe:
     calibration: int | None = None
     seed: int = 0
     dtype: StoredDtype = "float32"
+    tokenizer: str | None = None  # checksum; None in an index of an earlier version
 
     def about(self) -> dict[str, str]:
         """Return the recipe as the manifest keeps it."""
@@ -95,13 +105,22 @@ class Recipe:
 
     def check_same(self, before: Recipe, folder: object) -> None:
         """Raise ValueError where an index was begun with another recipe."""
+        self.check_tokenizer(before.tokenizer, folder)
         for field in fields(self):
             old, new = getattr(before, field.name), getattr(self, field.name)
-            if field.name not in _FREE and old != new:
+            if field.name not in (*_FREE, "tokenizer") and old != new:
                 raise ValueError(
                     f"{folder} was made with {_option(field.name, old)}, and this is {_option(field.name, new)}; "
                     "run the same command again, or name another folder with --out"
                 )
+
+    def check_tokenizer(self, before: str | None, folder: object) -> None:
+        """Raise ValueError where texts became other tokens when an index was made."""
+        if None not in (before, self.tokenizer) and before != self.tokenizer:
+            raise ValueError(
+                f"{folder} was made with another tokenizer of its model, so that the same text had other tokens; "
+                "restore the tokenizer's files of then, or make a new index"
+            )
 
     def text_model(self, device: torch.device) -> TextModel:
         """Load the model, without the progress bars of transformers."""

@@ -58,11 +58,20 @@ class RowSource(Protocol):
 class Opening:
     """Finds the run that a call goes on with, or begins one."""
 
-    def __init__(self, source: RowSource, batches: Iterable[Any], folder: Path, ranks: Ranks, ids: Ids | None) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        batches: Iterable[Any],
+        folder: Path,
+        ranks: Ranks,
+        ids: Ids | None,
+        about: Mapping[str, str] | None,
+    ) -> None:
         self.source, self.batches, self.folder, self.ranks, self.ids = source, batches, folder, ranks, ids
+        self.about = about  # None: no command line, which keeps the passages
         self.count = count_of(batches)
 
-    def plan(self, first: Any, found: str, dtype: torch.dtype | None, append: bool, about: Mapping[str, str]) -> Plan:
+    def plan(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan:
         """Return what is to be done for batches that begin with `first`; the same on all ranks.
 
         `found` is its fingerprint.
@@ -71,7 +80,7 @@ class Opening:
             ValueError: the folder holds another index, or something else.
         """
         return self.ranks.first(lambda: self._begin(first, found, dtype, append)) or Plan(
-            self.folder, self._create(first, found, dtype, about), 0
+            self.folder, self._create(first, found, dtype), 0
         )
 
     def _begin(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan | None:
@@ -112,6 +121,11 @@ class Opening:
             raise ValueError(
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
+            )
+        if self.about is None and PASSAGES in manifest.files:
+            raise ValueError(
+                f"append: {self.folder} keeps the passages of its samples ({PASSAGES}), and these have none; add to it "
+                "with dropinf index --append, or name another folder"
             )
         if manifest.about.get(FUNCTIONS, code.get(FUNCTIONS)) != code.get(FUNCTIONS):
             raise ValueError(
@@ -212,11 +226,11 @@ class Opening:
             "index"
         )
 
-    def _create(self, first: Any, found: str, dtype: torch.dtype | None, about: Mapping[str, str]) -> Manifest:
+    def _create(self, first: Any, found: str, dtype: torch.dtype | None) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
         self._check_ids(first)
         flat = self._rows(first) if self.source.is_sharded or self.ranks.rank == 0 else None
-        return self.ranks.first(lambda: self._write_first(found, flat, dtype, about))
+        return self.ranks.first(lambda: self._write_first(found, flat, dtype))
 
     def _check_ids(self, first: Any) -> None:
         if self.ids is not None:
@@ -227,15 +241,13 @@ class Opening:
         self.source.stream([batch], found.append)
         return found[0].cpu()
 
-    def _write_first(
-        self, found: str, flat: Tensor | None, dtype: torch.dtype | None, about: Mapping[str, str]
-    ) -> Manifest:
+    def _write_first(self, found: str, flat: Tensor | None, dtype: torch.dtype | None) -> Manifest:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
         shapes = self.source.shapes
         digest = self.source.digest()
         layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
-        about = {**about, **self.source.code()}
+        about = {**(self.about or {}), **self.source.code()}
         manifest = Manifest(tuple(layers), name, self.source.fingerprint(), self.ids is not None, about=about)
         manifest = replace(manifest, origin=self.source.origin())
         a_shard = max(1, SHARD_BYTES // max(1, len(flat) * manifest.codec.row_bytes))

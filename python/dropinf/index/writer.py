@@ -384,6 +384,6 @@ def write_index(
                 facts_of(source, batches, found, dtype, fisher, ids, append, places, folder),
                 source.losses(first),
             )
-        plan = Opening(source, batches, folder, ranks, ids).plan(first, found, dtype, append, about or {})
+        plan = Opening(source, batches, folder, ranks, ids, about).plan(first, found, dtype, append)
         Writer(source, batches, mine, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)

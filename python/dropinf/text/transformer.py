@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import os
 import warnings
 from array import array
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import checksum
 from ..workload import Workload
 from .passages import Passage, first_line, length_batches, need_package, packed_batches
 
@@ -83,6 +85,15 @@ class TextModel:
         self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.max_tokens = self._limit(max_tokens)
         self.pad = self._pad()
+
+    def tokenizer_checksum(self) -> str:
+        """Return a checksum of how texts become tokens; where they are cut counts for nothing."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            found: Any = self.tokenizer.get_vocab()
+        else:
+            found = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+        return checksum(json.dumps([type(self.tokenizer).__name__, found], sort_keys=True).encode())
 
     def workload(
         self,
