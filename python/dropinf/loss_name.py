@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .files import checksum
 from .workload import tensor_bytes
 
-HELD = ", with "
-_FEWER = ", holding "  # of versions that looked at fewer constants
+HELD = ", binds "
+_EARLIER = re.compile(r", (holding|with) ")  # of versions that looked at other constants
 _LARGEST_HELD = 1 << 24  # bytes
 _MOST_NUMBERS = 1 << 12  # of a list: longer ones are data, or a record
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -39,8 +39,8 @@ def name_of_loss(loss_fn: object) -> str:
 def is_same_loss(before: str, now: str) -> bool:
     """Return whether two names are of the same source and constants, as far as both tell; wherever it is defined."""
     (old, _, its), (new, _, held) = before.partition(HELD), now.partition(HELD)
-    known = its != "" and _FEWER not in before
-    return not before or (_source(old.partition(_FEWER)[0]) == _source(new) and (its == held or not known))
+    known = its != "" and not _EARLIER.search(before)
+    return not before or (_source(_EARLIER.split(old)[0]) == _source(new) and (its == held or not known))
 
 
 def functions_of(kind: type) -> bytes:
@@ -175,5 +175,5 @@ def _constant(value: Any, seen: frozenset[int]) -> bytes:
         mine = {name: x for name, x in vars(value).items() if isinstance(x, _PLAIN)} | dict(value.named_buffers())
         return b"" if any(True for _ in value.parameters()) else type(value).__name__.encode() + _constant(mine, seen)
     if inspect.isfunction(value) and not _is_installed(value):
-        return _plain_name(value).encode() + _held(value, seen)
+        return _text(value.__code__) + _held(value, seen)
     return b""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -170,3 +173,53 @@ def test_appended_passages_in_merged_shards(common, named, tmp_path):
         folder,
     )
     assert len(dropinf.Index.open(folder)) == 66
+
+
+@pytest.mark.parametrize("how", ["append", "query"])
+def test_another_tokenizer_is_refused(how, common, folders, tmp_path):
+    model = shutil.copytree(folders("gpt2"), tmp_path / "model")
+    options = ["--model", model, *common[2:]]
+    run("index", *options, "--out", tmp_path / "idx")
+    more = [Passage(f"m{i}", p.text) for i, p in enumerate(make_passages(5))]
+    again = ["--data", write_jsonl(tmp_path / "more.jsonl", more), "--append", "--out", tmp_path / "idx"]
+    run("index", *options, *again)
+    run("query", tmp_path / "idx", "--text", more[0].text, "--kind", "dot")
+    path = model / "tokenizer.json"
+    kept = json.loads(path.read_text())
+    words = list(kept["model"]["vocab"])
+    ids = [kept["model"]["vocab"][word] for word in words]
+    kept["model"]["vocab"] = dict(zip(words, [*ids[:4], *ids[5:], ids[4]], strict=True))
+    path.write_text(json.dumps(kept))
+    asked = ["query", tmp_path / "idx", "--text", more[0].text, "--kind", "dot"]
+    before = files(tmp_path / "idx")
+    if how == "append":
+        others = [Passage(f"n{i}", p.text) for i, p in enumerate(make_passages(5))]
+        asked = [
+            "index",
+            *options,
+            "--data",
+            write_jsonl(tmp_path / "x.jsonl", others),
+            "--append",
+            "--out",
+            tmp_path / "idx",
+        ]
+    assert "was made with another tokenizer of its model" in error_of(*asked)
+    assert files(tmp_path / "idx") == before
+
+
+def test_rows_without_passages_are_not_added_to_those_that_have_them(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "idx")
+    work = made[3].workload(make_passages(60)[50:], tokens_per_batch=32)
+    compressor = dropinf.Compressor.from_index(folder, work.model, work.loss_fn)
+    before = files(folder)
+    with pytest.raises(ValueError, match=r"keeps the passages of its samples \(passages.jsonl\), and these have none"):
+        compressor.compress(work.batches, out=folder, ids=work.ids, append=True)
+    assert files(folder) == before
+
+
+def test_a_page_does_not_take_the_place_of_an_index_s_own_files(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "idx")
+    before = files(folder)
+    said = error_of("query", folder, "--text", "a b", "--kind", "dot", "--html", folder / "passages.jsonl")
+    assert "a file of the index itself" in said
+    assert files(folder) == before

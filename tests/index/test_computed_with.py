@@ -93,9 +93,9 @@ def test_where_a_loss_is_defined_says_nothing():
 
 
 def test_losses_of_earlier_versions_are_compared_as_far_as_they_tell():
-    plain, _, held = name_of_loss(with_list(1.0)).partition(", with ")
+    plain, _, held = name_of_loss(with_list(1.0)).partition(", binds ")
     assert held
-    for before in ("", plain, f"{plain}, holding 01234567"):
+    for before in ("", plain, f"{plain}, holding 01234567", f"{plain}, with 01234567"):
         assert is_same_loss(before, name_of_loss(with_list(2.0)))
     assert not is_same_loss(name_of_loss(read_globally).partition(",")[0], name_of_loss(with_list(2.0)))
 

@@ -1,0 +1,172 @@
+"""What a model does in forward is part of what an index was made with: another code adds no rows and asks for none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import dropinf
+from dropinf.capture.masks import code_of
+from dropinf.index.agreement import check_one_folder
+from tests.index.small import loss_fn, make_batches
+
+CODE = """
+import functools
+import torch
+from torch import nn
+
+SCALE = 1.0
+TABLE = {"scale": 1.0}
+
+
+def helper(x):
+    return torch.tanh(x)
+
+
+class Net(nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        # a comment
+        return self.b(self.middle(self.a(x)) * SCALE * TABLE["scale"] * self.factor)
+
+    def middle(self, x):
+        return helper(x) * self.size
+
+    @property
+    def size(self):
+        return 1.0
+
+    def training_step(self, batch):
+        return None
+"""
+OTHERS = {
+    "its forward": ("TABLE[\"scale\"] * self.factor", "TABLE[\"scale\"] * self.factor * 2"),
+    "a method that forward calls": ("return helper(x) *", "return helper(x) * 2 *"),
+    "a property that it reads": ("return 1.0", "return 2.0"),
+    "a helper": ("torch.tanh(x)", "torch.relu(x)"),
+    "a global number": ("SCALE = 1.0", "SCALE = 2.0"),
+    "a global dict": ('{"scale": 1.0}', '{"scale": 2.0}'),
+    "a class attribute": ("factor = 1.0", "factor = 2.0"),
+}  # fmt: skip
+SAME = {
+    "nothing": ("", ""),
+    "a comment": ("# a comment", "# another one"),
+    "its layout": ("return self.b(self.middle(self.a(x)) *", "return self.b(  self.middle(self.a(x))  *"),
+    "a docstring": ("        # a comment", '        """Return logits."""'),
+    "a method that forward does not call": ("return None", "return 1"),
+}
+
+
+def net(folder, name, change=("", "")):
+    """Return the model of a file of its user's, changed."""
+    path = folder / f"{name}.py"
+    path.write_text(CODE.replace(*change) if change[0] else CODE)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    return module.Net().double()
+
+
+def compressor_of(model):
+    return dropinf.Compressor(model, dropinf.Dropout(6), loss_fn)
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_rows_of_another_code_are_refused(what, tmp_path):
+    then, now = net(tmp_path, "then"), net(tmp_path, "now", OTHERS[what])
+    index = compressor_of(then).compress(make_batches(), out=tmp_path / "idx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="what its modules' forward does is not what it did"):
+            compressor_of(now).compress(make_batches(3, 5), out=tmp_path / "idx", append=True)
+        with pytest.raises(ValueError, match="computed again, has other gradients"):
+            compressor_of(now).compress(make_batches(), out=tmp_path / "idx")
+    queries = compressor_of(now).compress(make_batches(1, 7))
+    with pytest.raises(ValueError, match="what modules do in forward is not"):
+        dropinf.score(queries, index, kind="dot")
+    dropinf.score(queries, index, kind="dot", other_model=True)
+    with pytest.warns(UserWarning, match="its functions are not those that"):
+        dropinf.Compressor.from_index(index, now, loss_fn)
+    assert index.verify() == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", SAME)
+def test_what_changes_nothing_counts_for_nothing(what, tmp_path):
+    then, now = net(tmp_path, "then"), net(tmp_path, "now", SAME[what])
+    compressor_of(then).compress(make_batches(), out=tmp_path / "idx")
+    made = compressor_of(now).compress(make_batches(3, 5), out=tmp_path / "idx", append=True)
+    queries = dropinf.Compressor.from_index(made, now, loss_fn).compress(make_batches(1, 7))
+    assert dropinf.score(queries, made, kind="dot").shape == (len(queries), len(made))
+
+
+def test_a_class_without_a_source_is_known_by_what_it_does():
+    def made(text):
+        found = {"nn": nn, "torch": torch}
+        exec(textwrap.dedent(text), found)  # as in a console
+        return code_of(found["Net"]())["functions"]
+
+    text = """
+    class Net(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x)
+    """
+    assert made(text) == made(text)
+
+
+def test_models_that_are_installed_have_no_code_of_their_users():
+    assert code_of(nn.Linear(2, 2))["functions"] == code_of(nn.Sequential(nn.Tanh()))["functions"]
+
+
+def test_rows_under_autocast_are_no_part_of_others(tmp_path):
+    model = net(tmp_path, "net").float()
+
+    def batches(seed):
+        return [(x.float(), y) for x, y in make_batches(3, seed)]
+
+    compressor_of(model).compress(batches(1), out=tmp_path / "idx")
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="other settings.*autocast"):
+        compressor_of(model).compress(batches(5), out=tmp_path / "idx", append=True)
+
+
+class Ranks:
+    """Two ranks, the second of which sees another folder of the same name."""
+
+    world, rank = 2, 0
+
+    def __init__(self, sees):
+        self.sees = sees
+
+    def first(self, work):
+        return work()
+
+    def everyone(self, mine):
+        return [mine, self.sees and mine]
+
+
+def test_ranks_with_a_disk_each_are_refused(tmp_path):
+    check_one_folder(Ranks(True), tmp_path)
+    with pytest.raises(ValueError, match="is another folder on rank 1 than on rank 0; ranks need one file system"):
+        check_one_folder(Ranks(False), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_of_another_disk_is_not_the_one_that_was_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("dropinf.index.agreement._SHOWS", 0.0)
+    monkeypatch.setattr("dropinf.index.agreement._left_in", lambda folder: ".nowhere")
+    with pytest.raises(ValueError, match="is another folder on rank 0"):
+        check_one_folder(Ranks(True), tmp_path)
