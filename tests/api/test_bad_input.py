@@ -388,3 +388,11 @@ def test_a_loader_that_shuffles(name, recwarn):
     dropinf.Compressor(model, dropinf.PCA(2), loss_fn).calibrate(loader)  # in any order
     dropinf.choose(model, loader, loss_fn, budget_bytes=400)
     assert len([w for w in recwarn if "shuffl" in str(w.message)]) == len(said)
+
+
+def test_a_batch_that_was_computed_under_autograd():
+    outside = torch.ones(4, requires_grad=True)
+    batches = [torch.randn(5, 4) * outside for _ in range(2)]
+    compressor = dropinf.Compressor(nn.Linear(4, 3), dropinf.Dropout(2), lambda m, x: m(x).square().sum(1))
+    with pytest.raises(RuntimeError, match=r"batches: a tensor in one was computed from others .* detach it"):
+        compressor.compress(batches)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dropinf
 from tests.capture.right_or_refused import Cases, check, doubles, mlp, points, runs  # noqa: F401
 
 CASES = Cases()
@@ -183,3 +185,47 @@ for route in ROUTES:
 @runs
 def test_right_or_refused(build, options, sketch, backwards):
     check(build, sketch, backwards, **options)
+
+
+class Columns(nn.Module):
+    """A raw parameter at an op whose rows are features, its columns samples, which may meet behind it or before."""
+
+    def __init__(self, does, tracked):
+        super().__init__()
+        self.p, self.does = nn.Parameter(torch.randn(4, 4)), does
+        self.l = nn.Linear(4, 4) if tracked else nn.Tanh()
+
+    def forward(self, x, meets):
+        h = torch.tanh(self.l(x))
+        return own(lambda h: self.does(self.p, (h + meets * h.roll(1, 0)).T).T, h)
+
+
+COLUMNS = {
+    "solve": lambda p, h: torch.linalg.solve(p + 4 * torch.eye(4), h),
+    "conv1d": lambda p, h: F.conv1d(h[None], p[:, :, None])[0],
+    "triangular": lambda p, h: torch.linalg.solve_triangular(p.tril(-1) + torch.eye(4), h, upper=False),
+}
+
+
+@runs
+@pytest.mark.parametrize("meets", [(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0)], ids=["apart", "late", "met"])
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("does", COLUMNS)
+def test_samples_in_columns(does, tracked, meets, sketch, backwards):
+    def build():
+        batches = list(zip(points(5, 5, 5, width=4), meets, strict=True))
+        return Columns(COLUMNS[does], tracked), lambda m, batch: m(*batch), batches
+
+    check(build, sketch, backwards, right=not any(meets), says="mixing=True|depend")
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_contrastive_loss_of_a_raw_parameter_is_refused(tracked):
+    model = Columns(lambda p, h: p @ h, tracked)
+
+    def loss(m, x):
+        z = torch.tanh(m.l(x)) @ m.p
+        return F.cross_entropy(z @ z.T, torch.arange(len(x)), reduction="none")
+
+    with pytest.raises(dropinf.AttributionError, match="mixing=True"):
+        dropinf.Compressor(model, dropinf.Identity(), loss).compress(list(torch.randn(3, 5, 4)))

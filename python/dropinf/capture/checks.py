@@ -231,6 +231,14 @@ def restless_message(attempts: int) -> str:
     )
 
 
+def grown_message() -> str:
+    """Return what to say of a batch with a tensor that was computed under autograd."""
+    return (
+        "batches: a tensor in one was computed from others that require a gradient, and each backward would go through "
+        "what computed it, which the first one frees; detach it (x.detach()), or compute it in loss_fn"
+    )
+
+
 def cached_message(names: list[str]) -> str:
     """Return what to say of a model whose second backward fails; ``names``: layers that are used outside modules."""
     likely = f" (of {', '.join(names[:3])}, likely)" if names else ""

@@ -80,6 +80,7 @@ class Knowledge:
         self.shared: set[Signature] = set()  # calls whose output all samples share
         self.replaced: str | None = None  # a function of torch that was found not to be torch's own
         self.constant: set[str] = set()  # ops of parameters alone whose rows look like samples', and are not
+        self.open_layers: set[str] = set()  # whose samples are not known to stay apart
         self.follows: set[str] = set()  # modules whose layout follows the data
         self.writes_batches = False  # the loss changes its batch in place
         self.own_flags = False  # the model runs with its user's requires_grad: frozen, it does something else

@@ -20,6 +20,7 @@ from .audit import TOLERANCE
 from .checks import (
     cached_message,
     check_finite,
+    grown_message,
     late_message,
     not_finite,
     refused_message,
@@ -64,6 +65,7 @@ class Run(Sharing):
     def _attempt(self) -> tuple[dict[str, Tensor], int]:
         known, capture = self.known, self.hooked.capture
         self._refresh_uses()
+        self._check_open()
         if self.begun:
             self.start.restore()
         self.begun = True
@@ -163,14 +165,8 @@ class Run(Sharing):
     def _backward(self, current: Pass, losses: Tensor, functions: Any) -> tuple[Plan, Any]:
         known = self.known
         calls = frozenset(s for s in current.calls if s[0] not in known.follows)
-        look = (
-            calls,
-            functions,
-            losses.dtype,
-            frozenset(known.ladder.rungs.items()),
-            known.own_flags,
-            self.model.training,
-        )
+        rungs = frozenset(known.ladder.rungs.items())
+        look = calls, functions, losses.dtype, rungs, known.own_flags, self.model.training
         plan = known.plans.get(look)
         uses = self.hooked.capture.uses.values()
         tapped = any(use.plans for use in uses) or known.ladder.on("op")
@@ -377,6 +373,8 @@ class Run(Sharing):
             with self.hooked.capture.removed():
                 reached = self.proof.expect(self._plain_losses).sketches
         except Exception as plain:
+            if any(x.grad_fn is not None for x in tensors(self.batch)):
+                raise RuntimeError(grown_message()) from plain
             if "backward through the graph a second time" in str(plain):
                 raise RuntimeError(
                     cached_message([n for n in known.ladder.rungs if n not in known.ladder.on("hook")])

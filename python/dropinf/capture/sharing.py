@@ -63,7 +63,10 @@ class Sharing(Attempts):
         """Raise SamplesMix where rows of several samples depend on samples, unless the loss may mix them."""
         mixed = names - constant(outputs, self.batch, self.n, self.cu, self.known.others)
         if mixed and not self.known.mixing:
-            if self._stay_apart(current, strict=True):  # the rows are not samples': their columns are, say
+            # The rows may be no samples': their columns are, say. Of an op's, the losses tell, one by one.
+            apart = self._stay_apart(current, strict=True)
+            if apart or not mixed & self.hooked.capture.uses.keys():
+                self.known.open_layers |= set() if apart else layers
                 self._lower_to_whole(layers)
             name = min(mixed)
             raise SamplesMix(mixing_message(name.split("@")[0], self._who_met(name), self.n))
@@ -72,8 +75,14 @@ class Sharing(Attempts):
                 self.known.ladder.lower(layer, "the loss mixes samples, and mixing=True allows it", "backward")
             raise Again
 
+    def _check_open(self) -> None:
+        """Raise SamplesMix where losses that were taken one by one were others than in their batch."""
+        met = sorted(name for name in self.known.open_layers if self.known.ladder.rungs[name] == "backward")
+        if met and not self.known.mixing:
+            raise SamplesMix(mixing_message(met[0], None, self.n))
+
     def _lower_to_whole(self, layers: set[str]) -> None:
-        """Take whole gradients of layers whose rows are of several samples that do not meet."""
+        """Take whole gradients of layers whose rows are of several samples."""
         for layer in sorted(layers):
             self.known.ladder.lower(layer, "its rows belong to several samples, as where these stand last", "vmap")
         raise Again
