@@ -70,3 +70,45 @@ def test_documents_of_other_lengths(name, lengths, sketch, backwards):
         return model, loss, [(torch.randn(int(cu[-1]), D), cu) for cu in bounds]
 
     check(build, sketch, backwards, cu_seqlens=lambda batch: batch[1])
+
+
+# Windows of four positions: as many as documents, which have one each in the first batch alone.
+WINDOWS = {
+    "patches": lambda m, x: m.conv(x.transpose(1, 2)).mT,
+    "pointwise": lambda m, x: m.point(x.transpose(1, 2)).mT,
+    "added": lambda m, x: x + m.w,
+    "multiplied": lambda m, x: x * m.w,
+    "linear": lambda m, x: m.linear(x),
+    "norm_of_windows": lambda m, x: m.norm(x),
+    "scores": lambda m, x: x @ m.w.T,
+    "einsum": lambda m, x: torch.einsum("btd,td->btd", x, m.w),
+    "table": lambda m, x: x + F.embedding(torch.arange(4), m.w),
+}
+
+
+class Windows(nn.Module):
+    def __init__(self, does):
+        super().__init__()
+        self.does = does
+        self.conv, self.point = nn.Conv1d(D, D, 3, padding=1), nn.Conv1d(D, D, 1)
+        self.w, self.linear = nn.Parameter(torch.randn(4, D)), nn.Linear(D, D)
+        self.norm, self.last = nn.LayerNorm((4, D)), nn.LazyLinear(1)
+
+    def forward(self, x):
+        h = self.does(self, x.view(-1, 4, D))
+        return self.last(torch.tanh(h)).flatten()
+
+
+@runs
+@pytest.mark.parametrize(
+    "windows", [((1, 1, 1), (2, 1, 0), (0, 0, 3)), ((1, 1), (2, 0), (0, 2)), ((2, 2), (1, 1), (0, 2))]
+)
+@pytest.mark.parametrize("does", WINDOWS)
+def test_windows_of_documents(does, windows, sketch, backwards):
+    def build():
+        model = Windows(WINDOWS[does])
+        model(torch.randn(4, D))
+        bounds = [F.pad(4 * torch.tensor(x).cumsum(0), (1, 0)) for x in windows]
+        return model, loss, [(torch.randn(int(cu[-1]), D), cu) for cu in bounds]
+
+    check(build, sketch, backwards, cu_seqlens=lambda batch: batch[1])

@@ -61,6 +61,8 @@ class Attempts:
         self.model = self.known.model
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
+        if not hooked.attributes.is_sharded:
+            hooked.attributes.check_untouched(self.model)
         copied = hooked.batches == 1 or self.known.writes_batches
         self.start = Start(hooked.attributes, batch, copied=copied, changed=hooked.capture.changed)
         self.begun = False

@@ -154,7 +154,7 @@ class Use:
         rows = self.rows(g)
         samples.tie(rows)
         if self.bias is not None:
-            moments.add_rows(self.bias, "out", summed(None, rows, samples))
+            moments.add_vectors(self.bias, summed(None, rows, samples))
         if self.weight is not None:
             self.observe_weight(moments, self.weight, saved, rows, samples)
 
@@ -391,4 +391,4 @@ class NormUse(Use):
         return sketched_sum(saved, self.rows(g), layer.out_axis, samples)
 
     def observe_weight(self, moments: Moments, layer: Layer, saved: Tensor, rows: Tensor, samples: Samples) -> None:
-        moments.add_rows(layer, "out", summed(saved, rows, samples))
+        moments.add_vectors(layer, summed(saved, rows, samples))

@@ -40,6 +40,7 @@ class Moments:
         self.needs = {name: dict(sides) for name, sides in needs.items() if sides}
         self.sums: dict[Place, Tensor] = {}
         self.samples = 0
+        self._vectors: dict[str, tuple[Layer, Tensor]] = {}  # of the batch that is running, by layer
         sides = [need for sides in self.needs.values() for need in sides.values()]
         self._leave = sum(8 * need.size ** (1 if need.kind == "energy" else 2) for need in sides) > ON_DEVICE
 
@@ -107,6 +108,21 @@ class Moments:
         need = self.need(layer, side)
         if need is not None:
             self.add_moment(layer, side, x if need.kept is None else need.kept.to(x.device).apply(x))
+
+    def add_vectors(self, layer: Layer, x: Tensor) -> None:
+        """Add one call's part of each sample's gradient [N, d] of a vector: calls add up before they are squared."""
+        need = self.need(layer, "out")
+        if need is not None:
+            kept = x if need.kept is None else need.kept.to(x.device).apply(x)
+            kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
+            before = self._vectors.get(layer.name)
+            self._vectors[layer.name] = layer, kept if before is None else before[1] + kept
+
+    def close(self) -> None:
+        """Add the second moments of vectors, all of whose calls came."""
+        for layer, x in self._vectors.values():
+            self.add_moment(layer, "out", x)
+        self._vectors.clear()
 
     def add_moment(self, layer: Layer, side: str, x: Tensor) -> None:
         """Add the second moment of the rows of x [..., size], of a side that is needed."""

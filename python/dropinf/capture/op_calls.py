@@ -103,6 +103,7 @@ class OpCall(Call):
         if any(t._version != version for t, version in self.versions):
             raise RuntimeError("an input of its op was modified in place afterwards; use an out-of-place operation")
         assert isinstance(self.use, OpUse)
+        samples = samples.bound(self.use.rows(g).shape[:-1])
         for d in {id(t): t for t in self.derived}.values():
             layer = self._source(d)
             c = None if layer is None else direct(self.function, self.args, self.kwargs, d, layer, g, samples)

@@ -297,7 +297,7 @@ class Call:
                 "its input was modified in place after the layer read it; use an out-of-place operation "
                 "(inplace=False, x = x + y) after this layer"
             )
-        into.emit(self.use, self.saved, g, samples)
+        into.emit(self.use, self.saved, g, samples.bound(self.use.rows(g).shape[:-1]))
 
 
 def tap(current: Pass, call: Call, out: Tensor, *, new: bool = False) -> Tensor:

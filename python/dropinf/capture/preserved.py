@@ -64,6 +64,8 @@ class Attributes:
         self.parameters = list(model.parameters())
         self.is_sharded = any(map(sharded.is_sharded, self.parameters))
         self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+        members = (part for m in model.modules() for part in (m._modules, m._parameters))
+        self._members = [(part, dict(part)) for part in members if isinstance(part, dict)]  # not in a script
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
         self._containers: list[tuple[Any, Any]] = []
         values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
@@ -84,6 +86,22 @@ class Attributes:
             now = -1 if first < 0 else _version(buffer)
             found.append((buffer, copy if 0 <= first == now else buffer.detach().clone(), now))
         return found
+
+    def check_untouched(self, model: nn.Module) -> None:
+        """Raise ValueError where attributes were set between batches, which all start from the same ones."""
+        for (name, _), (now, before) in zip(model.named_modules(remove_duplicate=True), self._modules, strict=False):
+            if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
+                changed = [n for n in now.keys() | before.keys() if now.get(n) is not before.get(n)]
+                raise ValueError(
+                    f"model: {min(changed)!r} of {name or 'itself'} was set between two batches of a call, which begin "
+                    "alike; set it before the call, and make a call for each setting"
+                )
+
+        if any(not _same(now, before) for now, before in self._members):
+            raise ValueError(
+                "model: a module or parameter of it was replaced between two batches of a call; make a new Compressor "
+                "for each model"
+            )
 
     def restore(self) -> None:
         """Put the attributes, and what their dicts, lists and sets hold, back."""

@@ -112,6 +112,7 @@ class Calibration(Recorder):
         self._batch.add_whole(layer, gradients)
 
     def check(self, losses: Tensor) -> None:
+        self._batch.close()
         self._moments.check(self._batch, losses)
 
     def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:  # noqa: ARG002

@@ -67,6 +67,18 @@ class Samples:
     n: int
     cu_seqlens: Tensor | None = None
     layout: Layout | None = None
+    each: bool | None = None  # whether what has a row for each document is packed so; None: that is not known
+
+    def bound(self, lead: torch.Size) -> Samples:
+        """Return these for what has fewer leading dimensions than rows [*lead] whose samples are known.
+
+        As many rows as there are documents are one of each only where the rows themselves are.
+        """
+        if self.cu_seqlens is None or self.layout is not None:
+            return self
+        found = replace(self, each=lead.numel() == self.n)
+        found.__dict__.update(packed=self.packed, _bounds=self._bounds)  # read and copied once
+        return found
 
     @cached_property
     def packed(self) -> int:
@@ -105,7 +117,7 @@ class Samples:
         if self.cu_seqlens is not None:
             if rows == self.packed:
                 return x.reshape(rows, *kept), self.bounds(x.device)
-            if rows == self.n:
+            if rows == self.n and self.each is not False:
                 return x.reshape(rows, 1, *kept), None
             # Heads beside the positions, before or behind them: each position is several rows.
             positions = [i for i, size in enumerate(lead) if size == self.packed]
@@ -169,7 +181,7 @@ class Samples:
         if self.layout is None and self.cu_seqlens is not None and len(parts) == self.packed:
             owner = torch.repeat_interleave(self.bounds(parts.device).diff().long(), output_size=len(parts))
             return parts.new_zeros(self.n, *parts.shape[1:]).index_add_(0, owner, parts)
-        if self.layout is None and len(parts) == self.n:
+        if self.layout is None and len(parts) == self.n and self.each is not False:
             return parts
         if self.layout is None and self.cu_seqlens is not None:
             raise Untied

@@ -1,0 +1,71 @@
+"""What happens between the batches of a call, and what the calls of one module in a batch add up to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dropinf
+from tests.capture.right_or_refused import doubles  # noqa: F401
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.l = nn.Conv1d(2, 3, 2), nn.GroupNorm(1, 3), nn.Linear(9, 2)
+        self.table, self.scale = nn.Embedding(5, 8), 1.0
+
+    def forward(self, ids):
+        return self.l(self.norm(self.conv(self.table(ids).view(-1, 2, 4))).flatten(1)) / self.scale
+
+
+SETTINGS = {
+    "a number of its own": lambda m: setattr(m, "scale", 2.0),
+    "eps": lambda m: setattr(m.norm, "eps", 0.5),
+    "stride": lambda m: setattr(m.conv, "dilation", (2,)) or setattr(m.conv, "padding", (1,)),
+    "padding_idx": lambda m: setattr(m.table, "padding_idx", 2),
+    "mode": lambda m: m.norm.train(not m.norm.training),
+    "a new attribute": lambda m: setattr(m, "extra", 1),
+    "another module": lambda m: setattr(m, "l", nn.Linear(9, 2)),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_what_is_set_between_batches_is_refused(what):
+    model, data = Net().eval(), list(torch.randint(5, (4, 3, 1)))
+
+    def batches():
+        yield from data[:2]
+        SETTINGS[what](model)
+        yield from data[2:]
+
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().sum(1))
+    with pytest.raises(ValueError, match=r"was (set|replaced) between two batches of a call"):
+        compressor.compress(batches())
+
+
+def twice(m, batch):
+    return (m(batch[0]).tanh() - m(batch[1]).tanh()).square().flatten(1).sum(1)
+
+
+MODELS = {
+    "linear": (lambda: nn.Linear(4, 6), "bias"),
+    "norm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), "1"),
+    "norm_bias": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), "1.bias"),
+    "conv": (lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2)), "1.bias"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_vector_s_moments_are_of_its_gradient_and_not_of_each_call(name):
+    torch.manual_seed(0)
+    make, layer = MODELS[name]
+    model, x = make(), torch.randn(20, 4)
+    batch = (x, x + 0.05 * torch.randn(20, 4))
+    parameter = dict(model.named_parameters())[layer if layer.endswith("bias") else f"{layer}.weight"]
+    rows = [torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in twice(model, batch)]
+    want = torch.stack(rows).T @ torch.stack(rows) / 20
+    compressor = dropinf.Compressor(model, dropinf.PCA(2), twice)
+    compressor.calibrate([batch])
+    torch.testing.assert_close(compressor._moments.of(layer)["out"], want)
