@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import plain_name, replacing
+from .files import is_same_code, plain_name, replacing
 from .readonly import ReadOnly
 
 FORMAT = "dropinf.gradients"
@@ -163,7 +163,8 @@ def check_same_model(query: Sketched, train: Sketched) -> None:
     """Raise ValueError where it is known that gradients are of different models."""
     origins = (getattr(x, "origin", None) for x in (query, train))
     known = [origin.model.split(CODE) for origin in origins if origin is not None and origin.model]
-    apart = [place for place, found in enumerate(zip(*known, strict=False)) if len(set(found)) > 1]
+    pairs = zip(*known, strict=False) if len(known) > 1 else ()
+    apart = [place for place, (a, b) in enumerate(pairs) if not (is_same_code(a, b) if place == 2 else a == b)]
     if apart:
         weights = "the weights were others when they were compressed (or of another dtype)"
         code = "the weights are the same, and the classes or constants of modules are others"

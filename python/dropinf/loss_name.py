@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import ast
+import builtins
 import dis
 import functools
 import inspect
 import re
-import textwrap
+import sys
+import sysconfig
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from .files import checksum
+from .files import checksum, is_same_code
 from .workload import tensor_bytes
 
 HELD = ", binds "
 _EARLIER = re.compile(r", (holding|with) ")  # of versions that looked at other constants
 _LARGEST_HELD = 1 << 24  # bytes
 _MOST_NUMBERS = 1 << 12  # of a list: longer ones are data, or a record
+_CONTAINERS = (dict, list, set)
 _PLAIN = (bool, int, float, complex, str, bytes)
-_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
+_FIXED = (tuple, np.generic, torch.dtype, torch.device)
+_MUTATING = {
+    "append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard",
+}  # fmt: skip
+_STANDARD = sysconfig.get_paths()["stdlib"]
+_INSTALLED = re.compile(rf"[/\\](site|dist)-packages[/\\]|^<frozen|^{re.escape(_STANDARD)}[/\\]")
+_PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def name_of_loss(loss_fn: object) -> str:
@@ -33,55 +42,101 @@ def name_of_loss(loss_fn: object) -> str:
     attributes or global names bind, and the functions of its user's that it calls.
     """
     held = _held(loss_fn, frozenset())
-    return f"{_plain_name(loss_fn)}{HELD}{checksum(held)[:8]}" if held else _plain_name(loss_fn)
+    return f"{_plain_name(loss_fn)}{HELD}{_PYTHON}:{checksum(held)[:8]}" if held else _plain_name(loss_fn)
 
 
 def is_same_loss(before: str, now: str) -> bool:
     """Return whether two names are of the same source and constants, as far as both tell; wherever it is defined."""
     (old, _, its), (new, _, held) = before.partition(HELD), now.partition(HELD)
     known = its != "" and not _EARLIER.search(before)
-    return not before or (_source(_EARLIER.split(old)[0]) == _source(new) and (its == held or not known))
+    return not before or (_source(_EARLIER.split(old)[0]) == _source(new) and (not known or is_same_code(its, held)))
 
 
-def functions_of(kind: type) -> bytes:
-    """Return what a class of its user's does in ``forward``, and in what that names of the class, with the constants
-    that these read, in bytes. Comments, docstrings and layout count for nothing, and what is installed is left out.
+def functions_of(kinds: Iterable[type]) -> str:
+    """Return a checksum of what classes of their users do in ``forward``, and in what that names of any of them, with
+    the constants that these read; behind the version of Python, as only within one do they compare.
+
+    It is of the code that runs: comments, docstrings and layout count for nothing. What is installed is left out.
     """
-    found: dict[str, bytes] = {}
-    todo = ["forward", "__call__", "__getattr__"]
+    bases = {base for kind in kinds for base in kind.__mro__ if not _is_of_a_library(base)}
+    found: dict[tuple[type, str], bytes] = {}
+    reads, sets, more = {"forward", "__call__", "__getattr__"}, set[str](), True
+    while more:
+        more = False
+        for base in bases:
+            for name in reads & vars(base).keys() - {name for kind, name in found if kind is base}:
+                functions = list(_functions(vars(base)[name]))
+                found[base, name] = b"".join(_text(f.__code__) + _held(f, frozenset()) for f in functions)
+                for function in functions:
+                    reads = reads | _attributes(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+                    sets |= _attributes(function.__code__, "STORE_ATTR")
+                more = True
+    for base, name in found:
+        if not callable(vars(base)[name]) and name not in sets and isinstance(vars(base)[name], (*_PLAIN, *_FIXED)):
+            found[base, name] += _constant(vars(base)[name], frozenset())
+    lines = sorted(f"{base.__qualname__}.{name}=".encode() + does for (base, name), does in found.items() if does)
+    return f"{_PYTHON}:{checksum(b';'.join(lines))}"
+
+
+def function_text(value: Any) -> bytes | None:
+    """Return what a function of its user's does, and the constants that it reads; None for anything else."""
+    functions = list(_functions(value))
+    return b"".join(_text(f.__code__) + _held(f, frozenset()) for f in functions) if functions else None
+
+
+def _functions(value: Any) -> Iterator[types.FunctionType]:
+    """Yield the functions of their user's behind what a class or module holds: decorated ones, and decorators."""
+    todo, seen = [value], set()
     while todo:
-        name = todo.pop()
-        if name in found:
+        x = todo.pop()
+        if id(x) in seen:
             continue
-        value = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-        given = [getattr(value, part, None) for part in ("__func__", "fget", "func")]
-        functions = [f for f in (value, *given) if inspect.isfunction(f) and not _is_installed(f)]
-        found[name] = b"".join(_text(f.__code__) + _held(f, frozenset()) for f in functions)
-        if not callable(value):
-            found[name] += _constant(value, frozenset())
-        for function in functions:
-            todo += [i.argval for i in _instructions(function.__code__) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")]
-    return b";".join(name.encode() + b"=" + found[name] for name in sorted(found) if found[name])
+        seen.add(id(x))
+        todo += [getattr(x, part, None) for part in ("__func__", "fget", "func", "__wrapped__")]
+        if inspect.isfunction(x):
+            todo += [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
+            if not _is_installed(x):
+                yield x
+
+
+def _attributes(code: types.CodeType, *kinds: str) -> set[str]:
+    """Return the names of attributes that a function reads, or sets."""
+    return {str(i.argval) for i in _instructions(code) if i.opname in kinds}
 
 
 def _is_installed(function: types.FunctionType) -> bool:
     return _INSTALLED.search(function.__code__.co_filename) is not None
 
 
+def _is_of_a_library(kind: type | types.ModuleType) -> bool:
+    module = kind if isinstance(kind, types.ModuleType) else sys.modules.get(kind.__module__)
+    return module is not None and (
+        module is builtins or _INSTALLED.search(getattr(module, "__file__", "") or "") is not None
+    )
+
+
 @functools.lru_cache(4096)
 def _text(code: types.CodeType) -> bytes:
-    """Return a function's source without comments, docstrings and layout, as it was when it was first asked for."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError):  # made at run time, say
-        return code.co_code
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree).encode()
+    """Return what a function does, instruction by instruction."""
+    parts: list[bytes] = []
+    for i in dis.get_instructions(code):
+        value: Any = i.argval
+        if isinstance(value, types.CodeType):
+            found = _text(value)
+        elif isinstance(value, frozenset):  # whose order differs from process to process
+            found = repr(sorted(value, key=repr)).encode()
+        else:
+            found = repr(value).encode()
+        parts.append(i.opname.encode() + b" " + found)
+    return b"\n".join(parts)
+
+
+def _writes(code: types.CodeType) -> bool:
+    """Return whether a function writes to containers: what these hold is then no constant."""
+    return any(
+        i.opname == "STORE_SUBSCR" or (i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in _MUTATING)
+        for i in _instructions(code)
+    )
 
 
 def _source(name: str) -> str:
@@ -109,8 +164,11 @@ def _held(loss_fn: Any, seen: frozenset[int]) -> bytes:
     seen |= {id(loss_fn)}
     if isinstance(loss_fn, functools.partial):
         return _constants((loss_fn.args, loss_fn.keywords), seen) + _held(loss_fn.func, seen)
-    about = inspect.unwrap(loss_fn) if inspect.isroutine(loss_fn) else loss_fn
-    return _constants((_bound(about if inspect.isfunction(about) else loss_fn),), seen)
+    chain = [loss_fn]
+    while inspect.isroutine(chain[-1]) and hasattr(chain[-1], "__wrapped__"):  # decorators
+        chain.append(chain[-1].__wrapped__)
+    parts = [_constants((_bound(x),), seen) for x in chain if inspect.isfunction(x) or x is loss_fn]
+    return b";".join(part for part in parts if part)
 
 
 def _bound(loss_fn: Any) -> Mapping[str, Any]:
@@ -124,7 +182,9 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     cells = zip(code.co_freevars, loss_fn.__closure__ or (), strict=True)
     found = {name: cell for name, cell in cells if name not in counts}
     held = {name: cell.cell_contents for name, cell in found.items() if cell != types.CellType()}
-    return _globals(loss_fn) | held | {"defaults": loss_fn.__defaults__ or ()} | (loss_fn.__kwdefaults__ or {})
+    defaults = {f"default {i}": x for i, x in enumerate(loss_fn.__defaults__ or ())} | (loss_fn.__kwdefaults__ or {})
+    bound = _globals(loss_fn) | held | defaults
+    return {k: x for k, x in bound.items() if not isinstance(x, _CONTAINERS)} if _writes(code) else bound
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
@@ -137,8 +197,13 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
             names.add(i.argval)
         elif i.opname == "STORE_GLOBAL":
             counts.add(i.argval)
-    known = function.__globals__
-    return {name: known[name] for name in sorted(names - counts) if name in known}
+    known = {name: function.__globals__[name] for name in sorted(names - counts) if name in function.__globals__}
+    read = _attributes(function.__code__, "LOAD_ATTR", "LOAD_METHOD")
+    for name, value in known.items():
+        if isinstance(value, types.ModuleType):  # of its user's: what is read of it
+            own = {} if _is_of_a_library(value) else vars(value)
+            known[name] = {part: own[part] for part in sorted(read & own.keys())}
+    return known
 
 
 def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -155,25 +220,42 @@ def _constants(values: Iterable[Any], seen: frozenset[int]) -> bytes:
 
 
 def _constant(value: Any, seen: frozenset[int]) -> bytes:
+    if id(value) in seen:
+        return b""
     if isinstance(value, Tensor):
-        small = value.numel() * value.element_size() <= _LARGEST_HELD  # weights of classes, not data
+        known = value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_conj())
+        small = known and value.numel() * value.element_size() <= _LARGEST_HELD  # weights of classes, not data
         return f"{tuple(value.shape)} {value.dtype}".encode() + (bytes(tensor_bytes(value)) if small else b"")
     if isinstance(value, np.ndarray):
         small = value.nbytes <= _LARGEST_HELD and not value.dtype.hasobject
         return f"{value.shape} {value.dtype}".encode() + (value.tobytes() if small else b"")
-    if isinstance(value, _PLAIN):
-        return repr(value).encode()
     if isinstance(value, tuple):
-        return _constants(value, seen)
+        return _constants(value, seen | {id(value)})
+    if isinstance(value, (*_PLAIN, *_FIXED)):
+        return repr(value).encode()
     if isinstance(value, list):
-        plain = len(value) <= _MOST_NUMBERS and all(isinstance(member, _PLAIN) for member in value)
-        return _constants(value, seen) if plain else b""
-    if isinstance(value, Mapping):
-        parts = [(str(key).encode(), _constants((value[key],), seen)) for key in sorted(value, key=str)]
+        plain = len(value) <= _MOST_NUMBERS and all(isinstance(member, (*_PLAIN, list, tuple)) for member in value)
+        return _constants(value, seen | {id(value)}) if plain else b""
+    if isinstance(value, dict):
+        named = {str(key): key for key in value if isinstance(key, (*_PLAIN, *_FIXED))}
+        parts = [(key.encode(), _constants((value[named[key]],), seen | {id(value)})) for key in sorted(named)]
         return b"".join(key + b"=" + part for key, part in parts if part)
     if isinstance(value, nn.Module):  # a criterion; a model is known by its weights
         mine = {name: x for name, x in vars(value).items() if isinstance(x, _PLAIN)} | dict(value.named_buffers())
         return b"" if any(True for _ in value.parameters()) else type(value).__name__.encode() + _constant(mine, seen)
-    if inspect.isfunction(value) and not _is_installed(value):
-        return _text(value.__code__) + _held(value, seen)
-    return b""
+    if isinstance(value, functools.partial):
+        return _constants((value.func, value.args, value.keywords), seen)
+    if isinstance(value, type):  # of its user's: an autograd Function, say
+        own = {} if _is_of_a_library(value) else vars(value)
+        return b"".join(_functions_in(own[name], seen | {id(value)}) for name in sorted(own))
+    return _functions_in(value, seen)
+
+
+def _functions_in(value: Any, seen: frozenset[int]) -> bytes:
+    """Return what the functions of their user's behind a value do; of a member of a class, its constants too."""
+    if isinstance(value, (*_PLAIN, *_FIXED)):
+        return _constant(value, seen)
+    wrapped = getattr(value, "__wrapped__", None) is not None or inspect.isfunction(value)
+    known = wrapped or isinstance(value, staticmethod | classmethod | property)
+    functions = [f for f in _functions(value) if id(f) not in seen] if known else []
+    return b"".join(_text(f.__code__) + _held(f, seen) for f in functions)

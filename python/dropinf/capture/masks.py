@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import inspect
 import os
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
-from ..loss_name import functions_of
+from ..loss_name import function_text, functions_of
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from ..workload import tensor_bytes
@@ -28,6 +31,7 @@ Sums = dict[Place, Tensor]
 _SUM = "moments"
 _SETTINGS = (bool, int, float, str, type(None))
 _DEVICES = "cpu", "cuda"
+_NAMES = "name_or_path", "transformers_version", "dtype", "torch_dtype"  # in a configuration
 _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
@@ -214,21 +218,25 @@ def code_of(model: nn.Module) -> dict[str, str]:
         others.append(f"{clean_name(prefix)} {module.training} {hooks} {sorted(rest.items())}")
     cast = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
     others += [f"autocast {device} {torch.get_autocast_dtype(device)}" for device in cast]
-    kinds = sorted({type(module) for module in model.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__))
-    functions = [f"{kind.__qualname__} {checksum(does)}" for kind in kinds if (does := functions_of(kind))]
     lines = {
         "classes and constants": constants,
-        "functions": functions,
         "settings": settings,
         "other settings": others,
     }
-    return {name: checksum("\n".join(found).encode()) for name, found in lines.items()}
+    sums = {name: checksum("\n".join(text).encode()) for name, text in lines.items()}
+    return {**sums, "functions": functions_of({type(module) for module in model.modules()})}
 
 
 def _setting(value: Any) -> str | None:
-    """Return a function, or a container of plain values, as text; None for anything else, as for an empty cache."""
+    """Return a function, a configuration, or a container of plain values, as text; None for anything else, as for an
+    empty cache."""
+    if isinstance(value, functools.partial):
+        return f"{_setting(value.func)} {value.args} {sorted(value.keywords.items())}"
     if inspect.isroutine(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+        does = function_text(value)
+        return f"{getattr(value, '__qualname__', '')} {checksum(does)}" if does else getattr(value, "__qualname__", "")
+    if isinstance(value, SimpleNamespace) or dataclasses.is_dataclass(value) or hasattr(value, "to_diff_dict"):
+        value = {n: x for n, x in vars(value).items() if n[0] != "_" and n not in _NAMES and _is_plain(x)}
     if not isinstance(value, dict | list | tuple | set | frozenset) or not value or not _is_plain(value):
         return None
     return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)

@@ -23,6 +23,7 @@ from ..fisher.fisher import Fisher, FisherKind
 from ..index.choice import choose_run
 from ..index.codec import DTYPES, Codec
 from ..index.discard import discard as give_up
+from ..index.discard import drop_unbegun
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
 from ..index.manifest import Manifest
 from ..index.reader import Index
@@ -178,10 +179,14 @@ def _give_up(out: Path) -> None:
     note(f"{out}: {'gave up what was appended last' if unfinished else 'nothing to give up'}; {samples:,} samples")
 
 
-def _begun(out: Path) -> Manifest | None:
-    """Return the manifest of an index to go on with; None where the folder is free."""
+def _begun(out: Path, *, drop: bool = False) -> Manifest | None:
+    """Return the manifest of an index to go on with; None where the folder is free.
+
+    ``drop``: give up a run of which nothing was stored, with its passages. The folder must be locked.
+    """
     try:
-        return Manifest.load(out)
+        manifest = Manifest.load(out)
+        return drop_unbegun(out, manifest) if drop else manifest
     except FileNotFoundError:
         if out.exists():
             check_free(out)
@@ -241,7 +246,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
     recipe, work = source.recipe, source.work
     progress = is_first() and sys.stderr.isatty()
     with locked(out, ranks):
-        manifest = ranks.first(lambda: _begun(out))
+        manifest = ranks.first(lambda: _begun(out, drop=True))
         if manifest is not None:
             before = Recipe.of(manifest.about)
             if before is not None:

@@ -70,7 +70,7 @@ def sweep_merged(folder: Path, manifest: Manifest) -> None:
         return
     gone = {key for run in manifest.runs for key in run.replaces}
     if not manifest.unfinished:
-        gone |= {_key(manifest, group) for group in _groups(manifest)}
+        gone |= {_key(manifest, group, whole=whole) for group in _groups(manifest) for whole in (True, False)}
     for match in others:
         with suppress(ValueError):  # of something else
             if read_shard_header(folder / SHARDS / match[0]).run in gone:
@@ -111,9 +111,9 @@ def _piles(manifest: Manifest, group: range) -> list[list[tuple[Run, ShardEntry]
     return piles
 
 
-def _key(manifest: Manifest, group: range) -> str:
-    """Return what the files of a merged run are known by."""
-    return manifest.key("merged", [manifest.runs[n].key for n in group])
+def _key(manifest: Manifest, group: range, *, whole: bool = True) -> str:
+    """Return what the files of a merged run are known by; not ``whole``: as earlier versions did."""
+    return manifest.key("merged", [manifest.runs[n].key for n in group], whole=whole)
 
 
 def _merge(folder: Path, manifest: Manifest, group: range, number: int, made: list[Path]) -> Run:

@@ -1,4 +1,4 @@
-"""Giving up an append that is not finished."""
+"""Giving up an append that is not finished, or a run of which nothing was stored."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..files import checksum, sync_folder, write_whole
-from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, names, shard_path
+from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, SKETCH, names, shard_path
 from .kept import settle_fisher
-from .manifest import Manifest
+from .manifest import NAME, Manifest
 from .order import remove_others
 
 
@@ -41,6 +41,24 @@ def discard(folder: Path, manifest: Manifest) -> Manifest:
     if passages is not None and passages != (folder / PASSAGES).read_bytes():
         write_whole(folder / PASSAGES, passages)
     return manifest
+
+
+def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
+    """Give up a run of which no batch was stored, as a call may go on with another model or loss.
+
+    Return the manifest that is left; None, and none in the folder, where there was no other run. The folder must be
+    locked.
+    """
+    known = {shard_path(folder, shard.number, shard.checksum).name for shard in manifest.shards}
+    shards = (match[0] for match in names(folder / SHARDS, SHARD_NAME))
+    if not manifest.unfinished or any(names(folder / PARTS, PART_NAME)) or any(name not in known for name in shards):
+        return manifest
+    if manifest.shards:
+        return discard(folder, manifest)
+    for name in (NAME, SKETCH):  # the manifest first: it names the other
+        (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+    return None
 
 
 def _passages_left(folder: Path, manifest: Manifest) -> bytes | None:

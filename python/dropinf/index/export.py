@@ -17,6 +17,7 @@ from ..fisher.fisher import Fisher
 from ..gradients import Gradients, GradientSource, block_rows
 from ..gradients import Rows as Selected
 from .folder import FISHER, PARTS, PASSAGES, SHARDS, SKETCH
+from .kept import NEW_FISHER
 from .manifest import NAME
 from .order import ORDER_NAME
 
@@ -35,9 +36,12 @@ class Rows(Protocol):
 
 def check_beside(out: str | os.PathLike[str], folder: Path) -> None:
     """Raise ValueError for the name of a file of the index in ``folder``, or of one in its place, as a link may be."""
-    final, folder = Path(out).resolve(), folder.resolve()
-    own = final.name in (NAME, SKETCH, FISHER, PASSAGES, ".lock") or ORDER_NAME.fullmatch(final.name) is not None
-    if final.parent in (folder / SHARDS, folder / PARTS) or (final.parent == folder and own):
+    given, final = Path(out).parent.resolve() / Path(out).name, Path(out).resolve()
+    names = (NAME, SKETCH, FISHER, PASSAGES, ".lock")
+    kept = {(folder / name).resolve() for name in names}  # links of the index's own among them
+    inside = {(folder / part).resolve() for part in (SHARDS, PARTS)}
+    own = given.name in names or ORDER_NAME.fullmatch(given.name) or NEW_FISHER.fullmatch(given.name)
+    if final in kept or {given.parent, final.parent} & inside or (given.parent == folder.resolve() and own):
         raise ValueError(f"out is {os.fspath(out)!r}, a file of the index itself; name a file beside it")
 
 

@@ -20,7 +20,7 @@ from ..ranks import Ranks
 from .folder import FISHER, locked, names
 from .manifest import Manifest
 
-_NEW = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
+NEW_FISHER = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
 
 
 class _Kept(GradientSource, Protocol):
@@ -43,7 +43,7 @@ def write_fisher(folder: Path, fisher: Fisher) -> str:
 
 def settle_fisher(folder: Path, manifest: Manifest) -> None:
     """Put the matrix that the manifest names in place of the one before; remove one that it came not to name."""
-    for match in names(folder, _NEW):
+    for match in names(folder, NEW_FISHER):
         if match[1] == manifest.files.get(FISHER):
             os.replace(folder / match[0], folder / FISHER)
         else:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import TEMPORARY, file_checksum, make_folder, replacing
+from ..files import TEMPORARY, file_checksum, is_same_code, make_folder, replacing
 from ..gradients import Origin
 from ..loss_name import is_same_loss
 from ..ranks import Ranks
@@ -20,7 +20,8 @@ from ..workload import Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
-from .folder import _STRAY, PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, SKETCH, check_free, names, shard_path
+from .discard import drop_unbegun
+from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
 from .manifest import FUNCTIONS, LayerEntry, Manifest, check_code
 from .parts import Share
 from .runs import Plan
@@ -93,7 +94,7 @@ class Opening:
             return None
         self._sweep()
         sweep_merged(self.folder, manifest)
-        left = self._without_unbegun(manifest)
+        left = drop_unbegun(self.folder, manifest)
         if left is None:
             return None
         manifest = left
@@ -106,6 +107,7 @@ class Opening:
             other = self._other_loss(manifest)
             if other is not None:  # all of an unfinished run are then compared
                 warnings.warn(f"{other}: unless both give the same, name another folder", stacklevel=2)
+            self._check_something_left(chosen, other, manifest, code)
             make_folder(self.folder / PARTS)
             compares = (changed or other is not None) and chosen.run.shards is None
             return replace(chosen, every=chosen.every or compares)
@@ -127,7 +129,7 @@ class Opening:
                 f"append: {self.folder} keeps the passages of its samples ({PASSAGES}), and these have none; add to it "
                 "with dropinf index --append, or name another folder"
             )
-        if manifest.about.get(FUNCTIONS, code.get(FUNCTIONS)) != code.get(FUNCTIONS):
+        if not is_same_code(manifest.about.get(FUNCTIONS), code.get(FUNCTIONS)):
             raise ValueError(
                 f"model: what its modules' forward does is not what it did when {self.folder} was made, or a function "
                 "or constant that it reads is another; append with the code of then, or name another folder"
@@ -158,17 +160,17 @@ class Opening:
                     "Compressor.from_masks, or name another folder"
                 )
 
-    def _without_unbegun(self, manifest: Manifest) -> Manifest | None:
-        """Return the manifest without a run of which no batch was finished, as this call may be of another model or
-        loss; None where there was no other."""
-        known = {shard_path(self.folder, shard.number, shard.checksum).name for shard in manifest.shards}
-        shards = (match[0] for match in names(self.folder / SHARDS, SHARD_NAME))
-        if not manifest.unfinished or any(names(self.folder / PARTS, PART_NAME)) or any(n not in known for n in shards):
-            return manifest
-        if manifest.shards:
-            return replace(manifest, runs=manifest.runs[:-1])
-        (self.folder / SKETCH).unlink(missing_ok=True)
-        return None
+    def _check_something_left(
+        self, plan: Plan, other_loss: str | None, manifest: Manifest, code: Mapping[str, str]
+    ) -> None:
+        """Raise ValueError where another loss or code is to make lost rows again, and none is left to compare with."""
+        same = is_same_code(manifest.about.get(FUNCTIONS), code.get(FUNCTIONS))
+        if (other_loss is None and same) or any(plan.shard_files()) or any(plan.part_files()):
+            return
+        raise ValueError(
+            f"{other_loss or 'model: what its forward does is not what it did'}; no row of this run is left in "
+            f"{self.folder} to compare with: do as when they were made, or name another folder"
+        )
 
     def _shard_batches(self, most: int) -> int:
         return self.batches.shard_batches(most) if isinstance(self.batches, Share) else most

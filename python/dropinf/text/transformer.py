@@ -93,7 +93,9 @@ class TextModel:
             found: Any = self.tokenizer.get_vocab()
         else:
             found = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        return checksum(json.dumps([type(self.tokenizer).__name__, found], sort_keys=True).encode())
+        flags = {k: v for k, v in self.tokenizer.init_kwargs.items() if isinstance(v, bool)}
+        found = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, flags, found]
+        return checksum(json.dumps(found, sort_keys=True).encode())
 
     def workload(
         self,
