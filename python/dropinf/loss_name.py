@@ -24,6 +24,7 @@ HELD = ", binds "
 _EARLIER = re.compile(r", (holding|with) ")  # of versions that looked at other constants
 _LARGEST_HELD = 1 << 24  # bytes
 _MOST_NUMBERS = 1 << 12  # of a list: longer ones are data, or a record
+_OF_CLASSES = ("__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
 _CONTAINERS = (dict, list, set)
 _PLAIN = (bool, int, float, complex, str, bytes)
 _FIXED = (tuple, np.generic, torch.dtype, torch.device)
@@ -245,9 +246,12 @@ def _constant(value: Any, seen: frozenset[int]) -> bytes:
         return b"" if any(True for _ in value.parameters()) else type(value).__name__.encode() + _constant(mine, seen)
     if isinstance(value, functools.partial):
         return _constants((value.func, value.args, value.keywords), seen)
-    if isinstance(value, type):  # of its user's: an autograd Function, say
-        own = {} if _is_of_a_library(value) else vars(value)
-        return b"".join(_functions_in(own[name], seen | {id(value)}) for name in sorted(own))
+    if isinstance(value, type):  # of its user's: an autograd Function, say; modules are known by `functions_of`
+        own = {} if _is_of_a_library(value) or issubclass(value, nn.Module) else vars(value)
+        codes = [f.__code__ for x in own.values() for f in _functions(x)]
+        counts = set[str]().union(*(_attributes(code, "STORE_ATTR") for code in codes))
+        names = sorted(name for name in own if name not in (*_OF_CLASSES, *counts))
+        return b"".join(_functions_in(own[name], seen | {id(value)}) for name in names)
     return _functions_in(value, seen)
 
 

@@ -104,14 +104,18 @@ class Ranks:
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
         """Have a collective inside, which all ranks have come to; an error of it says that another rank is gone."""
-        self._meet(what)
+        try:
+            self._meet(what)
+        except dist.DistNetworkError as error:  # of the store, which one of the ranks holds
+            raise self._gone(error) from error
         try:
             yield
         except RuntimeError as error:
-            self._broke = True
-            raise RuntimeError(
-                f"another rank is gone ({error}); this rank ({self.rank}) stops too. Run it again"
-            ) from error
+            raise self._gone(error) from error
+
+    def _gone(self, error: Exception) -> RuntimeError:
+        self._broke = True
+        return RuntimeError(f"another rank is gone ({error}); this rank ({self.rank}) stops too. Run it again")
 
     def _meet(self, what: str) -> None:
         """Wait until all ranks are about to do the same: a collective itself cannot be left where one is missing."""

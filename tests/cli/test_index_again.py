@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dropinf
+from dropinf.index.writer import Writer
 from dropinf.text.passages import Passage, read_passages
 from dropinf.text.transformer import TextBatches
 from tests.cli.commands import (
@@ -223,3 +224,29 @@ def test_a_page_does_not_take_the_place_of_an_index_s_own_files(made, tmp_path):
     said = error_of("query", folder, "--text", "a b", "--kind", "dot", "--html", folder / "passages.jsonl")
     assert "a file of the index itself" in said
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("append", [False, True])
+def test_passages_of_a_run_of_which_nothing_was_stored_go_with_it(append, numbered, common, tmp_path, monkeypatch):
+    def data(name, count):
+        passages = [Passage(f"{name}{i}", p.text) for i, p in enumerate(make_passages(count, seed=ord(name)))]
+        return ["--data", write_jsonl(tmp_path / f"{name}.jsonl", passages)]
+
+    options = [*common[:2], *common[6:], *([] if numbered else ["--id-field", "id"]), "--out", tmp_path / "idx"]
+    if append:
+        run("index", *options, *data("a", 20))
+    added = ["--append"] if append else []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_keep", stop)
+        run("index", *options, *added, *data("b", 12), code=130)
+    run("index", *options, *added, *data("c", 9))
+    index = dropinf.Index.open(tmp_path / "idx")
+    kept = [passage.id for passage in read_passages(tmp_path / "idx" / "passages.jsonl", id_field="id")]
+    assert index.ids() == kept
+    assert len(kept) == len(set(kept)) == (29 if append else 9)
+    assert index.verify() == []

@@ -27,7 +27,7 @@ from tests.faults.model import Call, Line, batch_of, ids, rows
 ACTORS, ASKED = 3, 12  # what is asked for in a sequence
 # What may be said of an index that others write to, and of calls that do not belong.
 CLEAN = re.compile(
-    r"another process is writing to|was begun with others|holds others' gradients|is another than the one whose rows|"
+    r"another process is writing to|was begun with (others|\d+ of them)|holds others' gradients|is another than the one whose rows|"
     r"not as many as before|ids: those of batch \d+ are|no index \(it has no|the index is not finished|"
     r"has changed since it was opened|a run is not finished; finish it|there is nothing to go back to|"
     r"its shards were merged since it was opened|fisher: it is of \d+ samples"

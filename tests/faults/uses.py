@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ class Bench:
         plan._LEAST_SHARDS = 4
         made = self.compress(self.base)
         self.index, self.query, self.fisher = files(self.base), make_query(), dropinf.build_fisher(made)
+        warnings.simplefilter("ignore")  # which would open the source that warns
         for codec in ("utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-32-be", "utf-32-le"):
             codecs.lookup(codec)  # opens a file of Python's; json may guess any of them
         self.watch = Watch(self.base, self.mutated, self.again)

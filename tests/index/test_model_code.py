@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import sys
 import textwrap
@@ -23,6 +24,8 @@ import torch
 from torch import nn
 
 SCALE = 1.0
+CALLS = [0]
+MASKS = {}
 TABLE = {"scale": 1.0}
 
 
@@ -30,19 +33,62 @@ def helper(x):
     return torch.tanh(x)
 
 
+def times(factor):
+    def decorate(function):
+        @functools.wraps(function)
+        def inner(*given):
+            return function(*given) * factor
+        return inner
+    return decorate
+
+
+class Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 1.0
+
+
+class Base(nn.Module):
+    def finish(self, x):
+        return x * 1.0
+
+
+class Part(Base):
+    seen = 0
+
+    @times(1.0)
+    def encode(self, x):
+        return self.finish(x)
+
+    def finish(self, x):
+        type(self).seen += 1
+        return super().finish(x)
+
+
+def mask(n):
+    CALLS[0] += 1
+    if n not in MASKS:
+        MASKS[n] = torch.ones(n)
+    return MASKS[n]
+
+
 class Net(nn.Module):
     factor = 1.0
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
+        self.a, self.b, self.part = nn.Linear(12, 16), nn.Linear(16, 4), Part()
 
     def forward(self, x):
         # a comment
         return self.b(self.middle(self.a(x)) * SCALE * TABLE["scale"] * self.factor)
 
     def middle(self, x):
-        return helper(x) * self.size
+        return Turned.apply(self.part.encode(helper(x))) * self.size * mask(16).to(x)
 
     @property
     def size(self):
@@ -53,7 +99,12 @@ class Net(nn.Module):
 """
 OTHERS = {
     "its forward": ("TABLE[\"scale\"] * self.factor", "TABLE[\"scale\"] * self.factor * 2"),
-    "a method that forward calls": ("return helper(x) *", "return helper(x) * 2 *"),
+    "a method that forward calls": (" * mask(16)", " * 2 * mask(16)"),
+    "a method of a part": ("return self.finish(x)", "return self.finish(x) * 2"),
+    "what super() does": ("return x * 1.0\n\n\nclass Part", "return x * 2.0\n\n\nclass Part"),
+    "a decorator": ("return function(*given) * factor", "return function(*given) * factor * 2"),
+    "what a decorator is given": ("@times(1.0)", "@times(2.0)"),
+    "an autograd Function": ("        return x * 1.0\n\n    @staticmethod", "        return x * 2.0\n\n    @staticmethod"),
     "a property that it reads": ("return 1.0", "return 2.0"),
     "a helper": ("torch.tanh(x)", "torch.relu(x)"),
     "a global number": ("SCALE = 1.0", "SCALE = 2.0"),
@@ -79,6 +130,10 @@ def net(folder, name, change=("", "")):
     spec.loader.exec_module(module)
     torch.manual_seed(0)
     return module.Net().double()
+
+
+def other_file(folder, name, text):
+    (folder / f"{name}.py").write_text(text)
 
 
 def compressor_of(model):
@@ -112,6 +167,63 @@ def test_what_changes_nothing_counts_for_nothing(what, tmp_path):
     made = compressor_of(now).compress(make_batches(3, 5), out=tmp_path / "idx", append=True)
     queries = dropinf.Compressor.from_index(made, now, loss_fn).compress(make_batches(1, 7))
     assert dropinf.score(queries, made, kind="dot").shape == (len(queries), len(made))
+
+
+@pytest.mark.parametrize("what", ["act(x) * 2", "act(x)", "SCALE"])
+def test_another_file_of_its_users_is_read(what, tmp_path, monkeypatch):
+    def model(name, scale, body):
+        other_file(tmp_path, f"{name}_helpers", f"SCALE = {scale}\ndef act(x):\n    return {body}\n")
+        code = f"import {name}_helpers as helpers\nfrom torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n"
+        other_file(tmp_path, name, code + "        return helpers.act(x) * helpers.SCALE\n")
+        return importlib.import_module(name).Net()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    before = code_of(model(f"one_{len(what)}", 1.0, "x"))["functions"]
+    now = code_of(model(f"two_{len(what)}", 2.0 if what == "SCALE" else 1.0, "x * 2" if what == "act(x) * 2" else "x"))[
+        "functions"
+    ]
+    assert (before == now) == (what == "act(x)")
+
+
+def test_classes_of_a_factory_stand_in_no_order():
+    def made(factor):
+        class Block(nn.Module):
+            def forward(self, x):
+                return x * factor
+
+        return Block
+
+    blocks = [made(factor) for factor in (1.0, 2.0, 3.0)]
+    every = {
+        code_of(nn.Sequential(*(blocks[i]() for i in order)))["functions"] for order in itertools.permutations(range(3))
+    }
+    assert len(every) == 1
+    assert code_of(nn.Sequential(blocks[0]()))["functions"] not in every
+
+
+ADJACENT = torch.eye(4).to_sparse()
+ROUND = {}
+ROUND["itself"] = ROUND
+
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return torch.sparse.mm(ADJACENT, x.t()).t() * len(ROUND) * (os.environ.get("A") is None)
+
+
+def test_constants_of_odd_kinds():
+    assert code_of(Odd()) == code_of(Odd())
+    compressor = dropinf.Compressor(
+        nn.Sequential(Odd(), nn.Linear(4, 2)), dropinf.Dropout(2), lambda m, x: m(x).square().sum(1)
+    )
+    assert len(compressor.compress([torch.randn(3, 4)])) == 3
+
+
+def test_what_a_forward_counts_and_keeps_is_no_constant(tmp_path):
+    model = net(tmp_path, "net")
+    train = compressor_of(model).compress(make_batches())
+    queries = compressor_of(model).compress(make_batches(1, 7))
+    assert dropinf.score(queries, train, kind="dot").shape == (len(queries), len(train))
 
 
 def test_a_class_without_a_source_is_known_by_what_it_does():

@@ -207,3 +207,33 @@ def test_the_folder_is_named_as_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert make_compressor().compress(make_batches(), out="idx").path == tmp_path / "idx"
     assert os.listdir(tmp_path) == ["idx"]
+
+
+def test_lost_shards_are_not_made_again_by_another_loss(tmp_path):
+    index = compressor_of(loss_fn).compress(make_batches(), out=tmp_path / "idx")
+    for path in (tmp_path / "idx" / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="no row of this run is left in"):
+        compressor_of(smoothed).compress(make_batches(), out=tmp_path / "idx")
+    again = compressor_of(loss_fn).compress(make_batches(), out=tmp_path / "idx")
+    assert again.manifest == index.manifest
+
+
+def test_exports_over_what_an_index_links_to(tmp_path):
+    index = make_compressor().compress(make_batches(), out=tmp_path / "idx", fisher="block")
+    shutil.move(index.path / "sketch.safetensors", tmp_path / "masks.safetensors")
+    (index.path / "sketch.safetensors").symlink_to(tmp_path / "masks.safetensors")
+    shutil.move(index.path / "shards", tmp_path / "elsewhere")
+    (index.path / "shards").symlink_to(tmp_path / "elsewhere")
+    shard = next((tmp_path / "elsewhere").iterdir()).name
+    own = [
+        "sketch.safetensors",
+        f"shards/{shard}",
+        "../masks.safetensors",
+        f"../elsewhere/{shard}",
+        f"fisher-{'0' * 32}.safetensors",
+    ]
+    for place in own:
+        with pytest.raises(ValueError, match="a file of the index itself"):
+            index.whitened(index.path / place)
+    assert index.verify() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import checksum, sync_folder, write_whole
+from ..files import checksum, file_checksum, sync_folder, write_whole
 from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, SKETCH, names, shard_path
 from .kept import settle_fisher
 from .manifest import NAME, Manifest
@@ -55,10 +55,15 @@ def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
         return manifest
     if manifest.shards:
         return discard(folder, manifest)
-    for name in (NAME, SKETCH):  # the manifest first: it names the other
+    own = [name for name in (SKETCH, PASSAGES) if manifest.files.get(name) == _checksum_of(folder / name)]
+    for name in (NAME, *own):  # the manifest first: it names the others
         (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
     return None
+
+
+def _checksum_of(path: Path) -> str | None:
+    return file_checksum(path) if path.is_file() else None
 
 
 def _passages_left(folder: Path, manifest: Manifest) -> bytes | None:
