@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import enum
 import functools
 import inspect
 import re
@@ -182,7 +183,7 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     counts = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
     cells = zip(code.co_freevars, loss_fn.__closure__ or (), strict=True)
     found = {name: cell for name, cell in cells if name not in counts}
-    held = {name: cell.cell_contents for name, cell in found.items() if cell != types.CellType()}
+    held = {name: _read_of(cell.cell_contents, code) for name, cell in found.items() if cell != types.CellType()}
     defaults = {f"default {i}": x for i, x in enumerate(loss_fn.__defaults__ or ())} | (loss_fn.__kwdefaults__ or {})
     bound = _globals(loss_fn) | held | defaults
     return {k: x for k, x in bound.items() if not isinstance(x, _CONTAINERS)} if _writes(code) else bound
@@ -199,12 +200,19 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
         elif i.opname == "STORE_GLOBAL":
             counts.add(i.argval)
     known = {name: function.__globals__[name] for name in sorted(names - counts) if name in function.__globals__}
-    read = _attributes(function.__code__, "LOAD_ATTR", "LOAD_METHOD")
-    for name, value in known.items():
-        if isinstance(value, types.ModuleType):  # of its user's: what is read of it
-            own = {} if _is_of_a_library(value) else vars(value)
-            known[name] = {part: own[part] for part in sorted(read & own.keys())}
-    return known
+    return {name: _read_of(value, function.__code__) for name, value in known.items()}
+
+
+def _read_of(value: Any, code: types.CodeType) -> Any:
+    """Return of a module of its user's, or of an object of its user's class, what a function reads of it."""
+    module = isinstance(value, types.ModuleType)
+    about: Any = value if module else type(value)
+    plain = inspect.isroutine(value) or isinstance(value, type | nn.Module) or not hasattr(value, "__dict__")
+    if not module and (plain or _is_of_a_library(about)):
+        return value
+    own = {} if _is_of_a_library(about) else vars(value)
+    read = {part: own[part] for part in sorted(_attributes(code, "LOAD_ATTR", "LOAD_METHOD") & own.keys())}
+    return read if module else (about, read)
 
 
 def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -246,6 +254,11 @@ def _constant(value: Any, seen: frozenset[int]) -> bytes:
         return b"" if any(True for _ in value.parameters()) else type(value).__name__.encode() + _constant(mine, seen)
     if isinstance(value, functools.partial):
         return _constants((value.func, value.args, value.keywords), seen)
+    if isinstance(value, torch.jit.ScriptFunction):
+        return str(value.code).encode()
+    if isinstance(value, enum.EnumMeta):
+        members: Mapping[str, Any] = value.__members__
+        return repr([(name, member.value) for name, member in members.items()]).encode()
     if isinstance(value, type):  # of its user's: an autograd Function, say; modules are known by `functions_of`
         own = {} if _is_of_a_library(value) or issubclass(value, nn.Module) else vars(value)
         codes = [f.__code__ for x in own.values() for f in _functions(x)]

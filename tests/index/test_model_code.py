@@ -19,6 +19,8 @@ from dropinf.index.agreement import check_one_folder
 from tests.index.small import loss_fn, make_batches
 
 CODE = """
+import dataclasses
+import enum
 import functools
 import torch
 from torch import nn
@@ -69,6 +71,33 @@ class Part(Base):
         return super().finish(x)
 
 
+@torch.jit.script
+def scripted(x: torch.Tensor):
+    return x * 1.0
+
+
+class Level(enum.Enum):
+    high = 1.0
+
+
+@dataclasses.dataclass
+class Config:
+    scale: float = 1.0
+    runs: int = 0
+
+
+class Act:
+    def __init__(self):
+        self.uses = 0
+
+    def __call__(self, x):
+        self.uses += 1
+        return scripted(x) * Level.high.value * CONFIG.scale
+
+
+CONFIG, ACT = Config(), Act()
+
+
 def mask(n):
     CALLS[0] += 1
     if n not in MASKS:
@@ -88,7 +117,7 @@ class Net(nn.Module):
         return self.b(self.middle(self.a(x)) * SCALE * TABLE["scale"] * self.factor)
 
     def middle(self, x):
-        return Turned.apply(self.part.encode(helper(x))) * self.size * mask(16).to(x)
+        return ACT(Turned.apply(self.part.encode(helper(x)))) * self.size * mask(16).to(x)
 
     @property
     def size(self):
@@ -102,6 +131,10 @@ OTHERS = {
     "a method that forward calls": (" * mask(16)", " * 2 * mask(16)"),
     "a method of a part": ("return self.finish(x)", "return self.finish(x) * 2"),
     "what super() does": ("return x * 1.0\n\n\nclass Part", "return x * 2.0\n\n\nclass Part"),
+    "a script": ("def scripted(x: torch.Tensor):\n    return x * 1.0", "def scripted(x: torch.Tensor):\n    return x * 2.0"),
+    "an Enum": ("high = 1.0", "high = 2.0"),
+    "a configuration": ("Config(), Act()", "Config(2.0), Act()"),
+    "an object that is called": ("return scripted(x) *", "return 2 * scripted(x) *"),
     "a decorator": ("return function(*given) * factor", "return function(*given) * factor * 2"),
     "what a decorator is given": ("@times(1.0)", "@times(2.0)"),
     "an autograd Function": ("        return x * 1.0\n\n    @staticmethod", "        return x * 2.0\n\n    @staticmethod"),
@@ -159,7 +192,7 @@ def test_rows_of_another_code_are_refused(what, tmp_path):
     assert index.verify() == []
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("what", SAME)
 def test_what_changes_nothing_counts_for_nothing(what, tmp_path):
     then, now = net(tmp_path, "then"), net(tmp_path, "now", SAME[what])
