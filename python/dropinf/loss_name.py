@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import dis
 import enum
 import functools
@@ -25,6 +24,11 @@ HELD = ", binds "
 _EARLIER = re.compile(r", (holding|with) ")  # of versions that looked at other constants
 _LARGEST_HELD = 1 << 24  # bytes
 _MOST_NUMBERS = 1 << 12  # of a list: longer ones are data, or a record
+_WRAPPERS = {
+    "__func__": (staticmethod, classmethod, types.MethodType),
+    "fget": (property,),
+    "func": (functools.cached_property, functools.partialmethod, functools.partial),
+}
 _OF_CLASSES = ("__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
 _CONTAINERS = (dict, list, set)
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -43,7 +47,10 @@ def name_of_loss(loss_fn: object) -> str:
     It holds constants: numbers, text, tensors, arrays and lists of numbers that a closure, a partial, defaults,
     attributes or global names bind, and the functions of its user's that it calls.
     """
-    held = _held(loss_fn, frozenset())
+    try:
+        held = _held(loss_fn, frozenset())
+    except Exception:  # of an object of its user's that cannot be asked
+        held = b""
     return f"{_plain_name(loss_fn)}{HELD}{_PYTHON}:{checksum(held)[:8]}" if held else _plain_name(loss_fn)
 
 
@@ -60,6 +67,13 @@ def functions_of(kinds: Iterable[type]) -> str:
 
     It is of the code that runs: comments, docstrings and layout count for nothing. What is installed is left out.
     """
+    try:
+        return f"{_PYTHON}:{checksum(_done(kinds))}"
+    except Exception:  # of an object of its user's that cannot be asked: it is compared with none
+        return ""
+
+
+def _done(kinds: Iterable[type]) -> bytes:
     bases = {base for kind in kinds for base in kind.__mro__ if not _is_of_a_library(base)}
     found: dict[tuple[type, str], bytes] = {}
     reads, sets, more = {"forward", "__call__", "__getattr__"}, set[str](), True
@@ -77,7 +91,7 @@ def functions_of(kinds: Iterable[type]) -> str:
         if not callable(vars(base)[name]) and name not in sets and isinstance(vars(base)[name], (*_PLAIN, *_FIXED)):
             found[base, name] += _constant(vars(base)[name], frozenset())
     lines = sorted(f"{base.__qualname__}.{name}=".encode() + does for (base, name), does in found.items() if does)
-    return f"{_PYTHON}:{checksum(b';'.join(lines))}"
+    return b";".join(lines)
 
 
 def function_text(value: Any) -> bytes | None:
@@ -94,11 +108,16 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
         if id(x) in seen:
             continue
         seen.add(id(x))
-        todo += [getattr(x, part, None) for part in ("__func__", "fget", "func", "__wrapped__")]
+        todo += [getattr(x, part) for part, kinds in _WRAPPERS.items() if isinstance(x, kinds)]
+        todo += [x.__wrapped__] if _is_wrapped(x) else []
         if inspect.isfunction(x):
             todo += [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
             if not _is_installed(x):
                 yield x
+
+
+def _is_wrapped(x: Any) -> bool:
+    return "__wrapped__" in getattr(x, "__dict__", ())  # asking for it may be an error, as torch.classes has it
 
 
 def _attributes(code: types.CodeType, *kinds: str) -> set[str]:
@@ -112,9 +131,11 @@ def _is_installed(function: types.FunctionType) -> bool:
 
 def _is_of_a_library(kind: type | types.ModuleType) -> bool:
     module = kind if isinstance(kind, types.ModuleType) else sys.modules.get(kind.__module__)
-    return module is not None and (
-        module is builtins or _INSTALLED.search(getattr(module, "__file__", "") or "") is not None
-    )
+    if module is None:  # as of a class that was made in a console
+        return False
+    root = sys.modules.get(module.__name__.partition(".")[0], module)  # torch.ops, say, has no file
+    paths = [getattr(x, "__file__", None) for x in (root, module)]
+    return module.__name__ in sys.builtin_module_names or any(_INSTALLED.search(path) for path in paths if path)
 
 
 @functools.lru_cache(4096)
@@ -272,7 +293,6 @@ def _functions_in(value: Any, seen: frozenset[int]) -> bytes:
     """Return what the functions of their user's behind a value do; of a member of a class, its constants too."""
     if isinstance(value, (*_PLAIN, *_FIXED)):
         return _constant(value, seen)
-    wrapped = getattr(value, "__wrapped__", None) is not None or inspect.isfunction(value)
-    known = wrapped or isinstance(value, staticmethod | classmethod | property)
+    known = _is_wrapped(value) or inspect.isfunction(value) or isinstance(value, staticmethod | classmethod | property)
     functions = [f for f in _functions(value) if id(f) not in seen] if known else []
     return b"".join(_text(f.__code__) + _held(f, seen) for f in functions)

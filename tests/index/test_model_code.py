@@ -244,6 +244,29 @@ class Odd(nn.Module):
         return torch.sparse.mm(ADJACENT, x.t()).t() * len(ROUND) * (os.environ.get("A") is None)
 
 
+class Unfriendly:
+    def __getattribute__(self, name):
+        raise RuntimeError("ask me nothing")
+
+
+UNFRIENDLY, CLASSES = Unfriendly(), torch.classes
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x if UNFRIENDLY is not None and CLASSES is not None else -x
+
+
+def asks(model, x):
+    return model(x).square().sum(1) if UNFRIENDLY is not CLASSES else None
+
+
+def test_objects_that_cannot_be_asked():
+    compressor = dropinf.Compressor(nn.Sequential(Asks(), nn.Linear(4, 2)), dropinf.Dropout(2), asks)
+    train, queries = (compressor.compress([torch.randn(3, 4)]) for _ in range(2))
+    assert dropinf.score(queries, train, kind="dot").shape == (3, 3)
+
+
 def test_constants_of_odd_kinds():
     assert code_of(Odd()) == code_of(Odd())
     compressor = dropinf.Compressor(
