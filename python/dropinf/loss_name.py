@@ -48,7 +48,7 @@ def name_of_loss(loss_fn: object) -> str:
     attributes or global names bind, and the functions of its user's that it calls.
     """
     try:
-        held = _held(loss_fn, frozenset())
+        held = _held(loss_fn, {})
     except Exception:  # of an object of its user's that cannot be asked
         held = b""
     return f"{_plain_name(loss_fn)}{HELD}{_PYTHON}:{checksum(held)[:8]}" if held else _plain_name(loss_fn)
@@ -82,14 +82,14 @@ def _done(kinds: Iterable[type]) -> bytes:
         for base in bases:
             for name in reads & vars(base).keys() - {name for kind, name in found if kind is base}:
                 functions = list(_functions(vars(base)[name]))
-                found[base, name] = b"".join(_text(f.__code__) + _held(f, frozenset()) for f in functions)
+                found[base, name] = b"".join(_text(f.__code__) + _held(f, {}) for f in functions)
                 for function in functions:
                     reads = reads | _attributes(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
                     sets |= _attributes(function.__code__, "STORE_ATTR")
                 more = True
     for base, name in found:
         if not callable(vars(base)[name]) and name not in sets and isinstance(vars(base)[name], (*_PLAIN, *_FIXED)):
-            found[base, name] += _constant(vars(base)[name], frozenset())
+            found[base, name] += _constant(vars(base)[name], {})
     lines = sorted(f"{base.__qualname__}.{name}=".encode() + does for (base, name), does in found.items() if does)
     return b";".join(lines)
 
@@ -97,7 +97,7 @@ def _done(kinds: Iterable[type]) -> bytes:
 def function_text(value: Any) -> bytes | None:
     """Return what a function of its user's does, and the constants that it reads; None for anything else."""
     functions = list(_functions(value))
-    return b"".join(_text(f.__code__) + _held(f, frozenset()) for f in functions) if functions else None
+    return b"".join(_text(f.__code__) + _held(f, {}) for f in functions) if functions else None
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
@@ -180,11 +180,11 @@ def _plain_name(loss_fn: object) -> str:
     return f"{name} {checksum(source)[:8]}" if source else name
 
 
-def _held(loss_fn: Any, seen: frozenset[int]) -> bytes:
+def _held(loss_fn: Any, seen: dict[int, Any]) -> bytes:
     """Return the constants that a loss binds, in bytes. ``seen``: functions that were asked, as one may hold itself."""
     if id(loss_fn) in seen:
         return b""
-    seen |= {id(loss_fn)}
+    seen[id(loss_fn)] = loss_fn  # each is asked once: what calls what is no tree
     if isinstance(loss_fn, functools.partial):
         return _constants((loss_fn.args, loss_fn.keywords), seen) + _held(loss_fn.func, seen)
     chain = [loss_fn]
@@ -244,14 +244,16 @@ def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
             yield from _instructions(part)
 
 
-def _constants(values: Iterable[Any], seen: frozenset[int]) -> bytes:
+def _constants(values: Iterable[Any], seen: dict[int, Any]) -> bytes:
     """Return the constants in values, in bytes: nothing for what has none, such as a model, or what is installed."""
     return b";".join(part for value in values if (part := _constant(value, seen)))
 
 
-def _constant(value: Any, seen: frozenset[int]) -> bytes:
-    if id(value) in seen:
-        return b""
+def _constant(value: Any, seen: dict[int, Any]) -> bytes:
+    if isinstance(value, list | dict | type):
+        if id(value) in seen:
+            return b""
+        seen[id(value)] = value  # held, so that its id is no other's
     if isinstance(value, Tensor):
         known = value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_conj())
         small = known and value.numel() * value.element_size() <= _LARGEST_HELD  # weights of classes, not data
@@ -260,15 +262,15 @@ def _constant(value: Any, seen: frozenset[int]) -> bytes:
         small = value.nbytes <= _LARGEST_HELD and not value.dtype.hasobject
         return f"{value.shape} {value.dtype}".encode() + (value.tobytes() if small else b"")
     if isinstance(value, tuple):
-        return _constants(value, seen | {id(value)})
+        return _constants(value, seen)
     if isinstance(value, (*_PLAIN, *_FIXED)):
         return repr(value).encode()
     if isinstance(value, list):
         plain = len(value) <= _MOST_NUMBERS and all(isinstance(member, (*_PLAIN, list, tuple)) for member in value)
-        return _constants(value, seen | {id(value)}) if plain else b""
+        return _constants(value, seen) if plain else b""
     if isinstance(value, dict):
         named = {str(key): key for key in value if isinstance(key, (*_PLAIN, *_FIXED))}
-        parts = [(key.encode(), _constants((value[named[key]],), seen | {id(value)})) for key in sorted(named)]
+        parts = [(key.encode(), _constants((value[named[key]],), seen)) for key in sorted(named)]
         return b"".join(key + b"=" + part for key, part in parts if part)
     if isinstance(value, nn.Module):  # a criterion; a model is known by its weights
         mine = {name: x for name, x in vars(value).items() if isinstance(x, _PLAIN)} | dict(value.named_buffers())
@@ -285,11 +287,11 @@ def _constant(value: Any, seen: frozenset[int]) -> bytes:
         codes = [f.__code__ for x in own.values() for f in _functions(x)]
         counts = set[str]().union(*(_attributes(code, "STORE_ATTR") for code in codes))
         names = sorted(name for name in own if name not in (*_OF_CLASSES, *counts))
-        return b"".join(_functions_in(own[name], seen | {id(value)}) for name in names)
+        return b"".join(_functions_in(own[name], seen) for name in names)
     return _functions_in(value, seen)
 
 
-def _functions_in(value: Any, seen: frozenset[int]) -> bytes:
+def _functions_in(value: Any, seen: dict[int, Any]) -> bytes:
     """Return what the functions of their user's behind a value do; of a member of a class, its constants too."""
     if isinstance(value, (*_PLAIN, *_FIXED)):
         return _constant(value, seen)
