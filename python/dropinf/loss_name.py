@@ -82,7 +82,7 @@ def _done(kinds: Iterable[type]) -> bytes:
         for base in bases:
             for name in reads & vars(base).keys() - {name for kind, name in found if kind is base}:
                 functions = list(_functions(vars(base)[name]))
-                found[base, name] = b"".join(_text(f.__code__) + _held(f, {}) for f in functions)
+                found[base, name] = b"".join(_does(f, {}) for f in functions)
                 for function in functions:
                     reads = reads | _attributes(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
                     sets |= _attributes(function.__code__, "STORE_ATTR")
@@ -97,7 +97,11 @@ def _done(kinds: Iterable[type]) -> bytes:
 def function_text(value: Any) -> bytes | None:
     """Return what a function of its user's does, and the constants that it reads; None for anything else."""
     functions = list(_functions(value))
-    return b"".join(_text(f.__code__) + _held(f, {}) for f in functions) if functions else None
+    return b"".join(_does(f, {}) for f in functions) if functions else None
+
+
+def _does(function: types.FunctionType, seen: dict[int, Any]) -> bytes:
+    return _text(function.__code__) + _held(function, seen)
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
@@ -297,4 +301,4 @@ def _functions_in(value: Any, seen: dict[int, Any]) -> bytes:
         return _constant(value, seen)
     known = _is_wrapped(value) or inspect.isfunction(value) or isinstance(value, staticmethod | classmethod | property)
     functions = [f for f in _functions(value) if id(f) not in seen] if known else []
-    return b"".join(_text(f.__code__) + _held(f, seen) for f in functions)
+    return b"".join(_does(f, seen) for f in functions)

@@ -16,6 +16,7 @@ from torch import nn
 import dropinf
 from dropinf.capture.masks import code_of
 from dropinf.index.agreement import check_one_folder
+from dropinf.loss_name import name_of_loss
 from tests.index.small import loss_fn, make_batches
 
 CODE = """
@@ -265,6 +266,15 @@ def test_objects_that_cannot_be_asked():
     compressor = dropinf.Compressor(nn.Sequential(Asks(), nn.Linear(4, 2)), dropinf.Dropout(2), asks)
     train, queries = (compressor.compress([torch.randn(3, 4)]) for _ in range(2))
     assert dropinf.score(queries, train, kind="dot").shape == (3, 3)
+
+
+def test_functions_that_call_each_other_again_and_again_are_asked_once():
+    lines = [
+        f"def f{i}(x): return f{i + 1}(x) + f{i + 1}(x) + g{i}(x)\ndef g{i}(x): return f{i + 1}(x)" for i in range(60)
+    ]
+    found = {"__name__": "chain"}
+    exec("\n".join([*lines, "def f60(x): return x"]), found)  # 3 ** 60 ways to the last one
+    assert name_of_loss(found["f0"]) == name_of_loss(found["f0"])
 
 
 def test_constants_of_odd_kinds():
