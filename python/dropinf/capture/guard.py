@@ -200,8 +200,9 @@ class _Setting:
             with torch._C.DisableTorchFunction():
                 if isinstance(given, Tensor) and given.dtype == x.dtype and given.is_set_to(x):
                     return x  # as where an adapter of peft's works on a parameter: nothing is written
-            for guard in self._guards:
-                guard.unforeseen = "its forward sets a tensor to another's memory"
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("triton."):  # its interpreter copies arguments
+                for guard in self._guards:
+                    guard.unforeseen = "its forward sets a tensor to another's memory"
             return torch._C.TensorBase.set_(x, *args, **kwargs)
 
         return set_
