@@ -200,7 +200,7 @@ class _Setting:
             with torch._C.DisableTorchFunction():
                 if isinstance(given, Tensor) and given.dtype == x.dtype and given.is_set_to(x):
                     return x  # as where an adapter of peft's works on a parameter: nothing is written
-            if not sys._getframe(1).f_globals.get("__name__", "").startswith("triton."):  # its interpreter copies arguments
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("triton."):  # what kernels are given
                 for guard in self._guards:
                     guard.unforeseen = "its forward sets a tensor to another's memory"
             return torch._C.TensorBase.set_(x, *args, **kwargs)
