@@ -1,8 +1,8 @@
 """What a call costs before the GPU hears of it: microseconds of Python per call, and the first call of a kernel.
 
 No GPU is needed: the compiled kernel is stubbed where it would be handed to the driver. *ours* stops before Triton;
-*with Triton* counts its argument handling and cache look-up too. The driver's own launch, some microseconds, is in
-neither. Kernels are sm_90's.
+*with Triton* counts its argument handling and cache look-up too: what the first call of a look costs. *again* is a call
+that looks like an earlier one. The driver's own launch, some microseconds, is in none. Kernels are sm_90's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dropinf_kernels as ops
-from dropinf_kernels.gpu import launch
+from dropinf_kernels.gpu import launch, replay
 from tests.compile.fake_gpu import fake_driver
 
 # One case of each op in tests/cases, by the name of its module.
@@ -65,11 +65,14 @@ def call_of(op: str) -> tuple[object, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("op", CALLS)
-@pytest.mark.parametrize("part", ["ours", "with Triton"])
+@pytest.mark.parametrize("part", ["ours", "with Triton", "again"])
 def test_python_per_call(benchmark, op: str, part: str) -> None:
     benchmark.group = f"Python per call, {part}"
     module, call = call_of(op)
-    with mock.patch.object(module, "launch", launch.launch if part == "with Triton" else _nothing):
+    with (
+        mock.patch.object(module, "launch", _nothing if part == "ours" else launch.launch),
+        mock.patch.object(replay, "can_replay", return_value=part == "again"),
+    ):
         benchmark.pedantic(call, rounds=30, iterations=50, warmup_rounds=2)
 
 

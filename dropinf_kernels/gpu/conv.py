@@ -21,6 +21,7 @@ from ..device import ARCHS, Arch, arch_of
 from ..op import launches
 from ..ops.conv import Geometry, check_conv, check_patches, compress_conv, compress_conv_int8, sketch_patches
 from .launch import check_device, check_index, launch
+from .replay import allocate, replayed
 from .tiles import Side, finish, load_side, operand_dtype, outputs, sample_and_block, store_block
 from .tiling import OuterTile, cdiv, computed_tile, power_of_two, splits
 
@@ -222,6 +223,7 @@ class _Problem(NamedTuple):
 
 
 @launches(compress_conv, compress_conv_int8)
+@replayed
 def launch_conv(
     x: Tensor,
     g: Tensor,
@@ -286,6 +288,7 @@ def _launch_tile(problem: _Problem) -> tuple[Tensor, Tensor | None]:
 
 
 @launches(sketch_patches)
+@replayed
 def launch_patches(
     x: Tensor,
     kernel_size: Sequence[int],
@@ -300,7 +303,7 @@ def launch_patches(
     check_device(x=x, index=index, weight=weight)
     check_index("index", index, geometry.taps)
     side = Side.of(x, geometry.taps, index, weight, 1)
-    out = torch.empty((x.shape[0], geometry.positions, side.k), dtype=x.dtype, device=x.device)
+    out = allocate((x.shape[0], geometry.positions, side.k), x.dtype, x.device)
     block_k = power_of_two(side.k, 16, 64)
     block_p = 2048 // block_k
     grid = (x.shape[0] * cdiv(math.prod(geometry.out), block_p) * cdiv(side.k, block_k),)

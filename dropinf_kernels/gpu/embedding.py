@@ -13,6 +13,7 @@ from ..device import ARCHS, arch_of
 from ..op import launches
 from ..ops.embedding import check_embedding, compress_embedding, compress_embedding_int8
 from .launch import check_device, check_index, launch
+from .replay import replayed
 from .tiles import Samples, Side, finish, load_side, operand_dtype, outputs, range_of, sample_and_block, store_block
 from .tiling import cdiv, computed_tile
 
@@ -70,6 +71,7 @@ def compress_embedding_kernel(
 
 
 @launches(compress_embedding, compress_embedding_int8)
+@replayed
 def launch_embedding(
     ids: Tensor,
     g: Tensor,

@@ -9,10 +9,12 @@ from ..ops.checks import ID_DTYPES
 from ..ops.flat import check_flat, compress_flat, compress_flat_int8
 from .launch import check_device, check_index
 from .norm import launch_entries
+from .replay import replayed
 from .tiles import Side
 
 
 @launches(compress_flat, compress_flat_int8)
+@replayed
 def launch_flat(
     a: Tensor, g: Tensor, rows: Tensor, cols: Tensor, cu_seqlens: Tensor | None = None, *, quantize: bool = False
 ) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..device import arch_of
 from ..ops.checks import check_bounds, check_ids, document_bounds
+from .replay import recording
 
 T = TypeVar("T")
 _log = logging.getLogger("dropinf_kernels")
@@ -108,6 +109,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Ten
     The assertion runs once for a tensor, until it is written, and in every graph that is captured.
     """
     check_ids("cu_seqlens", cu_seqlens, 1)
+    if (now := recording()) is not None:
+        now.ask(functools.partial(check_cu_seqlens, rows=rows, device=device), cu_seqlens)
     if cu_seqlens.device.type == "cpu":
         document_bounds(cu_seqlens, rows)
         return cu_seqlens.to(device)
@@ -128,11 +131,27 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     if arch is not None and arch.backend == "cuda":
         # Without a ceiling ptxas aims at an occupancy of its own, and spills to reach it.
         meta["maxnreg"] = min(255, arch.registers // (arch.warp_size * meta["num_warps"]))
+    run: Callable[..., Any] = functools.partial(kernel[grid], **meta)
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        kernel[grid](*args, **meta)
+        compiled = run(*args)
+    else:
+        with torch.cuda.device(device):
+            compiled = run(*args)
+    if (now := recording()) is None:
+        return
+    if compiled is not None:  # the interpreter compiles nothing
+        args += tuple(meta[name] for name in kernel.arg_names[len(args) :])
+        run = compiled[(*grid, 1, 1)[:3]]
+    now.launched(functools.partial(_on_device, device, run) if device.type == "cuda" else run, args)
+
+
+def _on_device(device: torch.device, run: Callable[..., object], *args: Any) -> None:
+    """Launch a compiled kernel on the current stream of its device."""
+    if torch.cuda.current_device() == device.index:
+        run(*args)
         return
     with torch.cuda.device(device):
-        kernel[grid](*args, **meta)
+        run(*args)
 
 
 def autotuned() -> bool:
@@ -151,6 +170,8 @@ def choose(op: str, problem: tuple[Any, ...], candidates: Sequence[T], launch_ti
     if key not in _tuned:
         from triton.testing import do_bench
 
+        if (now := recording()) is not None:
+            now.holds = False  # what is timed is no part of the call
         calls = [functools.partial(launch_tile, c) for c in candidates]
         times = [do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls]
         _tuned[key] = candidates[times.index(min(times))]

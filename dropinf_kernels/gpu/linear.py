@@ -17,6 +17,7 @@ from ..device import ARCHS, arch_of
 from ..op import launches
 from ..ops.linear import check_linear, check_output_dtype, compress_linear, compress_linear_int8
 from .launch import check_device, check_index, choose, launch
+from .replay import replayed
 from .tiles import Samples, Side, finish, load_side, operand_dtype, outputs, range_of, sample_and_block, store_block
 from .tiling import OuterTile, cdiv, outer_candidates
 
@@ -56,6 +57,7 @@ def compress_linear_kernel(
 
 
 @launches(compress_linear, compress_linear_int8)
+@replayed
 def launch_linear(
     a: Tensor,
     g: Tensor,

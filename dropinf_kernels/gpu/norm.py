@@ -16,6 +16,7 @@ from ..device import ARCHS, arch_of
 from ..op import launches
 from ..ops.norm import check_norm, compress_norm, compress_norm_int8
 from .launch import check_device, check_index, launch
+from .replay import replayed
 from .tiles import Samples, Side, below, finish, outputs, range_of, run_columns, sample_and_block, store_block
 from .tiling import cdiv, row_tile
 
@@ -69,6 +70,7 @@ def entries_kernel(
 
 
 @launches(compress_norm, compress_norm_int8)
+@replayed
 def launch_norm(
     a: Tensor | None,
     g: Tensor,

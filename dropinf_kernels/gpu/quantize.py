@@ -13,6 +13,7 @@ from ..op import launches
 from ..ops.checks import check_float
 from ..ops.quantize import check_quantized, dequantize_rows, quantize_rows
 from .launch import check_device, launch
+from .replay import allocate, replayed
 from .tiling import cdiv, power_of_two
 
 
@@ -51,11 +52,12 @@ def dequantize_rows_kernel(p_q, p_scale, p_out, K, stride_n, stride_k, BLOCK: tl
 
 
 @launches(quantize_rows)
+@replayed
 def launch_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Launch `quantize_rows` on x's device; a row that is not finite gets scale NaN and q 0, as nothing waits here."""
     check_float("x", x, 2)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    q = allocate(x.shape, torch.int8, x.device)
+    scale = allocate(x.shape[:1], torch.float32, x.device)
     block = power_of_two(x.shape[1], 128, 2048)
     launch(
         quantize_rows_kernel, (x.shape[0],), x.device, x, q, scale, x.shape[1], *x.stride(),

@@ -16,6 +16,7 @@ from ..device import ARCHS, arch_of
 from ..op import launches
 from ..ops.sketch import check_sketch, sketch
 from .launch import check_device, check_index, copied, launch
+from .replay import allocate, replayed
 from .tiles import Side, below, load_side
 from .tiling import cdiv, sketch_tile
 
@@ -92,12 +93,13 @@ class Rows(NamedTuple):
 
 
 @launches(sketch)
+@replayed
 def launch_sketch(x: Tensor, index: Tensor, weight: Tensor | None = None, group: int = 1) -> Tensor:
     """Launch `sketch` on x's device."""
     check_sketch(x, index, weight, group)
     check_device(x=x, index=index, weight=weight)
     check_index("index", index, x.shape[-1], group)
-    out = torch.empty((*x.shape[:-1], index.shape[1]), dtype=x.dtype, device=x.device)
+    out = allocate((*x.shape[:-1], index.shape[1]), x.dtype, x.device)
     if out.numel() == 0:
         return out
     found = Rows.of(x)

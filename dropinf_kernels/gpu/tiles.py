@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import check_cu_seqlens, copied, launch
+from .replay import allocate
 from .tiling import cdiv, power_of_two
 
 
@@ -187,11 +188,11 @@ def outputs(
 
     `whole` says that one program holds a whole row, so that int8 needs no second stage.
     """
-    out = torch.empty(shape, dtype=dtype, device=device)
+    out = allocate(shape, dtype, device)
     quantize = dtype == torch.int8
-    scale = torch.empty(shape[0], dtype=torch.float32, device=device) if quantize else None
+    scale = allocate(shape[:1], torch.float32, device) if quantize else None
     two_stage = splits > 1 or (quantize and not whole)
-    partial = torch.empty((splits, *shape), dtype=torch.float32, device=device) if two_stage else None
+    partial = allocate((splits, *shape), torch.float32, device) if two_stage else None
     return out, scale, partial
 
 
