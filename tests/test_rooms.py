@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dropinf_kernels": ROOT / "dropinf_kernels", "dropinf": ROOT / "python" / "dropinf"}
 KERNELS = {"dropinf_kernels"}
-BASE = {"files", "readonly", "ranks", "workload", "loss_name", "gradients", "builder", "metrics", "sketch"} | KERNELS
+BASE = {
+    "files",
+    "readonly",
+    "outflow",
+    "ranks",
+    "workload",
+    "loss_name",
+    "gradients",
+    "builder",
+    "metrics",
+    "sketch",
+} | KERNELS
 VERBS = BASE | {"capture", "fisher", "index", "text", "compressor", "score", "budget"}
 # Room -> the rooms that it may import, itself aside.
 MAY_IMPORT = {
@@ -25,11 +36,12 @@ MAY_IMPORT = {
     "dropinf": {
         "files": set(),
         "readonly": set(),
+        "outflow": set(),
         "ranks": set(),
         "workload": {"files"},
         "loss_name": {"workload", "files"},
         "gradients": {"files", "readonly"},
-        "builder": {"gradients"},
+        "builder": {"gradients", "outflow"},
         "metrics": {"files"},
         "sketch": KERNELS,
         "capture": KERNELS | {"sketch", "workload", "files", "loss_name"},

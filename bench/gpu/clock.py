@@ -1,13 +1,16 @@
-"""GPU time for pytest-benchmark: a clock that the GPU's work alone moves, and rounds that alternate with a baseline."""
+"""Where steps run and how they are timed: by a GPU's events or, for a dry run on a CPU, by events that pretend."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from statistics import median
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -21,19 +24,79 @@ class Event(Protocol):
     def elapsed_time(self, end: Any) -> float: ...  # milliseconds
 
 
+class HostEvent:
+    """An event of a machine without streams: the host's clock."""
+
+    at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``event`` makes an event, ``cold`` is called before each timed call. ``dry``: small sizes, meaningless times."""
+
+    device: torch.device
+    event: Callable[[], Event]
+    cold: Callable[[], None]
+    dry: bool = False
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.dry else 30
+
+    def size(self, real: int, dry: int) -> int:
+        """Return a size of a problem."""
+        return dry if self.dry else real
+
+    def describe(self) -> dict[str, Any]:
+        """Return where numbers come from."""
+        found: dict[str, Any] = {
+            "card": platform.machine() + ", a dry run" if self.dry else torch.cuda.get_device_name(self.device),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "dry": self.dry,
+        }
+        if not self.dry:
+            properties = torch.cuda.get_device_properties(self.device)
+            found |= {"multiprocessors": properties.multi_processor_count, "memory_gb": properties.total_memory / 1e9}
+        return found
+
+    def wait(self) -> None:
+        """Wait until the device is done."""
+        if not self.dry:
+            torch.cuda.synchronize(self.device)
+
+    def peak_mb(self, call: Callable[[], object]) -> float:
+        """Return the MB of device memory that a call held at most, what was there before included."""
+        if self.dry:
+            call()
+            return 0.0
+        self.wait()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        self.wait()
+        return torch.cuda.max_memory_allocated(self.device) / 1e6
+
+
 class Clock:
-    """The seconds that timed calls have taken so far: a timer for pytest-benchmark."""
+    """The seconds that timed calls took."""
 
     def __init__(self, event: Callable[[], Event], prepare: Callable[[], None]) -> None:
-        self.event = event
-        self.prepare = prepare
+        self.event, self.prepare = event, prepare
         self.laps: list[float] = []
 
-    def __call__(self) -> float:
-        return sum(self.laps)
-
     def time(self, call: Callable[[], object]) -> None:
-        """Call, and advance by what the stream took from before the call's first kernel to after its last."""
+        """Call, and note what the stream took from before the call's first kernel to after its last."""
         self.prepare()
         start, stop = self.event(), self.event()
         start.record()
@@ -43,37 +106,33 @@ class Clock:
         self.laps.append(start.elapsed_time(stop) / 1e3)
 
 
+def in_turns(
+    machine: Machine, contenders: Mapping[str, Callable[[], object]], rounds: int | None = None, warmups: int = 3
+) -> dict[str, list[float]]:
+    """Return each contender's seconds, round by round: all of them run in every round, one after the other."""
+    clocks = {name: Clock(machine.event, machine.cold) for name in contenders}
+    for _ in range(warmups + (rounds or machine.rounds)):
+        for name, call in contenders.items():
+            clocks[name].time(call)
+    return {name: clock.laps[warmups:] for name, clock in clocks.items()}
+
+
 @functools.cache
-def _buffer() -> Tensor:
-    return torch.empty(512 << 20, dtype=torch.int8, device="cuda")  # larger than any cache
+def _buffer(device: torch.device) -> Tensor:
+    return torch.empty(512 << 20, dtype=torch.int8, device=device)  # larger than any cache
 
 
-def cold() -> None:
+def _cold(device: torch.device) -> None:
     """Write over the caches, and keep the GPU busy for a millisecond, in which the host launches what is timed."""
-    _buffer().zero_()
+    _buffer(device).zero_()
     torch.cuda._sleep(2_000_000)
 
 
-CLOCK = Clock(functools.partial(torch.cuda.Event, enable_timing=True), cold)
+def gpu() -> Machine:
+    device = torch.device("cuda", torch.cuda.current_device())
+    event = functools.partial(torch.cuda.Event, enable_timing=True)
+    return Machine(device, event, functools.partial(_cold, device))
 
 
-def compare(
-    benchmark: Any,
-    contender: Callable[[], object],
-    against: str,
-    baseline: Callable[[], object],
-    clock: Clock = CLOCK,
-    rounds: int = 30,
-) -> None:
-    """Time rounds of `contender`, each behind one of `baseline`, and note the baseline's median and the ratio.
-
-    `ratio` is the baseline's median over the contender's: above 1 the contender is faster.
-    """
-    other = Clock(clock.event, clock.prepare)
-
-    def setup() -> None:
-        other.time(baseline)
-
-    benchmark.pedantic(clock.time, (contender,), setup=setup, rounds=rounds, warmup_rounds=5)
-    slow, fast = median(other.laps[-rounds:]), median(clock.laps[-rounds:])
-    benchmark.extra_info.update(baseline=against, baseline_ms=1e3 * slow, ratio=slow / fast)
+def dry_run() -> Machine:
+    return Machine(torch.device("cpu"), HostEvent, lambda: None, dry=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .gradients import Gradients, Origin, Shapes, check_layout
+from .outflow import Outflow
 
 
 class GradientsBuilder:
@@ -47,8 +48,10 @@ class GradientsBuilder:
     def __len__(self) -> int:
         return self._count
 
-    def append(self, layers: Mapping[str, Tensor]) -> None:
+    def append(self, layers: Mapping[str, Tensor], outflow: Outflow | None = None) -> None:
         """Copy in a batch: layer name -> `[n, *shape]`, in any order of layers, detached.
+
+        With `outflow`, rows on a GPU that are stored on the CPU take that way: they are in when it ends.
 
         Raises:
             ValueError: a layer is missing or unknown, has another shape, or n differs between layers.
@@ -61,11 +64,19 @@ class GradientsBuilder:
             if layers[name].shape != (rows, *shape):
                 found = tuple(layers[name].shape)
                 raise ValueError(f"layer {name!r} is {found}; it must be {(rows, *shape)}")
-        self._reserve(self._count + rows)
-        target = self._buffer[self._count : self._count + rows]
-        for name, columns in self._columns.items():
-            target[:, columns].copy_(layers[name].detach().flatten(1))
-        self._count += rows
+        parts = [layers[name].detach().flatten(1) for name in self._shapes]
+        if outflow is not None and self._buffer.device.type == "cpu" and parts[0].device.type != "cpu":
+            outflow.put(torch.cat(parts, 1), self._append_rows)
+            return
+        target = self._grown_by(rows)
+        if all(part.dtype == target.dtype and part.device == target.device for part in parts):
+            torch.cat(parts, 1, out=target)  # a fifteenth of the time of a copy each
+            return
+        for part, columns in zip(parts, self._columns.values(), strict=True):
+            target[:, columns].copy_(part)
+
+    def _append_rows(self, rows: Tensor) -> None:
+        self._grown_by(len(rows)).copy_(rows)
 
     def finish(self) -> Gradients:
         """Return what was appended and let go of it; copied only if more than half of the buffer is empty."""
@@ -75,15 +86,41 @@ class GradientsBuilder:
         self._buffer, self._count = self._buffer.new_empty(0, self._buffer.shape[1]), 0
         return Gradients(flat, self._shapes, self._digest, self._origin)
 
-    def _reserve(self, rows: int) -> None:
-        if rows <= len(self._buffer):
-            return
-        grown = self._buffer.new_empty(max(rows, 2 * len(self._buffer)), self._buffer.shape[1])
-        grown[: self._count].copy_(self._buffer[: self._count])
-        self._buffer = grown
+    def _grown_by(self, rows: int) -> Tensor:
+        """Return the room of the next rows."""
+        start, self._count = self._count, self._count + rows
+        if self._count > len(self._buffer):
+            grown = self._buffer.new_empty(max(self._count, 2 * len(self._buffer)), self._buffer.shape[1])
+            grown[:start].copy_(self._buffer[:start])
+            self._buffer = grown
+        return self._buffer[start : self._count]
 
 
-def kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+def collect(
+    stores: Iterable[tuple[Mapping[str, Tensor], int]],
+    shapes: Shapes,
+    digest: Mapping[str, str],
+    batches: int,
+    device: str | torch.device,
+    origin: Origin | None,
+) -> Gradients:
+    """Return the gradients of batches, ``(layers, n)`` each, as they are computed. ``batches``: how many there may be.
+
+    Raises ValueError where there is none.
+    """
+    builder = None
+    with Outflow() as outflow:
+        for layers, n in stores:
+            if builder is None:
+                dtype, capacity = _kind_of(layers)[0], n * batches
+                builder = GradientsBuilder(shapes, digest, capacity=capacity, dtype=dtype, device=device, origin=origin)
+            builder.append(layers, outflow)
+    if builder is None:
+        raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+    return builder.finish()
+
+
+def _kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     """Return the dtype and device of a batch's gradients; no name for one of them would keep it alive."""
     first = next(iter(layers.values()))
     return first.dtype, first.device
@@ -91,7 +128,7 @@ def kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
 
 def rows_of(shapes: Shapes, digest: Mapping[str, str], layers: Mapping[str, Tensor], count: int) -> Tensor:
     """Return one batch's gradients side by side, `[count, K]`, in their dtype and on their device."""
-    dtype, device = kind_of(layers)
+    dtype, device = _kind_of(layers)
     builder = GradientsBuilder(shapes, digest, capacity=count, dtype=dtype, device=device)
     builder.append(layers)
     return builder.finish().flat

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .builder import GradientsBuilder, kind_of, rows_of
+from .builder import collect, rows_of
 from .capture import sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
@@ -189,7 +189,12 @@ class Compressor:
 
     @overload
     def compress(
-        self, batches: Iterable[Any], *, order: Sequence[int] | Tensor | None = ..., progress: bool = ...
+        self,
+        batches: Iterable[Any],
+        *,
+        device: torch.device | str = ...,
+        order: Sequence[int] | Tensor | None = ...,
+        progress: bool = ...,
     ) -> Gradients: ...
     @overload
     def compress(
@@ -209,6 +214,7 @@ class Compressor:
         self,
         batches: Iterable[Any],
         *,
+        device: torch.device | str | None = None,
         out: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
         fisher: FisherKind | Fisher | None = None,
@@ -220,6 +226,7 @@ class Compressor:
     ) -> Gradients | Index:
         """Return the compressed gradient of every sample, in order.
 
+        ``device``: where they are held, by default in the host's memory: of many samples a GPU's is soon full.
         ``order``: of batches that take samples from here and there, as by length, a number for each sample as it comes:
         rows and ids stand as these numbers rise. An index takes ``batches.order`` by default, if there is one: those of
         a `TextModel` say where each passage stands in the data.
@@ -233,42 +240,23 @@ class Compressor:
         same order; they need one file system. None: this process alone. See `Parts` for a sampler of parts.
         ``progress`` shows a bar on standard error.
         """
+        of_index: dict[str, Any] = {"dtype": dtype, "fisher": fisher, "ids": ids, "group": group}
         if out is not None:
-            return write_index(
-                self,
-                batches,
-                out,
-                dtype=dtype,
-                fisher=fisher,
-                ids=ids,
-                order=order,
-                append=append,
-                group=group,
-                progress=progress,
-            )
-        if append or any(x is not None for x in (dtype, fisher, ids, group)):
+            if device is not None:
+                raise ValueError(f"device is {device} and out {str(out)!r}: an index is on disk; pass one of the two")
+            return write_index(self, batches, out, order=order, append=append, progress=progress, **of_index)
+        if append or any(x is not None for x in of_index.values()):
             raise ValueError(
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
         warn_shuffled(batches)
-        places, builder = None if order is None else order_of(batches, order), None
+        places = None if order is None else order_of(batches, order)
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
-            origin = self.origin()
-            for batch in bar:
-                store, n = model(batch)
-                if builder is None:
-                    (dtype, device), count = kind_of(store), n * (count_of(batches) or 1)
-                    builder = GradientsBuilder(
-                        self.shapes, self.digest(), capacity=count, dtype=dtype, device=device, origin=origin
-                    )
-                builder.append(store)
-        if builder is None:
-            raise ValueError("batches: it is empty (or an iterator that is used up); pass at least one batch")
+            origin, number = self.origin(), count_of(batches) or 1
+            found = collect(map(model, bar), self.shapes, self.digest(), number, device or "cpu", origin)
         if places is not None:
-            check_order(places, len(builder))
-        if places is None or bool((places.diff() == 1).all()):
-            return builder.finish()
-        return builder.finish()[places.argsort()]
+            check_order(places, len(found))
+        return found if places is None or bool((places.diff() == 1).all()) else found[places.argsort()]
 
     def stream(
         self,

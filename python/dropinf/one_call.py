@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .capture.targets import LayerFilter
@@ -21,6 +22,7 @@ def compress(
     sketch: Sketch,
     *,
     layers: LayerFilter = None,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Gradients:
     """Calibrate on ``batches`` where the sketch needs it, then compress them: :class:`Compressor` in one call.
@@ -33,4 +35,4 @@ def compress(
         if iter(batches) is batches:
             raise ValueError(f"batches: {sketch!r} reads them twice; pass a list or a DataLoader, not an iterator")
         compressor.calibrate(batches)
-    return compressor.compress(batches, progress=progress)
+    return compressor.compress(batches, device=device or "cpu", progress=progress)

@@ -59,6 +59,18 @@ def test_calibration_draws_the_same(gpu, sampling, whiten):
     assert ways(there) == ways(here)
 
 
+def test_rows_are_held_where_it_is_asked(gpu):
+    (here, data), (there, moved) = on("cpu", batches()), on("gpu", batches())
+    want = here.compress(data, device="cpu").flat
+    for device in (None, "cpu", "cuda:0"):
+        got = there.compress(moved, device=device).flat
+        assert got.is_cuda == (device == "cuda:0")
+        near(got, want)
+    one_call = dropinf.compress(there.model, moved, loss_fn, dropinf.Dropout(dim=4), device="cuda:0").flat
+    assert one_call.is_cuda
+    near(one_call, want)
+
+
 # How much more than float32's rounding a stored value may differ: by one step of its dtype.
 STEPS = {None: 1, torch.bfloat16: 400, torch.float16: 100, torch.int8: 1000}
 
@@ -74,7 +86,7 @@ def test_indices(gpu, tmp_path, dtype):
         index = compressor.compress([data[0] + 1], out=tmp_path / place, dtype=dtype, append=True, fisher="block")
         assert len(index) == len(first) + N
         assert compressor.compress(data, out=tmp_path / place, dtype=dtype).info() == index.info()
-        query = compressor.compress(data[:1])
+        query = compressor.compress(data[:1], device=data[0].device)
         assert on_hooks(compressor)
         scores = dropinf.score(query, index, kind="dot"), dropinf.score(query, index, index.fisher())
         best = [
@@ -108,7 +120,7 @@ def test_fisher_matrices(gpu, kind):
     scores = []
     for place in ("cpu", "gpu"):
         compressor, data = on(place, batches())
-        train, query = compressor.compress(data), compressor.compress(data[:1])
+        train, query = (compressor.compress(d, device=data[0].device) for d in (data, data[:1]))
         assert on_hooks(compressor)
         fisher = dropinf.build_fisher(train, kind)
         found = [dropinf.score(query, train, fisher, kind=k) for k in get_args(ScoreKind)]

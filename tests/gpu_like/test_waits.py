@@ -85,10 +85,10 @@ COPY = "copy to the CPU"
 WRITTEN = {(COPY, "python/dropinf/index/fingerprint.py"): 1}
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_rows_in_memory(gpu, depth):
+@pytest.mark.parametrize(("depth", "device"), [(1, "cpu"), (3, "cpu"), (3, CUDA)])
+def test_rows_in_memory(gpu, depth, device):
     batches, compressor = Batches(gpu, ids_of(N, T)), dropinf.Compressor(stack(depth), dropinf.Dropout(4), sines)
-    compressor.compress(batches)
+    compressor.compress(batches, device=device)
     assert on_hooks(compressor)
     assert batches.steady == ASKED
 

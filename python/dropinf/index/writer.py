@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher, FisherKind
+from ..outflow import Outflow
 from ..ranks import Ranks
 from ..workload import (
     Ids,
@@ -41,7 +42,6 @@ from .folder import FISHER, PARTS, locked, remove_parts, shard_path
 from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
-from .outflow import Outflow
 from .parts import Parts, Share
 from .plan import Opening, RowSource
 from .reader import Index

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dropinf.index.outflow import WAITING, Outflow
+from dropinf.outflow import WAITING, Outflow
 
 SOON = 5.0  # seconds, for what another thread does at once
 
