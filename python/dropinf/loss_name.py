@@ -74,7 +74,7 @@ def functions_of(kinds: Iterable[type]) -> str:
 
 
 def _done(kinds: Iterable[type]) -> bytes:
-    bases = {base for kind in kinds for base in kind.__mro__ if not _is_of_a_library(base)}
+    bases = {base for kind in kinds for base in kind.__mro__ if not is_of_a_library(base)}
     found: dict[tuple[type, str], bytes] = {}
     reads, sets, more = {"forward", "__call__", "__getattr__"}, set[str](), True
     while more:
@@ -133,7 +133,8 @@ def _is_installed(function: types.FunctionType) -> bool:
     return _INSTALLED.search(function.__code__.co_filename) is not None
 
 
-def _is_of_a_library(kind: type | types.ModuleType) -> bool:
+def is_of_a_library(kind: type | types.ModuleType) -> bool:
+    """Return whether a class or module is installed, or of Python itself, not its user's."""
     module = kind if isinstance(kind, types.ModuleType) else sys.modules.get(kind.__module__)
     if module is None:  # as of a class that was made in a console
         return False
@@ -233,9 +234,9 @@ def _read_of(value: Any, code: types.CodeType) -> Any:
     module = isinstance(value, types.ModuleType)
     about: Any = value if module else type(value)
     plain = inspect.isroutine(value) or isinstance(value, type | nn.Module) or not hasattr(value, "__dict__")
-    if not module and (plain or _is_of_a_library(about)):
+    if not module and (plain or is_of_a_library(about)):
         return value
-    own = {} if _is_of_a_library(about) else vars(value)
+    own = {} if is_of_a_library(about) else vars(value)
     read = {part: own[part] for part in sorted(_attributes(code, "LOAD_ATTR", "LOAD_METHOD") & own.keys())}
     return read if module else (about, read)
 
@@ -287,7 +288,7 @@ def _constant(value: Any, seen: dict[int, Any]) -> bytes:
         members: Mapping[str, Any] = value.__members__
         return repr([(name, member.value) for name, member in members.items()]).encode()
     if isinstance(value, type):  # of its user's: an autograd Function, say; modules are known by `functions_of`
-        own = {} if _is_of_a_library(value) or issubclass(value, nn.Module) else vars(value)
+        own = {} if is_of_a_library(value) or issubclass(value, nn.Module) else vars(value)
         codes = [f.__code__ for x in own.values() for f in _functions(x)]
         counts = set[str]().union(*(_attributes(code, "STORE_ATTR") for code in codes))
         names = sorted(name for name in own if name not in (*_OF_CLASSES, *counts))

@@ -63,6 +63,8 @@ class UseGuard(TorchFunctionMode):
         tensors = self.movement.pass_by(func, args, kwargs)
         if types:
             self._override(types)
+        if torch._C._is_any_autocast_enabled():
+            self._autocast(tensors)
         if self.capture.own:
             self._look_inside(tensors)
         if hasattr(func, "__code__") and not _is_of_torch(func):
@@ -105,6 +107,12 @@ class UseGuard(TorchFunctionMode):
         if isinstance(args[0], Tensor) and args[0].is_floating_point():
             given = [getattr(value, "dtype", value) for value in (*args[1:], *kwargs.values())]
             self.dtypes |= {dtype for dtype in given if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
+
+    def _autocast(self, tensors: Iterable[Tensor]) -> None:
+        """Note to which dtype ops may cast what they are given, whatever comes out of them."""
+        for kind in {t.device.type for t in tensors if t.dtype == torch.float32}:
+            if torch.is_autocast_enabled(kind):
+                self.dtypes.add(torch.get_autocast_dtype(kind))
 
     def _data(self, _args: Any, _kwargs: Any) -> None:
         self.unforeseen = "its forward reaches for .data"

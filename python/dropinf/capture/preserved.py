@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,12 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import sharded
+from .held import LARGEST_BUFFER, contents, is_same, refill, state_of
 
 _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
-
-
-_PLAIN = {int, float, bool, str, type(None)}
-LARGEST_BUFFER = 1 << 24  # bytes, of those that are put back in eval mode
 
 
 class RandomState:
@@ -70,14 +66,21 @@ class Attributes:
         self._containers: list[tuple[Any, Any]] = []
         values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
         mine = {id(x) for x in (*self.parameters, *model.modules())}
-        self.held = list(_state_of(values, self._containers, mine))
-        kept = [b for b in self.held if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
+        self.held = list(state_of(values, self._containers, mine))
+        real = [b for b in self.held if not b.is_meta]
+        kept = [b for b in real if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
         self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
+        mine = {id(b) for b in kept}
+        self._large = [b for b in real if id(b) not in mine]
         self.devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
 
     def versions(self) -> list[tuple[nn.Parameter, int]]:
         """Return each parameter, and how often something wrote to it."""
         return [] if self.is_sharded else [(parameter, _version(parameter)) for parameter in self.parameters]
+
+    def large(self) -> list[tuple[Tensor, int]]:
+        """Return each tensor that is too large to be put back, and how often something wrote to it."""
+        return [(b, _version(b)) for b in self._large]
 
     def buffers(self) -> list[tuple[Tensor, Tensor, int]]:
         """Return each buffer, a copy of what it holds (the first one where nothing wrote to it), and its version."""
@@ -97,7 +100,7 @@ class Attributes:
                     "alike; set it before the call, and make a call for each setting"
                 )
 
-        if any(not _same(now, before) for now, before in self._members):
+        if any(not is_same(now, before) for now, before in self._members):
             raise ValueError(
                 "model: a module or parameter of it was replaced between two batches of a call; make a new Compressor "
                 "for each model"
@@ -109,74 +112,12 @@ class Attributes:
             if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
                 now.clear()
                 now.update(before)
-        _refill(self._containers)
+        refill(self._containers)
 
 
 def _version(x: Tensor) -> int:
     """Return how often something wrote to a tensor; -1 where nothing counts."""
     return -1 if x.is_inference() else x._version
-
-
-def _contents(value: Any, containers: list[tuple[Any, Any]], seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors of a batch; add its dicts and lists, and the attributes of its objects, with what they hold."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in seen or isinstance(value, nn.Module | str | type):
-        return
-    seen.add(id(value))
-    parts: Any = ()
-    if isinstance(value, dict | list):
-        containers.append((value, dict(value) if isinstance(value, dict) else list(value)))
-    if isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, list | tuple):
-        parts = () if set(map(type, value)) <= _PLAIN else value  # tokens, say
-    elif hasattr(value, "__dict__"):
-        parts = (vars(value),)
-    for part in parts:
-        yield from _contents(part, containers, seen)
-
-
-def _state_of(value: Any, containers: list[tuple[Any, Any]], seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors in what modules hold, modules that they hide among them; add its containers, as they are."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    parts: Any = ()
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        parts = (*value.parameters(), *value.buffers())
-    elif isinstance(value, SimpleNamespace):
-        parts = (vars(value),)
-    elif isinstance(value, dict):
-        containers.append((value, dict(value)))
-        parts = value.values()
-    elif isinstance(value, list | set):
-        containers.append((value, list(value) if isinstance(value, list) else set(value)))
-        parts = value
-    elif isinstance(value, tuple):
-        parts = value
-    if parts and not set(map(type, parts)) <= _PLAIN:
-        for part in parts:
-            yield from _state_of(part, containers, seen)
-
-
-def _refill(containers: Iterable[tuple[Any, Any]]) -> None:
-    """Have containers hold what they held."""
-    for value, before in containers:
-        if not _same(value, before):
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(before)
-
-
-def _same(now: Any, before: Any) -> bool:
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return now.keys() == before.keys() and all(map(operator.is_, now.values(), map(before.get, now)))
-    return isinstance(now, set) or all(map(operator.is_, now, before))
 
 
 class Start:
@@ -197,9 +138,9 @@ class Start:
         self._attributes, self._changed = attributes, {} if changed is None else changed
         self._buffers = attributes.buffers()
         self._containers: list[tuple[Any, Any]] = []
-        given = _contents(batch, self._containers, set())
+        given = contents(batch, self._containers, set())
         self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in given]
-        self._parameters = attributes.versions()
+        self._parameters, self._large = attributes.versions(), attributes.large()
         self.was_written = False  # the batch was, and put back
         self.random = RandomState(attributes.devices)
 
@@ -219,10 +160,18 @@ class Start:
         self._buffers = [(buffer, before, -1) for buffer, before, _ in self._buffers]
 
     def restore(self) -> None:
-        """Put all of it back."""
+        """Put all of it back. Raises ValueError where something wrote to what is too large for that."""
+        for x, version in self._large:
+            if _version(x) != version:
+                raise ValueError(
+                    f"model: its forward writes to a tensor that it holds, of shape {list(x.shape)} and "
+                    f"{x.numel() * x.element_size() >> 20} MiB, and every run of a batch would again, of which there "
+                    f"are several; in eval mode those up to {LARGEST_BUFFER >> 20} MiB are put back, in train mode "
+                    "(model.train()) all: have a smaller one, or write to a copy"
+                )
         self.random.restore()
         self._attributes.restore()
-        _refill(self._containers)
+        refill(self._containers)
         with torch.no_grad():
             for weight, before in self._changed.values():
                 weight.copy_(before)
@@ -345,7 +294,6 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
         sharded.reshard(model)
         flags, attributes = Flags(model), Attributes(model)
         start = Start(attributes)
-        renormalised = [(m.weight, m.weight.detach().clone()) for m in _renormalising(model)]
         fast_path = torch.backends.mha.get_fastpath_enabled()
         with _eager():
             try:
@@ -361,14 +309,12 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
                 torch.backends.mha.set_fastpath_enabled(fast_path)
                 flags.restore()
                 start.restore()
-                with torch.no_grad():
-                    for weight, before in renormalised:
-                        weight.copy_(before)
 
 
-def _renormalising(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
-    """Return the modules whose forward changes their own weight."""
-    return [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
+def renormalised(model: nn.Module) -> dict[int, tuple[nn.Parameter, Tensor]]:
+    """Return the weights that their own modules' forwards shorten, by id, and what they hold."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm]
+    return {id(w): (w, w.detach().clone()) for w in tables if isinstance(w, nn.Parameter)}
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

@@ -112,6 +112,7 @@ class Run(Sharing):
             known.warn_slow(hooks_took, time.perf_counter() - began - hooks_took)
         store = self._proven(current, losses.detach(), plan, look)
         self.start.restore()  # each batch finds the model as the first did
+        capture.changed.clear()  # what their user writes to weights from now on, stays
         known.writes_batches |= self.start.was_written
         after.restore()
         return store, len(losses)

@@ -17,7 +17,7 @@ from .attempt import Hooked
 from .checks import check_batchnorm, check_current, check_surroundings, explain_batch
 from .knowledge import Knowledge
 from .layer import Layer
-from .preserved import RandomState, preserved
+from .preserved import Start, preserved, renormalised
 from .recorders import Compression, Recorder
 from .run import Run
 
@@ -28,9 +28,12 @@ class Sweep(Knowledge):
     def losses(self, batch: Any) -> list[float]:
         """Return the losses of a batch, and leave the model as it was; none where it draws random numbers."""
         with preserved(self.model) as (_, attributes), torch.no_grad():
-            random = RandomState(attributes.devices)
-            found: list[float] = self.loss_fn(self.model, batch).double().tolist()
-            return [] if random.moved() else found
+            start = Start(attributes, changed=renormalised(self.model))
+            try:
+                found: list[float] = self.loss_fn(self.model, batch).double().tolist()
+                return [] if start.random.moved() else found
+            finally:
+                start.restore()
 
     @contextmanager
     def hooked(

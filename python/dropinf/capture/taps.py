@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -118,9 +118,11 @@ def is_of(function: Any, package: str, end: str = "") -> bool:
 
     ``end``: of the name of its file.
     """
-    folder = Path(getattr(sys.modules.get(package), "__file__", None) or "").parent
+    folder, wraps = Path(getattr(sys.modules.get(package), "__file__", None) or "").parent, False
     while function is not None:
-        code = getattr(function, "__code__", None)
+        if wraps and isinstance(function, BuiltinFunctionType | MethodDescriptorType):  # as of Tensor.__pow__
+            return True
+        wraps, code = True, getattr(function, "__code__", None)
         if code is None or not Path(code.co_filename).is_relative_to(folder) or not code.co_filename.endswith(end):
             return False
         function = getattr(function, "__wrapped__", None)
