@@ -132,26 +132,21 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
         # Without a ceiling ptxas aims at an occupancy of its own, and spills to reach it.
         meta["maxnreg"] = min(255, arch.registers // (arch.warp_size * meta["num_warps"]))
     run: Callable[..., Any] = functools.partial(kernel[grid], **meta)
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        compiled = run(*args)
-    else:
-        with torch.cuda.device(device):
-            compiled = run(*args)
+    compiled = _on_device(device, run, *args)
     if (now := recording()) is None:
         return
     if compiled is not None:  # the interpreter compiles nothing
         args += tuple(meta[name] for name in kernel.arg_names[len(args) :])
         run = compiled[(*grid, 1, 1)[:3]]
-    now.launched(functools.partial(_on_device, device, run) if device.type == "cuda" else run, args)
+    now.launched(functools.partial(_on_device, device, run), args)
 
 
-def _on_device(device: torch.device, run: Callable[..., object], *args: Any) -> None:
-    """Launch a compiled kernel on the current stream of its device."""
-    if torch.cuda.current_device() == device.index:
-        run(*args)
-        return
+def _on_device(device: torch.device, run: Callable[..., Any], *args: Any) -> Any:
+    """Launch on the current stream of a device."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return run(*args)
     with torch.cuda.device(device):
-        run(*args)
+        return run(*args)
 
 
 def autotuned() -> bool:

@@ -82,7 +82,7 @@ class Replay:
         return all(ref() is x for ref, x in zip(self._tables, tables, strict=True))
 
     def __call__(self, slots: list[Tensor]) -> Any:
-        """Do it again with these tensor arguments."""
+        """Call it again, with these tensor arguments."""
         for check, at in self._asked:
             check(slots[at])
         slots += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._made]

@@ -253,7 +253,7 @@ class Compressor:
         places = None if order is None else order_of(batches, order)
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             origin, number = self.origin(), count_of(batches) or 1
-            found = collect(map(model, bar), self.shapes, self.digest(), number, device or "cpu", origin)
+            found = collect(model, bar, self.shapes, self.digest(), number, device or "cpu", origin)
         if places is not None:
             check_order(places, len(found))
         return found if places is None or bool((places.diff() == 1).all()) else found[places.argsort()]

@@ -24,13 +24,13 @@ NAMES = {
 # What lies beside the nine names: helpers, and tests of all ops together.
 BESIDE = {
     "dropinf_kernels/ops": {"__init__", "checks", "plain"},
-    "dropinf_kernels/gpu": {"__init__", "launch", "tiles", "tiling"},
+    "dropinf_kernels/gpu": {"__init__", "launch", "replay", "tiles", "tiling"},
     "tests/cases": {"common"},
     "tests/reference": {
-        "conftest", "helpers", "test_gpu_clock", "test_layout", "test_registration", "test_routing", "test_tiling",
+        "conftest", "helpers", "test_gpu_bench", "test_layout", "test_registration", "test_routing", "test_tiling",
     },
-    "tests/interpreter": {"conftest", "helpers", "sorting", "test_int8", "test_offsets", "test_traffic"},
-    "tests/compile": {"fake_gpu", "machine_code"},
+    "tests/interpreter": {"conftest", "helpers", "sorting", "test_int8", "test_offsets", "test_replay", "test_traffic"},
+    "tests/compile": {"fake_gpu", "machine_code", "test_replay"},
     "tests/sanitizer": {"accesses", "clients", "conftest", "test_planted"},
 }  # fmt: skip
 
