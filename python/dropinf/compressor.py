@@ -27,6 +27,7 @@ from .fisher.fisher import Fisher, FisherKind
 from .gradients import CODE, Gradients, Origin
 from .index.folder import SKETCH
 from .index.manifest import Manifest, check_code
+from .index.probe import compared
 from .index.reader import Index
 from .index.writer import write_index
 from .loss_name import name_of_loss
@@ -122,7 +123,8 @@ class Compressor:
             folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens, audit=audit, route=route, mixing=mixing
         )
         check_weights(compressor.model, manifest.model, folder)
-        check_code(compressor.code(), manifest.about, folder)
+        check_code(compressor.code(), manifest.code, folder)
+        compressor._index = folder
         return compressor
 
     @classmethod
@@ -171,6 +173,7 @@ class Compressor:
         self.skipped: Mapping[str, str] = ReadOnly(skipped)
         self._sweep = Sweep(self.model, loss_fn, cu_seqlens, self._targets, **options)
         self.losses, self._layers = self._sweep.losses, {}
+        self._index: Path | None = None  # of which the next batches are queries, not compared with its first batch yet
 
     @property
     def audits(self) -> Sequence[Audited]:
@@ -250,6 +253,9 @@ class Compressor:
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
         warn_shuffled(batches)
+        if self._index is not None:
+            folder, self._index = self._index, None
+            batches = compared(self, folder, batches)
         places = None if order is None else order_of(batches, order)
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             origin, number = self.origin(), count_of(batches) or 1
@@ -350,8 +356,8 @@ class Compressor:
         return fingerprint(self.model)
 
     def version(self) -> int:
-        """Return a number that changes where parameters are written to in place."""
-        return sum(p._version for p in self.model.parameters() if not p.is_inference())
+        """Return a number that changes where parameters are written to, or get other memory."""
+        return hash(tuple((p._version, p.data_ptr()) for p in self.model.parameters() if not p.is_inference()))
 
     def code(self) -> dict[str, str]:
         """Return checksums of what else the model computes with: its classes and constants, and its settings."""

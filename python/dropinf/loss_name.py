@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .files import checksum, is_same_code
+from .files import checksum
 from .workload import tensor_bytes
 
-HELD = ", binds "
-_EARLIER = re.compile(r", (holding|with) ")  # of versions that looked at other constants
+HELD = ", does "
+_EARLIER = re.compile(r", (holding|with|binds) ")  # of versions that looked at less
 _LARGEST_HELD = 1 << 24  # bytes
 _MOST_NUMBERS = 1 << 12  # of a list: longer ones are data, or a record
 _WRAPPERS = {
@@ -30,6 +30,7 @@ _WRAPPERS = {
     "func": (functools.cached_property, functools.partialmethod, functools.partial),
 }
 _OF_CLASSES = ("__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
+_MAKING = ("__init__", "__new__", "__post_init__", "__setstate__")
 _CONTAINERS = (dict, list, set)
 _PLAIN = (bool, int, float, complex, str, bytes)
 _FIXED = (tuple, np.generic, torch.dtype, torch.device)
@@ -42,23 +43,40 @@ _PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def name_of_loss(loss_fn: object) -> str:
-    """Return the qualified name of a loss function, and fingerprints of its source and of what it holds, if any.
+    """Return the qualified name of a loss function, and fingerprints of its source and of what it does, if any.
 
-    It holds constants: numbers, text, tensors, arrays and lists of numbers that a closure, a partial, defaults,
-    attributes or global names bind, and the functions of its user's that it calls.
+    It does what its code says, instruction by instruction, and that of its decorators, of the methods that it names of
+    its class and of the functions of its user's that it calls; with constants: numbers, text, tensors, arrays and lists
+    of numbers that a closure, a partial, defaults, attributes or global names bind.
     """
     try:
-        held = _held(loss_fn, {})
+        does = _done_by(loss_fn, {})
     except Exception:  # of an object of its user's that cannot be asked
-        held = b""
-    return f"{_plain_name(loss_fn)}{HELD}{_PYTHON}:{checksum(held)[:8]}" if held else _plain_name(loss_fn)
+        does = b""
+    return f"{_plain_name(loss_fn)}{HELD}{_PYTHON}:{checksum(does)[:8]}" if does else _plain_name(loss_fn)
 
 
 def is_same_loss(before: str, now: str) -> bool:
-    """Return whether two names are of the same source and constants, as far as both tell; wherever it is defined."""
-    (old, _, its), (new, _, held) = before.partition(HELD), now.partition(HELD)
-    known = its != "" and not _EARLIER.search(before)
-    return not before or (_source(_EARLIER.split(old)[0]) == _source(new) and (not known or is_same_code(its, held)))
+    """Return whether two names are of losses that do the same, as far as both tell; wherever they are defined.
+
+    Of two versions of Python their sources are compared.
+    """
+    (old, _, its), (new, _, does) = before.partition(HELD), now.partition(HELD)
+    if its and does and its.partition(":")[0] == does.partition(":")[0]:
+        return its == does
+    return not before or _source(_EARLIER.split(old)[0]) == _source(new)
+
+
+def _done_by(loss_fn: Any, seen: dict[int, Any]) -> bytes:
+    """Return what a loss does, with its constants."""
+    if isinstance(loss_fn, functools.partial):
+        return _done_by(loss_fn.func, seen) + b"(" + _constants((loss_fn.args, loss_fn.keywords), seen)
+    if inspect.isfunction(loss_fn):
+        return b"".join(_does(function, seen) for function in _functions(loss_fn))
+    owner = getattr(loss_fn, "__self__", loss_fn)
+    kind = owner if isinstance(owner, type) else type(owner)
+    begins = {loss_fn.__name__} if inspect.ismethod(loss_fn) else {"forward", "__call__"}
+    return (b"" if is_of_a_library(kind) else _done([kind], begins)) + _held(loss_fn, seen)
 
 
 def functions_of(kinds: Iterable[type]) -> str:
@@ -68,15 +86,16 @@ def functions_of(kinds: Iterable[type]) -> str:
     It is of the code that runs: comments, docstrings and layout count for nothing. What is installed is left out.
     """
     try:
-        return f"{_PYTHON}:{checksum(_done(kinds))}"
+        return f"{_PYTHON}:{checksum(_done(kinds, {'forward', '__call__', '__getattr__'}))}"
     except Exception:  # of an object of its user's that cannot be asked: it is compared with none
         return ""
 
 
-def _done(kinds: Iterable[type]) -> bytes:
+def _done(kinds: Iterable[type], begins: set[str]) -> bytes:
+    """Return what classes of their users do in some methods, and in what these name of any of the classes."""
     bases = {base for kind in kinds for base in kind.__mro__ if not is_of_a_library(base)}
     found: dict[tuple[type, str], bytes] = {}
-    reads, sets, more = {"forward", "__call__", "__getattr__"}, set[str](), True
+    reads, sets, more = begins, set[str](), True
     while more:
         more = False
         for base in bases:
@@ -159,12 +178,32 @@ def _text(code: types.CodeType) -> bytes:
     return b"\n".join(parts)
 
 
-def _writes(code: types.CodeType) -> bool:
-    """Return whether a function writes to containers: what these hold is then no constant."""
-    return any(
-        i.opname == "STORE_SUBSCR" or (i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in _MUTATING)
-        for i in _instructions(code)
-    )
+def _written(code: types.CodeType) -> set[str]:
+    """Return the names of containers that a function writes to, or may: what these hold is no constant."""
+    found: set[str | None] = set()
+    steps = list(dis.get_instructions(code))
+    for at, i in enumerate(steps):
+        if i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            found.add(_pushed(steps[:at], 1))
+        elif i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in _MUTATING:
+            found.add(_pushed(steps[:at], 0))
+    any_of_them = {*code.co_names, *code.co_freevars} if None in found else set()
+    inner = (_written(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    return {name for name in found if name is not None}.union(any_of_them, *inner)
+
+
+def _pushed(steps: list[dis.Instruction], above: int) -> str | None:
+    """Return the name of what lies beneath so many values on the stack, or of what it is a part of; None if unclear."""
+    for i in reversed(steps):
+        if i.is_jump_target or i.opname in ("COPY", "SWAP", "ROT_THREE", "DUP_TOP_TWO"):
+            return None
+        if above > 0:
+            above -= dis.stack_effect(i.opcode, i.arg, jump=False)
+        elif i.opname.startswith("BINARY_"):
+            above = 1  # a part: of the first of two
+        elif i.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return str(i.argval) if i.opname.startswith("LOAD_") else None
+    return None
 
 
 def _source(name: str) -> str:
@@ -204,7 +243,8 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     if not inspect.isfunction(loss_fn):
         owner = getattr(loss_fn, "__self__", loss_fn)
         called = getattr(loss_fn, "__func__", None) or getattr(type(loss_fn), "__call__", None)  # noqa: B004
-        return dict(getattr(owner, "__dict__", {})) | (_globals(called) if inspect.isfunction(called) else {})
+        mine = {name: x for name, x in getattr(owner, "__dict__", {}).items() if name not in _counts(type(owner))}
+        return mine | (_globals(called) if inspect.isfunction(called) else {})
     code = loss_fn.__code__
     counts = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
     cells = zip(code.co_freevars, loss_fn.__closure__ or (), strict=True)
@@ -212,7 +252,15 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     held = {name: _read_of(cell.cell_contents, code) for name, cell in found.items() if cell != types.CellType()}
     defaults = {f"default {i}": x for i, x in enumerate(loss_fn.__defaults__ or ())} | (loss_fn.__kwdefaults__ or {})
     bound = _globals(loss_fn) | held | defaults
-    return {k: x for k, x in bound.items() if not isinstance(x, _CONTAINERS)} if _writes(code) else bound
+    written = _written(code)
+    return {k: x for k, x in bound.items() if k not in written or not isinstance(x, _CONTAINERS)}
+
+
+def _counts(kind: type) -> set[str]:
+    """Return the attributes that an object of its user's class sets, once it is made: no constants."""
+    own = [vars(base) for base in kind.__mro__ if not is_of_a_library(base)]
+    later = [x for members in own for name, x in members.items() if name not in _MAKING]
+    return {name for x in later for f in _functions(x) for name in _attributes(f.__code__, "STORE_ATTR")}
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
@@ -237,7 +285,8 @@ def _read_of(value: Any, code: types.CodeType) -> Any:
     if not module and (plain or is_of_a_library(about)):
         return value
     own = {} if is_of_a_library(about) else vars(value)
-    read = {part: own[part] for part in sorted(_attributes(code, "LOAD_ATTR", "LOAD_METHOD") & own.keys())}
+    names = _attributes(code, "LOAD_ATTR", "LOAD_METHOD") - _attributes(code, "STORE_ATTR")
+    read = {part: own[part] for part in sorted(names & own.keys())}
     return read if module else (about, read)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import shutil
@@ -93,10 +95,12 @@ def test_where_a_loss_is_defined_says_nothing():
 
 
 def test_losses_of_earlier_versions_are_compared_as_far_as_they_tell():
-    plain, _, held = name_of_loss(with_list(1.0)).partition(", binds ")
-    assert held
-    for before in ("", plain, f"{plain}, holding 01234567", f"{plain}, with 01234567"):
+    plain, _, does = name_of_loss(with_list(1.0)).partition(", does ")
+    assert does
+    for before in ("", plain, *(f"{plain}, {word} 3.11:01234567" for word in ("holding", "with", "binds"))):
         assert is_same_loss(before, name_of_loss(with_list(2.0)))
+    other_python = f"{plain}, does 2.7:01234567"
+    assert is_same_loss(other_python, name_of_loss(with_list(2.0)))
     assert not is_same_loss(name_of_loss(read_globally).partition(",")[0], name_of_loss(with_list(2.0)))
 
 
@@ -125,7 +129,8 @@ def test_a_model_whose_hooks_modes_or_containers_changed_is_warned_of(change, tm
     make_compressor().compress(make_batches(), out=tmp_path / "idx")
     model = make_model().eval()
     change(model)
-    with pytest.warns(UserWarning, match="its other settings are not those"):
+    others = pytest.raises(ValueError, match="they now give others") if change is hooked else contextlib.nullcontext()
+    with pytest.warns(UserWarning, match="its other settings are not those"), others:
         dropinf.Compressor(model, dropinf.Dropout(6), loss_fn).compress(
             make_batches(3, 5), out=tmp_path / "idx", append=True
         )
@@ -211,3 +216,79 @@ def test_an_out_that_is_no_path(out):
 def test_an_order_that_is_none(order, tmp_path):
     with pytest.raises(TypeError, match="it must be whole numbers, one for each sample"):
         make_compressor().compress(make_batches(), out=tmp_path / "idx", order=order)
+
+
+CODE = """
+import functools
+import torch.nn as nn
+
+def loss(model, batch):
+    return {a} * model(batch).square().sum(1)
+
+def scaled(f):
+    @functools.wraps(f)
+    def inner(model, batch):
+        return f(model, batch) * {b}
+    return inner
+
+class Base:
+    rate = {c}
+    def __call__(self, model, batch):
+        return self.helper(model, batch)
+    def helper(self, model, batch):
+        return {d} * loss(model, batch)
+    @property
+    def factor(self):
+        return {e}
+
+class Own(Base):
+    def bound(self, model, batch):
+        return self.rate * self.factor * self.helper(model, batch)
+
+class Criterion(nn.Module):
+    def forward(self, model, batch):
+        return GLOBAL * loss(model, batch)
+
+GLOBAL = {f}
+"""
+MADE = {
+    "function": (lambda found: found["loss"], "a"),
+    "decorated": (lambda found: found["scaled"](found["loss"]), "ab"),
+    "instance": (lambda found: found["Own"](), "ad"),
+    "method": (lambda found: found["Own"]().bound, "acde"),
+    "criterion": (lambda found: found["Criterion"](), "af"),
+}
+
+
+def defined(**numbers):
+    """What a console that runs the code would hold: there is no source to read."""
+    found = {"__name__": "typed"}
+    exec(CODE.format(**dict.fromkeys("abcdef", 1.5) | numbers), found)
+    return found
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_loss_is_known_by_what_its_code_does_wherever_that_stands(kind):
+    get, reads = MADE[kind]
+    before = name_of_loss(get(defined()))
+    assert is_same_loss(before, name_of_loss(get(defined())))
+    changed = {x for x in "abcdef" if not is_same_loss(before, name_of_loss(get(defined(**{x: 2.5}))))}
+    assert changed == set(reads)
+
+
+def test_comments_and_layout_of_a_loss_say_nothing(tmp_path, monkeypatch):
+    texts = ("def loss(m, x):\n    return m(x)\n", "# why\ndef loss(m, x):\n    # so\n    return m(\n        x)\n")
+    names = []
+    for i, text in enumerate((*texts, "def loss(m, x):\n    return -m(x)\n")):
+        (tmp_path / f"comments_{i}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        names.append(name_of_loss(__import__(f"comments_{i}").loss))
+    assert is_same_loss(names[0], names[1])
+    assert not is_same_loss(names[0], names[2])
+
+
+def test_the_order_of_sets_says_nothing():
+    """Which differs from process to process."""
+    one, other = ({"a", "bb", "ccc"}, {"ccc", "bb", "a"})
+    names = [name_of_loss(functools.partial(loss_fn, extra=x)) for x in (one, frozenset(other))]
+    assert is_same_loss(*names)

@@ -119,7 +119,10 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path):
             compressor(model=other).compress(make_batches(3, 5), out=tmp_path / "idx", append=True)
         with pytest.raises(ValueError, match="its classes and constants are not those that"):
             dropinf.Compressor.from_index(made, other, loss_fn)
-    with pytest.warns(UserWarning, match="its settings are not those that"):
+    with (
+        pytest.warns(UserWarning, match="its settings are not those that"),
+        pytest.raises(ValueError, match="which it keeps, they now give others"),
+    ):
         compressor(model=Scaled(*make_model(), factor=5.0)).compress(
             make_batches(3, 5), out=tmp_path / "idx", append=True
         )

@@ -218,7 +218,7 @@ def _show_begun(index: Path, manifest: Manifest, as_json: bool) -> None:
         "bytes_per_sample": codec.row_bytes,
         "dtype": manifest.dtype,
         "layers": {layer.name: list(layer.shape) for layer in manifest.layers},
-        "about": dict(manifest.about),
+        "about": manifest.code,
     }
     if as_json:
         print_json(found)
@@ -228,7 +228,7 @@ def _show_begun(index: Path, manifest: Manifest, as_json: bool) -> None:
         "index": found["path"],
         "finished": f"no, {done:,}{of} batches are done: run the same command again, which goes on from there",
         "a sample": f"{codec.width:,} numbers of {len(manifest.layers)} layers, {size_text(codec.row_bytes)}",
-        **{name.replace("_", " "): value for name, value in manifest.about.items()},
+        **{name.replace("_", " "): value for name, value in manifest.code.items()},
     }
     for name, value in rows.items():
         print(plain(f"{name:<17}{value}"))

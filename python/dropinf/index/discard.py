@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..files import checksum, file_checksum, sync_folder, write_whole
-from .folder import PART_NAME, PARTS, PASSAGES, SHARD_NAME, SHARDS, SKETCH, names, shard_path
+from .folder import PART_NAME, PARTS, PASSAGES, PROBE, SHARD_NAME, SHARDS, SKETCH, names, shard_path
 from .kept import settle_fisher
 from .manifest import NAME, Manifest
 from .order import remove_others
@@ -55,7 +55,7 @@ def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
         return manifest
     if manifest.shards:
         return discard(folder, manifest)
-    own = [name for name in (SKETCH, PASSAGES) if manifest.files.get(name) == _checksum_of(folder / name)]
+    own = [name for name in (SKETCH, PROBE, PASSAGES) if manifest.files.get(name) == _checksum_of(folder / name)]
     for name in (NAME, *own):  # the manifest first: it names the others
         (folder / name).unlink(missing_ok=True)
     sync_folder(folder)

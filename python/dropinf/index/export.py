@@ -16,7 +16,7 @@ from ..files import SUFFIX, array_file, new_array, plain_name, replacing
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, GradientSource, block_rows
 from ..gradients import Rows as Selected
-from .folder import FISHER, PARTS, PASSAGES, SHARDS, SKETCH
+from .folder import FISHER, PARTS, PASSAGES, PROBE, SHARDS, SKETCH
 from .kept import NEW_FISHER
 from .manifest import NAME
 from .order import ORDER_NAME
@@ -37,7 +37,7 @@ class Rows(Protocol):
 def check_beside(out: str | os.PathLike[str], folder: Path) -> None:
     """Raise ValueError for the name of a file of the index in ``folder``, or of one in its place, as a link may be."""
     given, final = Path(out).parent.resolve() / Path(out).name, Path(out).resolve()
-    names = (NAME, SKETCH, FISHER, PASSAGES, ".lock")
+    names = (NAME, SKETCH, FISHER, PASSAGES, PROBE, ".lock")
     kept = {(folder / name).resolve() for name in names}  # links of the index's own among them
     inside = {(folder / part).resolve() for part in (SHARDS, PARTS)}
     own = given.name in names or ORDER_NAME.fullmatch(given.name) or NEW_FISHER.fullmatch(given.name)

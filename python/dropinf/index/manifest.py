@@ -13,14 +13,15 @@ from typing import Any
 
 from ..files import checksum, is_checksum, is_same_code, whole_number, write_whole
 from .codec import DTYPES, Codec
-from .folder import FISHER, PASSAGES, SKETCH
+from .folder import FISHER, PASSAGES, PROBE, SKETCH
 
 NAME = "manifest.json"
 FUNCTIONS = "functions"  # of a model's classes, in what is known of its code
 FORMAT = "dropinf.index"
 # Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale.
 VERSION = 2
-FILES = (SKETCH, FISHER, PASSAGES)
+FILES = (SKETCH, FISHER, PASSAGES, PROBE)
+_NOW = "now: "  # of a run that went on with another loss or code, which gave all of its rows again
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
 
@@ -103,6 +104,24 @@ class Manifest:
         """The number of the first shard of a run that begins now."""
         return 1 + max((shard.number for shard in self.shards), default=-1)
 
+    @property
+    def made_by(self) -> tuple[str, str] | None:
+        """The model and the loss that give all rows of the index, as `Gradients.origin`."""
+        if self.origin is None:
+            return None
+        model, loss = self.origin
+        return self.about.get(f"{_NOW}model", model), self.about.get(f"{_NOW}loss", loss)
+
+    @property
+    def code(self) -> dict[str, str]:
+        """What is known of the model's code, as `RowSource.code`, and of the command line."""
+        return {name: self.about.get(_NOW + name, found) for name, found in self.about.items() if name[:5] != _NOW}
+
+    def going_on(self, origin: tuple[str, str], code: Mapping[str, str]) -> Manifest:
+        """Return the manifest where a loss and code give all finished rows again, and will give the others."""
+        now = {"model": origin[0], "loss": origin[1], **code}
+        return replace(self, about={**self.about, **{_NOW + name: found for name, found in now.items()}})
+
     def begun(self, first: str, batches: int | None, shard_batches: int) -> Manifest:
         """Return the manifest with another run, which has no shards yet."""
         key = self.key(len(self.runs), self.next_number, first, batches, shard_batches)
@@ -113,7 +132,8 @@ class Manifest:
 
         ``whole``: with the loss and the model's code, which earlier versions left out.
         """
-        made_with = {"origin": self.origin, "about": dict(self.about)} if whole else {}
+        about = {name: found for name, found in self.about.items() if not name.startswith(_NOW)}
+        made_with = {"origin": self.origin, "about": about} if whole else {}
         body = {
             **made_with,
             "layers": [asdict(layer) for layer in self.layers],

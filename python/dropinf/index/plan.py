@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import TEMPORARY, file_checksum, is_same_code, make_folder, replacing
+from ..files import TEMPORARY, checksum, file_checksum, is_same_code, make_folder, replacing, write_whole
 from ..gradients import Origin
 from ..loss_name import is_same_loss
 from ..ranks import Ranks
@@ -21,9 +21,10 @@ from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
 from .discard import drop_unbegun
-from .folder import _STRAY, PARTS, PASSAGES, SHARDS, SKETCH, check_free
+from .folder import _STRAY, PARTS, PASSAGES, PROBE, SHARDS, SKETCH, check_free
 from .manifest import FUNCTIONS, LayerEntry, Manifest, check_code
 from .parts import Share
+from .probe import check_first_batch, freeze
 from .runs import Plan
 from .shards import SHARD_BYTES
 
@@ -104,13 +105,7 @@ class Opening:
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
         if isinstance(chosen, Plan):
-            other = self._other_loss(manifest)
-            if other is not None:  # all of an unfinished run are then compared
-                warnings.warn(f"{other}: unless both give the same, name another folder", stacklevel=2)
-            self._check_something_left(chosen, other, manifest, code)
-            make_folder(self.folder / PARTS)
-            compares = (changed or other is not None) and chosen.run.shards is None
-            return replace(chosen, every=chosen.every or compares)
+            return self._going_on(chosen, first, changed, code)
         last = manifest.runs[-1]
         if last.shards is None:
             give_up = "; to give up what was appended of them: Index.discard()" if manifest.shards else ""
@@ -129,7 +124,34 @@ class Opening:
                 f"append: {self.folder} keeps the passages of its samples ({PASSAGES}), and these have none; add to it "
                 "with dropinf index --append, or name another folder"
             )
-        if not is_same_code(manifest.about.get(FUNCTIONS), code.get(FUNCTIONS)):
+        self._check_adds(manifest, first, code)
+        alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
+        manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
+        manifest.save(self.folder)
+        make_folder(self.folder / PARTS)
+        return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
+
+    def _going_on(self, plan: Plan, first: Any, changed: bool, code: Mapping[str, str]) -> Plan:
+        """Return what is to be done to go on with a run, or to find it finished.
+
+        With another loss, or where the model may do something else, all of an unfinished run are compared first. What
+        makes the others then makes all, and the manifest says so.
+        """
+        manifest, unfinished = plan.manifest, plan.run.shards is None
+        other = self._other_loss(manifest)
+        if unfinished and manifest.shards:
+            self._check_adds(manifest, first, code)
+        if other is not None:
+            warnings.warn(f"{other}: unless both give the same, name another folder", stacklevel=3)
+        self._check_something_left(plan, other, manifest, code)
+        make_folder(self.folder / PARTS)
+        if not unfinished or (other is None and not changed):
+            return plan
+        return replace(plan, manifest=manifest.going_on(self.source.origin(), code), every=True, going_on=True)
+
+    def _check_adds(self, manifest: Manifest, first: Any, code: Mapping[str, str]) -> None:
+        """Raise ValueError where rows of another loss or code would stand behind those of finished runs."""
+        if not is_same_code(manifest.code.get(FUNCTIONS), code.get(FUNCTIONS)):
             raise ValueError(
                 f"model: what its modules' forward does is not what it did when {self.folder} was made, or a function "
                 "or constant that it reads is another; append with the code of then, or name another folder"
@@ -137,14 +159,10 @@ class Opening:
         other = self._other_loss(manifest)
         if other is not None:
             raise ValueError(
-                f"{other}: append with the function of then (its source and the constants that it reads are compared), "
+                f"{other}: append with the function of then (its code and the constants that it reads are compared), "
                 "or name another folder"
             )
-        alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
-        manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
-        manifest.save(self.folder)
-        make_folder(self.folder / PARTS)
-        return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
+        check_first_batch(self.source, self.folder, manifest, first)
 
     def _save_sketch(self) -> None:
         """Write the masks; where some are there, as the command line draws them first, they must be the same."""
@@ -164,7 +182,7 @@ class Opening:
         self, plan: Plan, other_loss: str | None, manifest: Manifest, code: Mapping[str, str]
     ) -> None:
         """Raise ValueError where another loss or code is to make lost rows again, and none is left to compare with."""
-        same = is_same_code(manifest.about.get(FUNCTIONS), code.get(FUNCTIONS))
+        same = is_same_code(manifest.code.get(FUNCTIONS), code.get(FUNCTIONS))
         if (other_loss is None and same) or any(plan.shard_files()) or any(plan.part_files()):
             return
         raise ValueError(
@@ -196,7 +214,7 @@ class Opening:
             raise ValueError(f"out: {self.folder} has its layers in another order, {list(manifest.shapes)}; {way_out}")
         if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
-        changed = check_code(code, manifest.about, self.folder)
+        changed = check_code(code, manifest.code, self.folder)
         if dtype is not None and DTYPES[manifest.dtype] != dtype:
             raise ValueError(
                 f"dtype is {dtype}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
@@ -219,8 +237,8 @@ class Opening:
 
     def _other_loss(self, manifest: Manifest) -> str | None:
         """Return what to say where the rows may be of another loss, or None."""
-        assert manifest.origin is not None
-        before, now = manifest.origin[1], self.source.loss_name()
+        assert manifest.made_by is not None
+        before, now = manifest.made_by[1], self.source.loss_name()
         if is_same_loss(before, now):
             return None
         return (
@@ -232,7 +250,7 @@ class Opening:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
         self._check_ids(first)
         flat = self._rows(first) if self.source.is_sharded or self.ranks.rank == 0 else None
-        return self.ranks.first(lambda: self._write_first(found, flat, dtype))
+        return self.ranks.first(lambda: self._write_first(first, found, flat, dtype))
 
     def _check_ids(self, first: Any) -> None:
         if self.ids is not None:
@@ -243,7 +261,7 @@ class Opening:
         self.source.stream([batch], found.append)
         return found[0].cpu()
 
-    def _write_first(self, found: str, flat: Tensor | None, dtype: torch.dtype | None) -> Manifest:
+    def _write_first(self, first: Any, found: str, flat: Tensor | None, dtype: torch.dtype | None) -> Manifest:
         assert flat is not None
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
         shapes = self.source.shapes
@@ -257,6 +275,10 @@ class Opening:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))
         a_shard = self._shard_batches(a_shard)
         self._save_sketch()
+        kept_batch = freeze(first)
+        if kept_batch is not None:
+            write_whole(self.folder / PROBE, kept_batch)
+            manifest = manifest.with_file(PROBE, checksum(kept_batch))
         for kept in (SKETCH, PASSAGES):
             if (self.folder / kept).exists():
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))

@@ -113,7 +113,8 @@ class Index:
     @property
     def origin(self) -> Origin | None:
         """The model and the loss that made it; None for an index of the first format version."""
-        return None if self.manifest.origin is None else Origin(*self.manifest.origin)
+        made_by = self.manifest.made_by
+        return None if made_by is None else Origin(*made_by)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -324,7 +325,7 @@ class Index:
             "layers": {layer.name: list(layer.shape) for layer in self.manifest.layers},
             "finished": not self.manifest.unfinished,
             "files": sorted(self.manifest.files),
-            "about": dict(self.manifest.about),
+            "about": self.manifest.code,
         }
 
     def verify(self) -> list[str]:

@@ -22,6 +22,7 @@ class Plan:
     undecided: bool = False  # it may turn out to be a finished run again: its batches could not be compared before
     every: bool = False  # compute every finished batch again, as nothing else tells what it was
     call: int | None = None  # which of the calls that were merged into the run
+    going_on: bool = False  # with another loss or code: the manifest says so once a row of it is kept
 
     @property
     def run(self) -> Run:

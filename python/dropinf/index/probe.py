@@ -1,0 +1,205 @@
+"""The first batch of an index, kept with it: what a later call's model and loss make of it must be its rows.
+
+Code can be compared in part alone; what it computes shows. A batch is kept as its leaves, and comes back in the
+containers of a batch that the later call has; its fingerprint says whether it is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..files import checksum, read_header, serialize
+from ..loss_name import is_same_loss
+from ..workload import first_batch
+from .fingerprint import fingerprint
+from .finished import Finished
+from .folder import PROBE
+from .manifest import Manifest
+from .runs import plans_of
+
+FORMAT = "dropinf.batch"
+LARGEST = 1 << 26  # bytes of a batch that is kept
+_PLAIN = (bool, int, float, str, type(None))
+_DTYPES = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64,
+}  # fmt: skip
+
+
+class _Unfitting(Exception):  # noqa: N818
+    """A batch cannot be kept, or not brought back."""
+
+
+class Source(Protocol):
+    """What the rows of an index come from."""
+
+    @property
+    def is_sharded(self) -> bool: ...
+
+    def loss_name(self) -> str: ...
+    def stream(self, batches: Sequence[Any], take: Any) -> None: ...
+
+
+def freeze(batch: Any) -> bytes | None:
+    """Return a batch's leaves and how they lie in it, as a file; None where it has others than tensors, arrays, numbers
+    and text in lists, mappings and dataclasses, or is large."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        tree = _frozen(batch, tensors)
+    except (_Unfitting, RecursionError):
+        return None
+    size = sum(x.numel() * x.element_size() for x in tensors.values())
+    if size > LARGEST:
+        return None
+    return serialize(tensors or {"0": torch.zeros(0)}, {"format": FORMAT, "version": 1, "tree": tree})
+
+
+def _frozen(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return how a value lies in a batch, in JSON: what it is, and its parts."""
+    if isinstance(value, _PLAIN) and type(value) in _PLAIN:
+        return ["value", value]
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        if isinstance(value, np.ndarray) and (type(value) is not np.ndarray or value.dtype.kind not in "biuf"):
+            raise _Unfitting
+        found = value if isinstance(value, Tensor) else _of_array(value)
+        if found.layout != torch.strided or found.is_nested or found.is_meta or found.dtype not in _DTYPES:
+            raise _Unfitting
+        tensors[str(len(tensors))] = found.detach().cpu().clone()
+        return [kind, str(len(tensors) - 1)]
+    if isinstance(value, Mapping):
+        if not all(type(key) in (str, int) for key in value):
+            raise _Unfitting
+        return ["mapping", [[key, _frozen(value[key], tensors)] for key in value]]
+    if isinstance(value, list | tuple):
+        return ["sequence", [_frozen(part, tensors) for part in value]]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return ["fields", [[name, _frozen(getattr(value, name), tensors)] for name in names]]
+    raise _Unfitting
+
+
+def _of_array(value: np.ndarray[Any, Any]) -> Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(value))
+    except TypeError:  # of a dtype that torch has none of
+        raise _Unfitting from None
+
+
+def thaw(data: bytes, like: Any, path: Path) -> Any:
+    """Return a batch that was kept, in containers as those of another batch; None where they do not fit."""
+    header = read_header(safe_metadata(data), path, FORMAT)
+    try:
+        return _thawed(header["tree"], like, safetensors.torch.load(data))
+    except _Unfitting:
+        return None
+
+
+def safe_metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return found
+
+
+def _thawed(tree: Any, like: Any, tensors: Mapping[str, Tensor]) -> Any:
+    kind, content = tree
+    if kind == "value":
+        return content
+    if kind == "tensor":
+        return tensors[content].to(like.device) if isinstance(like, Tensor) else tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "sequence":
+        return _sequence(content, like, tensors)
+    parts = {key: _thawed(part, _part(like, key), tensors) for key, part in content}
+    if kind == "mapping":
+        if type(like) is dict or not isinstance(like, Mapping):
+            return parts
+        found = copy.copy(like)
+        if not hasattr(found, "__setitem__") or found.keys() - parts.keys():
+            raise _Unfitting
+        for key, part in parts.items():
+            found[key] = part
+        return found
+    if not dataclasses.is_dataclass(like) or isinstance(like, type):
+        raise _Unfitting
+    fields: Any = copy.copy(like)
+    for name, part in parts.items():
+        object.__setattr__(fields, name, part)
+    return fields
+
+
+def _sequence(content: Sequence[Any], like: Any, tensors: Mapping[str, Tensor]) -> Any:
+    known = like if isinstance(like, list | tuple) and len(like) else [None]
+    parts = [_thawed(part, known[min(i, len(known) - 1)], tensors) for i, part in enumerate(content)]
+    if isinstance(like, tuple):
+        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
+    return parts
+
+
+def _part(like: Any, key: Any) -> Any:
+    if isinstance(like, Mapping):
+        return like.get(key)
+    return None if isinstance(like, list | tuple | Set) else getattr(like, str(key), None)
+
+
+def compared(source: Source, folder: Path, batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches of queries, once the model is seen to give the first batch of an index the gradients it holds.
+
+    Queries of another loss are compared with nothing: they may have one of their own.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.made_by is None or not is_same_loss(manifest.made_by[1], source.loss_name()):
+        return batches
+    first, batches = first_batch(batches)
+    check_first_batch(source, folder, manifest, first)
+    return batches
+
+
+def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: Any) -> None:
+    """Raise ValueError where a model and a loss make other rows of the first batch of an index than it holds.
+
+    ``like``: a batch of today's. Nothing is said where the index keeps no batch, where batches are now of another form,
+    and where the rows are random.
+    """
+    path = folder / PROBE
+    if source.is_sharded or PROBE not in manifest.files:
+        return
+    data = path.read_bytes() if path.is_file() else b""
+    if checksum(data) != manifest.files[PROBE]:
+        raise ValueError(f"{path}: missing, or damaged: its bytes do not match their checksum; restore it from a copy")
+    batch, plan = thaw(data, like, path), next(plans_of(folder, manifest))
+    first, finished = plan.began.first, Finished(plan)
+    if batch is None or 0 not in finished or first not in _fingerprints(batch):
+        return
+    rows = _rows(source, batch)
+    try:
+        finished.check_rows(0, rows)
+    except ValueError as error:
+        if not torch.equal(rows, _rows(source, batch)):
+            return
+        raise ValueError(
+            f"loss_fn, or the model: of the first batch of {folder}, which it keeps, they now give others than "
+            "the gradients it holds; use the loss and the model's code of then, or name another folder"
+        ) from error
+
+
+def _fingerprints(batch: Any) -> list[str]:
+    return [fingerprint(batch, named=named) for named in (False, True)]
+
+
+def _rows(source: Source, batch: Any) -> Tensor:
+    found: list[Tensor] = []
+    source.stream([batch], found.append)
+    return found[0].cpu()
