@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropinf
-from dropinf.files import file_checksum
+from dropinf.files import checksum, file_checksum
 from dropinf.index import probe
+from dropinf.index.discard import settle_passages
 from dropinf.index.fingerprint import fingerprint
+from dropinf.index.folder import PASSAGES
 from dropinf.index.manifest import Manifest
 from tests.index.small import make_batches, make_model
 from tests.index.test_runs import StopError, interrupted
@@ -265,3 +267,43 @@ def test_a_loss_that_counts_its_calls_is_one_loss(tmp_path):
     compressor(loss).compress(make_batches(), out=tmp_path / "idx")
     assert compressor(Annealed()).compress(make_batches(2, 5), out=tmp_path / "idx", append=True).verify() == []
     assert loss.calls > 1
+
+
+def lines(count: int) -> bytes:
+    return b"".join(b'{"id": "%d", "text": ""}\n' % i for i in range(count))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_passages_of_an_append_that_never_began_are_taken_out(named, tmp_path):
+    """Killed before the manifest named them, or right behind that."""
+    folder = tmp_path / "idx"
+    index = compressor().compress(make_batches(), out=folder)
+    known, more = lines(len(index)), lines(len(index) + 3)
+    (folder / PASSAGES).write_bytes(known)
+    manifest = Manifest.load(folder).with_file(PASSAGES, checksum(known))
+    manifest.save(folder)
+    assert dropinf.Index.open(folder).verify() == []
+    (folder / PASSAGES).write_bytes(more)
+    if named:
+        manifest.with_file(PASSAGES, checksum(more)).save(folder)
+    (problem,) = dropinf.Index.open(folder).verify()
+    assert "it has passages of an append that ended before its first row was made" in problem
+    left = settle_passages(folder, Manifest.load(folder))
+    assert left == manifest
+    assert (folder / PASSAGES).read_bytes() == known
+    assert dropinf.Index.open(folder).verify() == []
+    (folder / PASSAGES).write_bytes(b"!" + more[1:])  # damaged, and left alone
+    assert settle_passages(folder, left) == left
+    assert "damaged" in dropinf.Index.open(folder).verify()[0]
+
+
+def test_a_fisher_matrix_of_other_weights_is_not_kept(tmp_path):
+    index = compressor().compress(make_batches(), out=tmp_path / "idx")
+    rows = compressor(model=make_model(1)).compress(make_batches())
+    for fisher in (dropinf.build_fisher(rows), dropinf.Fisher("block").merge(dropinf.build_fisher(rows))):
+        fisher.save(tmp_path / "fisher.safetensors")
+        for given in (fisher, dropinf.Fisher.load(tmp_path / "fisher.safetensors")):
+            with pytest.raises(ValueError, match="fisher: it is of gradients of other weights than"):
+                index.save_fisher(given)
+    index.save_fisher(dropinf.build_fisher(compressor().compress(make_batches())))
+    assert index.fisher().origins == {tuple(index.origin)}

@@ -23,7 +23,7 @@ from ..fisher.fisher import Fisher, FisherKind
 from ..index.choice import choose_run
 from ..index.codec import DTYPES, Codec
 from ..index.discard import discard as give_up
-from ..index.discard import drop_unbegun
+from ..index.discard import drop_unbegun, has_more_passages, settle_passages
 from ..index.folder import PASSAGES, SKETCH, check_free, locked
 from ..index.manifest import Manifest
 from ..index.reader import Index
@@ -172,11 +172,12 @@ def index(
 
 def _give_up(out: Path) -> None:
     """Remove what was appended and not finished, and say what is left."""
-    unfinished = Manifest.load(out).unfinished
+    before = Manifest.load(out)
+    something = before.unfinished or has_more_passages(out, before)
     with locked(out, Ranks(None)):
         left = give_up(out, Manifest.load(out))
     samples = sum(shard.rows for shard in left.shards)
-    note(f"{out}: {'gave up what was appended last' if unfinished else 'nothing to give up'}; {samples:,} samples")
+    note(f"{out}: {'gave up what was appended last' if something else 'nothing to give up'}; {samples:,} samples")
 
 
 def _begun(out: Path, *, drop: bool = False) -> Manifest | None:
@@ -252,6 +253,8 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             if before is not None:
                 recipe.check_same(before, out)
             check_weights(work.model, manifest.model, out)
+            known = manifest
+            manifest = ranks.first(lambda: settle_passages(out, known))
         ids = _ids(source, ranks.first(lambda: _keep_passages(out, manifest, source, append)))
         if manifest is None:
             _draw(source, out / SKETCH, ranks, progress)

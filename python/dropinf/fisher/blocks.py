@@ -28,6 +28,12 @@ Rows = Callable[[Tensor], Tensor]
 _POWERS: dict[Product, tuple[int, int]] = {"solve": (1, 2), "quadratic": (2, 2), "whiten": (1, 1)}
 
 
+def origins_of(source: object) -> frozenset[tuple[str, str]]:
+    """Return the model and the loss that gradients are of, as far as they say, or those that a Fisher matrix is of."""
+    origin = getattr(source, "origin", None)
+    return getattr(source, "origins", frozenset() if origin is None else frozenset({tuple(origin)}))
+
+
 class Block(ABC):
     """One block of the Fisher matrix, of width K, over the `count` samples added so far.
 

@@ -62,6 +62,22 @@ def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
     return None
 
 
+def settle_passages(folder: Path, manifest: Manifest) -> Manifest:
+    """Take out the passages of an append that was ended before its run began; return the manifest that is then there.
+
+    The folder must be locked.
+    """
+    if manifest.unfinished or not has_more_passages(folder, manifest):
+        return manifest
+    return discard(folder, manifest)
+
+
+def has_more_passages(folder: Path, manifest: Manifest) -> bool:
+    """Return whether passages of an append stand there that was ended before its run began."""
+    left = _passages_left(folder, manifest)
+    return left is not None and left != (folder / PASSAGES).read_bytes()
+
+
 def _checksum_of(path: Path) -> str | None:
     return file_checksum(path) if path.is_file() else None
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ..files import SUFFIX, checksum, file_checksum, sync_folder, write_whole
 from ..fisher.fisher import Fisher
-from ..gradients import GradientSource
+from ..gradients import CODE, GradientSource, Origin
 from ..ranks import Ranks
 from .folder import FISHER, locked, names
 from .manifest import Manifest
@@ -26,6 +26,9 @@ NEW_FISHER = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
 class _Kept(GradientSource, Protocol):
     path: Path
     manifest: Manifest
+
+    @property
+    def origin(self) -> Origin | None: ...
 
 
 def fisher_paths(folder: Path, expected: str) -> list[Path]:
@@ -94,6 +97,12 @@ def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
         raise ValueError(
             f"fisher: it is of {fisher.count} samples, and the index has {len(index)}; use build_fisher(index), or "
             "fisher.save(path) for one of a part"
+        )
+    models = {model.partition(CODE)[0] for model, _ in fisher.origins}
+    if index.origin is not None and models - {index.origin.model.partition(CODE)[0]}:
+        raise ValueError(
+            f"fisher: it is of gradients of other weights than {index.path}; use build_fisher(index), or "
+            "fisher.save(path) beside it"
         )
     with locked(index.path, Ranks(None), make=False):
         now = Manifest.load(index.path)

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..files import file_checksum
-from .folder import FISHER, shard_path
+from .discard import has_more_passages
+from .folder import FISHER, PASSAGES, shard_path
 from .kept import fisher_paths
 from .manifest import Manifest
 from .order import order_path, read_order
@@ -34,6 +35,11 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         found = [file_checksum(path) for path in paths if path.is_file()]
         if not found:
             problems.append(f"{folder / name}: missing")
+        elif name == PASSAGES and not manifest.unfinished and has_more_passages(folder, manifest):
+            problems.append(
+                f"{folder / name}: it has passages of an append that ended before its first row was made; run that "
+                "append again, or take them out: dropinf index --discard"
+            )
         elif expected not in found:
             problems.append(f"{folder / name}: damaged, its bytes do not match their checksum")
     problems += _problems_of_order(folder, manifest)
