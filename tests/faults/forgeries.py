@@ -38,7 +38,7 @@ MANIFESTS: dict[str, Callable[[Any], None]] = {
     **{f"a shape is {x}": put(*LAYER, "shape", x) for x in ([2**20, 2**20], [2**40], [2**63, 2], [0], [-3, 3], [-3, -3], [True, 3], [3.0, 3], [], [1, 1, 9], "33", None, 9, [9, "1"], {"0": 9})},
     **{f"a size is {x}": put(*LAYER, "size", x) for x in (float("nan"), float("inf"), Raw("1e999"), 0.0, -1.0, 1, 1.0, "1.0")},
     **{f"a name is {x!r}": put(*LAYER, "name", x) for x in (None, 3, [], "2")},
-    **{f"version is {str(x)[:8]}": put("version", x) for x in (3, 0, -1, "1", None, [1], 10**30)},
+    **{f"version is {str(x)[:8]}": put("version", x) for x in (4, 0, -1, "1", None, [1], 10**30)},
     **{f"dtype is {x!r}": put("dtype", x) for x in ("complex64", "", None, ["float32"], {}, "bfloat16", "float64")},
     **{f"ids are {x!r}": put("ids", x) for x in (1, 0, "true", None)},
     **{f"{name} is {x!r}": put(name, x) for name in ("layers", "runs", "files", "about") for x in (None, 1, "x")},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fractions
+import json
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from dropinf.files import checksum, file_checksum
 from dropinf.index import probe
 from dropinf.index.discard import settle_passages
 from dropinf.index.fingerprint import fingerprint
-from dropinf.index.folder import PASSAGES
-from dropinf.index.manifest import Manifest
+from dropinf.index.folder import PASSAGES, SKETCH
+from dropinf.index.manifest import VERSION, Manifest
 from tests.index.small import make_batches, make_model
 from tests.index.test_runs import StopError, interrupted
 
@@ -307,3 +308,23 @@ def test_a_fisher_matrix_of_other_weights_is_not_kept(tmp_path):
                 index.save_fisher(given)
     index.save_fisher(dropinf.build_fisher(compressor().compress(make_batches())))
     assert index.fisher().origins == {tuple(index.origin)}
+
+
+def test_an_index_of_before_has_no_first_batch(tmp_path):
+    folder = tmp_path / "idx"
+    index = compressor().compress(make_batches(), out=folder)
+    manifest = Manifest.load(folder)
+    body = json.loads(manifest.to_bytes()) | {"version": 2, "files": {"sketch.safetensors": manifest.files[SKETCH]}}
+    del body["checksum"]
+    text = json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+    whole = json.dumps(body | {"checksum": checksum(text)}, indent=1, sort_keys=True).encode() + b"\n"
+    (folder / "manifest.json").write_bytes(whole)
+    (folder / "first_batch.safetensors").unlink()
+    before = dropinf.Index.open(folder)
+    assert before.verify() == []
+    assert torch.equal(before[:].flat, index[:].flat)
+    more = make_batches(2, 5)
+    after = compressor().compress(more, out=folder, append=True)
+    assert after.verify() == []
+    assert len(after) == len(before) + sum(len(b[0]) for b in more)
+    assert json.loads((folder / "manifest.json").read_text())["version"] == VERSION

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dropinf
 from dropinf.cli import main
+from dropinf.index.manifest import VERSION
 from tests.index.fixtures import make_fixtures as made
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -131,7 +132,7 @@ def test_an_unfinished_index_goes_on(name, data, query, copy):
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert but_bytes(made.facts(index)) == but_bytes(PLAIN[name])
     assert index.verify() == []
-    assert json.loads((folder / "manifest.json").read_text())["version"] == 2
+    assert json.loads((folder / "manifest.json").read_text())["version"] == VERSION
     rows, wanted = index[:].flat, TENSORS[f"{name}/rows"]
     before = sum(map(len, (x for x, _ in (data.first if append else data.first[: made.KILLED_AT]))))
     assert_equal(rows[:before], wanted[:before])

@@ -18,8 +18,8 @@ from .folder import FISHER, PASSAGES, PROBE, SKETCH
 NAME = "manifest.json"
 FUNCTIONS = "functions"  # of a model's classes, in what is known of its code
 FORMAT = "dropinf.index"
-# Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale.
-VERSION = 2
+# Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale. Of 2: no first batch.
+VERSION = 3
 FILES = (SKETCH, FISHER, PASSAGES, PROBE)
 _NOW = "now: "  # of a run that went on with another loss or code, which gave all of its rows again
 _MOST = 1 << 31  # bytes of a manifest that is still read
