@@ -23,6 +23,10 @@ def on_gpu(batch: Any) -> Any:
     return map_tensors(lambda t: t.to(CUDA), batch)
 
 
+def near(got: Tensor, want: Tensor, factor: float = 1) -> None:
+    torch.testing.assert_close(got.cpu(), want, rtol=factor * 1e-5, atol=factor * 1e-5 * float(want.abs().max()))
+
+
 def errors(compressor: dropinf.Compressor, rows: dropinf.Gradients, expected: dict[str, Tensor]) -> dict[str, float]:
     """Return each layer's error relative to what its own sketch makes of the float64 gradients of all parameters."""
     assert {layer.parameter for layer in compressor.layers.values()} == set(expected)

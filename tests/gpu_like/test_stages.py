@@ -12,7 +12,7 @@ import dropinf
 from dropinf.index.codec import by_layers
 from dropinf.index.products import Products, Stored
 from dropinf.score import ScoreKind
-from tests.gpu_like.helpers import on_gpu, on_hooks, ways
+from tests.gpu_like.helpers import near, on_gpu, on_hooks, ways
 from tests.gpu_like.pretend import move
 
 N, T = 4, 3
@@ -37,10 +37,6 @@ def on(place: str, data: list[Any], sketch: Any = None) -> tuple[dropinf.Compres
     model = model_of() if place == "cpu" else move(model_of())
     compressor = dropinf.Compressor(model, sketch or dropinf.Dropout(dim=4), loss_fn)
     return compressor, data if place == "cpu" else on_gpu(data)
-
-
-def near(got: torch.Tensor, want: torch.Tensor, factor: float = 1) -> None:
-    torch.testing.assert_close(got.cpu(), want, rtol=factor * 1e-5, atol=factor * 1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("sampling", ["energy", "uniform"])

@@ -36,9 +36,12 @@ class Use:
     """One module's capture. ``weight`` and ``bias`` are the plans of what is tracked of it."""
 
     settings: tuple[str, ...] = ()  # attributes that the module's forward reads, and its capture too
+    table: Axis | None = None  # of its input, where one gather makes what is kept of it, a rotation aside
 
     def __init__(self, name: str, module: nn.Module, weight: Layer | None, bias: Layer | None) -> None:
         self.name, self.module, self.weight, self.bias = name, module, weight, bias
+        self.together: list[Use] = []  # that read the same tensor behind it
+        self.joined: Any = None  # their names, and their tables as one
         self.doubts: list[Tensor] = []  # truth values: whether a call did something else than it was seen to do
         self._forward, self._read = type(module).forward, self._reads()
         parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
@@ -232,6 +235,8 @@ class LinearUse(Use):
             self.pair_rows, columns = _pairs(weight)
             self.used, inverse = torch.unique(columns, return_inverse=True)
             self.pair_columns = inverse.to(torch.int32)
+        if weight is not None and weight.in_axis is not None and weight.in_axis.gathers_first:
+            self.table = weight.in_axis
 
     def save(self, x: Tensor, out: Tensor) -> Tensor | None:
         if self.weight is None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .layer import Layer
-from .modules import Use
+from .modules import LinearUse, Use
 from .moments import Moments
 from .samples import Samples
+from .together import SharedInputs
 
 
 class Recorder(ABC):
@@ -51,6 +52,12 @@ class Compression(Recorder):
     def __init__(self) -> None:
         self._found: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor]] = {}
+        self._inputs = SharedInputs()
+
+    def save(self, use: Use, x: Tensor, out: Tensor) -> Tensor | None:
+        if x.is_cuda and isinstance(use, LinearUse) and use.weight is not None and use.table is not None:
+            return use.inputs(use.table.rotate(self._inputs.gathered(use, x)), out)
+        return use.save(x, out)
 
     def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
         for layer, c in use.emit(saved, g, samples):
@@ -65,6 +72,7 @@ class Compression(Recorder):
         self._parts.setdefault(layer.name, []).append(layer.compress_exact(gradients.to(wide)))
 
     def finish(self, layers: Mapping[str, Layer], losses: Tensor) -> dict[str, Tensor]:
+        self._inputs.clear()
         found = self._found | {name: torch.cat(parts) for name, parts in self._parts.items()}
         dtype = torch.promote_types(losses.dtype, torch.float32)
         # A layer that the batch does not reach has a zero gradient.

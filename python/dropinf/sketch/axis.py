@@ -52,6 +52,11 @@ class Axis:
         """Whether this is plain dropout: each output is one input, so the sketch commutes with elementwise products."""
         return self.matrix is None and self.weight is None
 
+    @property
+    def gathers_first(self) -> bool:
+        """Whether values are gathered, one each, before anything else is made of them."""
+        return self.index is not None and self.weight is None and not self.is_whole
+
     @cached_property
     def _runs(self) -> Tensor:
         """The runs of ``group`` that a gather keeps."""
