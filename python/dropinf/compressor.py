@@ -104,11 +104,13 @@ class Compressor:
         audit: When = "auto",
         route: Route | None = None,
         mixing: bool = False,
+        compare: bool = True,
     ) -> Compressor:
         """Return a compressor for the queries of an index, with the masks that the index keeps; see `from_masks`.
 
         ``index``: an open index, or its folder. ``model``: the model the index was made with. The rest as in the
-        class: an index of a loss that mixes samples has queries with ``mixing=True`` too.
+        class: an index of a loss that mixes samples has queries with ``mixing=True`` too. ``compare``: before the first
+        queries, the model must give the rows of the index's first batch again, where the loss is that of the index.
         Raises FileNotFoundError where there is no index, ValueError where its masks are damaged, belong to another
         model, or to other weights of this one.
         """
@@ -124,7 +126,7 @@ class Compressor:
         )
         check_weights(compressor.model, manifest.model, folder)
         check_code(compressor.code(), manifest.code, folder)
-        compressor._index = folder
+        compressor._index = folder if compare else None
         return compressor
 
     @classmethod

@@ -243,7 +243,9 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     if not inspect.isfunction(loss_fn):
         owner = getattr(loss_fn, "__self__", loss_fn)
         called = getattr(loss_fn, "__func__", None) or getattr(type(loss_fn), "__call__", None)  # noqa: B004
-        mine = {name: x for name, x in getattr(owner, "__dict__", {}).items() if name not in _counts(type(owner))}
+        counts, writes = _counts(type(owner))
+        held = {name: x for name, x in getattr(owner, "__dict__", {}).items() if name not in counts}
+        mine = {name: x for name, x in held.items() if not (writes and isinstance(x, _CONTAINERS))}
         return mine | (_globals(called) if inspect.isfunction(called) else {})
     code = loss_fn.__code__
     counts = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
@@ -256,11 +258,15 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     return {k: x for k, x in bound.items() if k not in written or not isinstance(x, _CONTAINERS)}
 
 
-def _counts(kind: type) -> set[str]:
-    """Return the attributes that an object of its user's class sets, once it is made: no constants."""
+def _counts(kind: type) -> tuple[set[str], bool]:
+    """Return the attributes that an object of its user's class sets, once it is made, and whether it writes to others.
+
+    What these hold is no constant.
+    """
     own = [vars(base) for base in kind.__mro__ if not is_of_a_library(base)]
     later = [x for members in own for name, x in members.items() if name not in _MAKING]
-    return {name for x in later for f in _functions(x) for name in _attributes(f.__code__, "STORE_ATTR")}
+    codes = [f.__code__ for x in later for f in _functions(x)]
+    return {name for code in codes for name in _attributes(code, "STORE_ATTR")}, any(map(_written, codes))
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:

@@ -125,8 +125,11 @@ def parts(folder: Path) -> None:
             batches = part_of(data, each)
             index = compressor.compress(batches, out=folder, append=i > 0, ids=names, fisher="block", group=group)
             assert index.verify() == []
-            # Its part and the first batch of all; of a finished index, its first and its last besides.
-            assert len(seen) <= (3 * each if again and not i else len(data) // 2 + each), "more than its part"
+            # Its part and the first batch of all, and of the index; of a finished index, its first and its last besides.
+            of_index = 3 if i else 0
+            assert len(seen) <= (3 * each if again and not i else len(data) // 2 + each) + of_index, (
+                "more than its part"
+            )
             want = torch.cat(rows if again else rows[: i + 1])
             close(index[:].flat, want)
             told = [name for part in (sets if again else sets[: i + 1]) for name in names(part.tensors)]

@@ -243,7 +243,7 @@ def test_a_damaged_part_is_made_again(forks, place):
     options = {"batches": 12, "dtype": "int8"}
     assert forks.run("index", place / "whole", **options).status == 0
     folder = place / "idx"
-    assert forks.run("index", folder, dies_at=25, **options).status == -9
+    assert forks.run("index", folder, dies_at=29, **options).status == -9
     part = sorted(folder.glob("parts/0*"))[0]
     part.write_bytes(part.read_bytes()[:-1] + b"\xff")
     process = forks.run("index", folder, **options)

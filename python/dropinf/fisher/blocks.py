@@ -28,10 +28,10 @@ Rows = Callable[[Tensor], Tensor]
 _POWERS: dict[Product, tuple[int, int]] = {"solve": (1, 2), "quadratic": (2, 2), "whiten": (1, 1)}
 
 
-def origins_of(source: object) -> frozenset[tuple[str, str]]:
+def origins_of(source: object) -> tuple[tuple[str, str], ...]:
     """Return the model and the loss that gradients are of, as far as they say, or those that a Fisher matrix is of."""
     origin = getattr(source, "origin", None)
-    return getattr(source, "origins", frozenset() if origin is None else frozenset({tuple(origin)}))
+    return getattr(source, "origins", () if origin is None else (tuple(origin),))
 
 
 class Block(ABC):

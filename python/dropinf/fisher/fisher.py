@@ -71,7 +71,7 @@ class Fisher:
         self.absolute = absolute
         self._form = _form
         self._count = 0
-        self.origins: frozenset[tuple[str, str]] = frozenset()  # of the gradients added, as `Gradients.origin`
+        self.origins: tuple[tuple[str, str], ...] = ()  # of the gradients added, as `Gradients.origin`
         self._shapes: Shapes = {}
         self._digest: Mapping[str, str] = {}
         self._blocks: list[tuple[slice, Block]] = []  # columns and their block
@@ -258,7 +258,7 @@ class Fisher:
             "damping": self.damping,
             "absolute": self.absolute,
             "count": self.count,
-            "origins": sorted(self.origins),
+            "origins": self.origins,
             "layers": [[name, shape, self.digest[name]] for name, shape in self.shapes.items()],
             "blocks": [plain for plain, _ in states],
         }
@@ -301,7 +301,7 @@ class Fisher:
             shapes[name], digest[name] = tuple(whole_number(size, "a size", 1) for size in shape), found
         fisher._lay_out(shapes, digest)
         fisher._count = whole_number(header["count"], "count", 0)
-        fisher.origins = frozenset((str(model), str(loss)) for model, loss in header.get("origins", ()))
+        fisher.origins = tuple((str(model), str(loss)) for model, loss in header.get("origins", ()))
         for i, ((_, block), plain) in enumerate(zip(fisher._blocks, header["blocks"], strict=True)):
             block.load_state(plain, fisher.count, lambda name, i=i: tensor(f"{i}.{name}"))  # type: ignore[misc]
         return fisher
@@ -338,7 +338,7 @@ class Fisher:
 
     def _adopt(self, source: GradientSource | Fisher, what: str) -> None:
         """Take the layout of the first source; check every later one against it."""
-        self.origins |= origins_of(source)
+        self.origins = tuple(sorted({*self.origins, *origins_of(source)}))
         if self._blocks:
             check_same_sketch(self, source, what)
             return

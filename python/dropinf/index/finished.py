@@ -178,6 +178,12 @@ class Finished:
             "stored, or name another folder"
         )
 
+    def check_bytes(self, b: int) -> None:
+        """Raise ValueError where the file of a finished batch is damaged."""
+        shard = self._places[b].shard
+        if shard is not None:
+            self._file(shard).verify(self.shards[shard].checksum)
+
     def move(self, shard: int, batches: Mapping[int, int]) -> None:
         """Remember that parts were made a shard, of these batches with so many rows each."""
         first = 0

@@ -183,6 +183,7 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
     first, finished = plan.began.first, Finished(plan)
     if batch is None or 0 not in finished or first not in _fingerprints(batch):
         return
+    finished.check_bytes(0)
     rows = _rows(source, batch)
     try:
         finished.check_rows(0, rows)
