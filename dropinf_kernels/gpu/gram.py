@@ -17,6 +17,7 @@ from .tiles import operand_dtype, sum_splits
 from .tiling import cdiv, gram_tile
 
 _PART = 16  # side of what one program of the second stage sums
+_REGISTER_SUMS = ("sm_8", "sm_9")  # later parts have them in memory of their own, and two programs would spill
 
 
 @triton.jit
@@ -30,21 +31,51 @@ def triangle(p):
 
 
 @triton.jit
-def add_block(p_F, acc, i, j, K, stride_r, stride_c, BLOCK: tl.constexpr):
-    """Add block (i, j) to F, and write its mirror image; a diagonal block's upper half is its lower half."""
-    rows = i * BLOCK + tl.arange(0, BLOCK)
-    cols = j * BLOCK + tl.arange(0, BLOCK)
+def add_below(p_F, acc, rows, cols, K, stride_r, stride_c):
+    """Add a tile below the diagonal to F, and write its mirror image."""
     mask = (rows < K)[:, None] & (cols < K)[None, :]
     p_lower = p_F + rows.to(tl.int64)[:, None] * stride_r + cols.to(tl.int64)[None, :] * stride_c
-    p_upper = p_F + cols.to(tl.int64)[:, None] * stride_r + rows.to(tl.int64)[None, :] * stride_c
     total = tl.load(p_lower, mask=mask, other=0.0) + acc
-    turned = tl.trans(total)
-    if i == j:
-        total = tl.where(rows[:, None] >= cols[None, :], total, turned)
-        tl.store(p_lower, total, mask=mask)
+    tl.store(p_lower, total, mask=mask)
+    p_upper = p_F + cols.to(tl.int64)[:, None] * stride_r + rows.to(tl.int64)[None, :] * stride_c
+    tl.store(p_upper, tl.trans(total), mask=(cols < K)[:, None] & (rows < K)[None, :])
+
+
+@triton.jit
+def add_across(p_F, acc, rows, K, stride_r, stride_c):
+    """Add a square on the diagonal to F: its upper half is its lower half."""
+    mask = (rows < K)[:, None] & (rows < K)[None, :]
+    p_square = p_F + rows.to(tl.int64)[:, None] * stride_r + rows.to(tl.int64)[None, :] * stride_c
+    total = tl.load(p_square, mask=mask, other=0.0) + acc
+    tl.store(p_square, tl.where(rows[:, None] >= rows[None, :], total, tl.trans(total)), mask=mask)
+
+
+@triton.jit
+def halves(x):
+    """Return the upper and the lower rows of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), [1, 2, 0]))
+
+
+@triton.jit
+def add_block(p_F, acc, first, column, K, stride_r, stride_c, BLOCK: tl.constexpr):
+    """Add a block to F, part by part: all its addresses and sums at once would leave no room for a second program."""
+    HALF: tl.constexpr = BLOCK // 2
+    upper, lower = halves(acc)
+    if first == column:
+        near = first + tl.arange(0, HALF)
+        left, _ = halves(tl.trans(upper))
+        add_across(p_F, tl.trans(left), near, K, stride_r, stride_c)
+        left, right = halves(tl.trans(lower))
+        add_below(p_F, tl.trans(left), near + HALF, near, K, stride_r, stride_c)
+        add_across(p_F, tl.trans(right), near + HALF, K, stride_r, stride_c)
     else:
-        tl.store(p_lower, total, mask=mask)
-        tl.store(p_upper, turned, mask=(cols < K)[:, None] & (rows < K)[None, :])
+        rows, cols = first + tl.arange(0, HALF // 2), column + tl.arange(0, BLOCK)
+        one, two = halves(upper)
+        add_below(p_F, one, rows, cols, K, stride_r, stride_c)
+        add_below(p_F, two, rows + HALF // 2, cols, K, stride_r, stride_c)
+        three, four = halves(lower)
+        add_below(p_F, three, rows + HALF, cols, K, stride_r, stride_c)
+        add_below(p_F, four, rows + HALF + HALF // 2, cols, K, stride_r, stride_c)
 
 
 @triton.jit
@@ -80,7 +111,7 @@ def gram_kernel(
         p_mine = p_partial + (split.to(tl.int64) * tl.num_programs(0) + block) * (BLOCK * BLOCK)
         tl.store(p_mine + at[:, None] * BLOCK + at[None, :], acc)
     else:
-        add_block(p_F, acc, i, j, K, stride_r, stride_c, BLOCK)
+        add_block(p_F, acc, i * BLOCK, j * BLOCK, K, stride_r, stride_c, BLOCK)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
@@ -98,7 +129,11 @@ def gram_finish_kernel(p_F, p_partial, K, stride_r, stride_c, SPLITS, BLOCK: tl.
             p_partial + block.to(tl.int64) * (BLOCK * BLOCK) + offsets, blocks * (BLOCK * BLOCK), SPLITS, at >= 0, 16
         )
         values = tl.reshape(total, [PART, PART])
-        add_block(p_F, values, i * PARTS + part_i, j * PARTS + part_j, K, stride_r, stride_c, PART)
+        rows, cols = (i * PARTS + part_i) * PART + tl.arange(0, PART), (j * PARTS + part_j) * PART + tl.arange(0, PART)
+        if (i == j) & (part_i == part_j):
+            add_across(p_F, values, rows, K, stride_r, stride_c)
+        else:
+            add_below(p_F, values, rows, cols, K, stride_r, stride_c)
 
 
 @launches(gram_update)
@@ -122,6 +157,7 @@ def launch_gram(F: Tensor, C: Tensor, c_scale: Tensor | None = None) -> None:
         rows, k, min(rows, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n), *C.stride(), *F.stride(),
         SCALED=c_scale is not None, SPLIT=split, DTYPE=operand, PRECISION=arch.precision,
         BLOCK=tile.block, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        resident=2 if operand != tl.float32 and tile.warps == 8 and arch.name.startswith(_REGISTER_SUMS) else 1,
     )  # fmt: skip
     if split:
         launch(

@@ -123,14 +123,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> Ten
     return cu_seqlens
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Launch on the current stream of `device`; an empty grid is no launch."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, resident: int = 1, **meta: Any
+) -> None:
+    """Launch on the current stream of `device`; an empty grid is no launch.
+
+    `resident`: programs of which a multiprocessor's registers must hold so many at once.
+    """
     if 0 in grid:
         return
     arch = arch_of(device)
     if arch is not None and arch.backend == "cuda":
         # Without a ceiling ptxas aims at an occupancy of its own, and spills to reach it.
-        meta["maxnreg"] = min(255, arch.registers // (arch.warp_size * meta["num_warps"]))
+        meta["maxnreg"] = min(255, arch.registers // (arch.warp_size * meta["num_warps"] * resident))
     run: Callable[..., Any] = functools.partial(kernel[grid], **meta)
     compiled = _on_device(device, run, *args)
     if (now := recording()) is None:

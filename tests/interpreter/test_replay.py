@@ -40,6 +40,7 @@ def both(T: int = T, N: int = N) -> tuple[Tensor, Tensor]:
     return torch.randn(N, T, D), torch.randn(N, T, D)
 
 
+torch.manual_seed(0)
 TABLE, OTHER = make_table(D, K, 1, False, 1), make_table(D, K, 1, False, 1)
 FOLD = make_table(D, K, 3, True, 1)
 CU = torch.tensor([0, 2, 2, 9])
@@ -64,7 +65,9 @@ SMALL = make_table(18, K, 1, False, 1)
 
 
 def equals_plain(op: Any, arguments: Arguments) -> None:
-    torch.testing.assert_close(op.triton(*arguments), op.plain(*arguments), rtol=1e-5, atol=1e-5)
+    got, want = op.triton(*arguments), op.plain(*arguments)
+    largest = float((want[0] if isinstance(want, tuple) else want).abs().max())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * max(1.0, largest))  # of sums, whose terms cancel
 
 
 @pytest.mark.parametrize("name", CALLS)
