@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import layers
 from .cases import TABLES, Case, Check, Problem, multiprocessors
 from .predict import FORMULA, PARTS, Work, predicted
 from .recorder import Count, Launch, record
@@ -122,10 +123,9 @@ def row(result: Result, resources: Resources) -> dict[str, Any]:
 
 def markdown(results: Sequence[Result], rows: Sequence[dict[str, Any]], versions: str) -> str:
     """Return the report."""
-    return (
-        "\n\n".join([_HEAD.format(versions=versions), _traffic(rows), _checks(results), _times(rows), _occupancy(rows)])
-        + "\n"
-    )
+    head = _HEAD.format(versions=versions)
+    parts = [head, _traffic(rows), _checks(results), _times(rows), _layers(), _occupancy(rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 _HEAD = """# Memory traffic of the Triton kernels
@@ -209,6 +209,15 @@ _TIMES = """Launch latency and arithmetic outside the matrix units are left out.
 problems on a whole part; the ratios carry over. MI300X is given the tiles and the 32-byte sectors of sm_90.
 *Gaussian*: the same formula for Gaussian factors of the same output size, a GEMM [N T, d] x [d, k] for each
 sketched side (for a convolution, one to k channels) whose result is written, and a batched product that reads it."""
+
+
+def _layers() -> str:
+    header = ["`compress_linear` in 16 bits, H100", "predicted µs", "over Gaussian factors", "over gather, then bmm"]
+    text = f"""## Predicted times of layers of language models
+
+By the same formula, with the sectors that a uniform mask is expected to touch, and no launch shorter than
+{1e6 * layers.LAUNCH:.0f} µs. *Gather, then bmm*: `index_select` of either side, then a batched product."""
+    return text + "\n\n" + _table(header, layers.lines())
 
 
 def _occupancy(rows: Sequence[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bench.traffic import layers
 from bench.traffic.cases import Case, dropout, fold, linear_case, runs
 from bench.traffic.minimum import matched_entries, named_rows, touched_columns, used_columns, used_patches
 from bench.traffic.predict import Side, Work, gaussian, predicted
@@ -165,3 +166,18 @@ def test_partial_results_and_wasted_sectors_count():
         ("DRAM / minimum", None),
         ("DRAM / its sectors", 1.10),
     ]
+
+
+def test_predicted_times_of_layers_count_bytes_and_launches():
+    arch = ARCHS["sm_90"]
+    layer = layers.Layer(4096, 14336, 8, 1024, 64, 16)
+    rows, kept = 8 * 1024, 8 * 1024 * 64 * 2
+    outputs = 8 * 64 * 64 * 4
+    assert layer.ours() == [Work(2 * kept + outputs, {16: 2 * rows * 64 * 64})]  # whole runs of 32 bytes
+    assert [work.bytes for work in layer.two_steps()] == [2 * kept, 2 * kept, 2 * kept + outputs]
+    scattered = layers.Layer(4096, 14336, 8, 1024, 64, 1).ours()[0].bytes
+    assert 14 * layer.ours()[0].bytes < scattered < 16 * layer.ours()[0].bytes  # a sector of 16 values for almost each
+    big = [Work(int(arch.bandwidth), {})]
+    assert layers.seconds(big, arch) == pytest.approx(1)
+    assert layers.seconds([Work(1, {})] * 3, arch) == pytest.approx(3 * layers.LAUNCH)
+    assert len(layers.lines()) == len(layers.LAYERS) * len(layers.BATCHES) * len(layers.KEPT)
