@@ -256,8 +256,12 @@ class Compressor:
             )
         warn_shuffled(batches)
         if self._index is not None:
-            folder, self._index = self._index, None
-            batches = compared(self, folder, batches)
+            folder, self._index = self._index, None  # as the comparison compresses too
+            try:
+                batches = compared(self, folder, batches)
+            except BaseException:
+                self._index = folder
+                raise
         places = None if order is None else order_of(batches, order)
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             origin, number = self.origin(), count_of(batches) or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -57,15 +58,19 @@ def squares(model, x):
     return model(x).square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("kind", MEMORIES)
-def test_a_memory_is_put_back(kind):
-    model = Late(MEMORIES[kind]).eval()
+def check_put_back(memory):
+    model = Late(memory).eval()
     batches = [torch.randn(4, 3) for _ in range(LATE)]
     x = torch.cat(batches)
     want = torch.einsum("no,ni->noi", 2 * model.l(x).detach(), x)
     found = dropinf.Compressor(model, dropinf.Identity(), squares).compress(batches)
     torch.testing.assert_close(found["l"], want)
     assert model.count(model.memory) == 1
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_a_memory_is_put_back(kind):
+    check_put_back(MEMORIES[kind])
 
 
 class LargeBuffer(nn.Module):
@@ -200,6 +205,41 @@ def test_what_ops_cast_for_themselves_is_rounding(name):
     for layer, g in zip(compressor.layers, total, strict=True):
         error = (found[layer][:8].sum(0).reshape(g.shape) - g).norm() / g.norm()
         assert float(error) < 0.1, layer
+
+
+class Slots:
+    __slots__ = ("step",)
+
+    def __init__(self):
+        self.step = 0
+
+
+def replaced(members):
+    members.add(max(members) + 1)
+    members.discard(min(members))
+    return max(members)
+
+
+def moved(order):
+    order.move_to_end(next(iter(order)))
+    order["n"] = order.pop("n") + 1
+    return order["n"]
+
+
+MORE = {
+    "slots": (Slots, lambda m: setattr(m, "step", m.step + 1) or m.step),
+    "a hidden module": (lambda: [nn.Sequential()], lambda m: vars(m[0]).update(n=vars(m[0]).get("n", 0) + 1) or m[0].n),
+    "a set of as many": (lambda: {0}, replaced),
+    "an order": (lambda: collections.OrderedDict(n=0, m=1), moved),
+    "a dictionary of its user's": (collections.UserDict, lambda m: m.update({len(m): 1}) or len(m)),
+    "a method of an object": (lambda: Nested().inner.__init__, lambda m: m(m.__self__.step + 1) or m.__self__.step),
+    "a list in a partial": (lambda: functools.partial(len, []), lambda m: m.args[0].append(0) or m()),
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_other_memories_are_put_back(kind):
+    check_put_back(MORE[kind])
 
 
 def test_iterators_are_documented_to_be_left():

@@ -63,6 +63,7 @@ class Attempts:
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
         if not hooked.attributes.is_sharded:
             hooked.attributes.check_untouched(self.model)
+        hooked.attributes.refresh()
         copied = hooked.batches == 1 or self.known.writes_batches
         self.start = Start(hooked.attributes, batch, copied=copied, changed=hooked.capture.changed)
         self.begun = False

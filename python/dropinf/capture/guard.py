@@ -115,7 +115,7 @@ class UseGuard(TorchFunctionMode):
                 self.dtypes.add(torch.get_autocast_dtype(kind))
 
     def _data(self, _args: Any, _kwargs: Any) -> None:
-        self.unforeseen = "its forward reaches for .data"
+        self.unforeseen, self.writes = "its forward reaches for .data", True
 
     def _differentiate(self, _args: Any, _kwargs: Any) -> None:
         self.unforeseen = "its loss differentiates"
@@ -135,7 +135,7 @@ class UseGuard(TorchFunctionMode):
     def _reach(self, args: Any, _kwargs: Any) -> None:
         """Note who reaches for the memory of an activation, to write to it, or asks what it says of itself."""
         if isinstance(args[0], Tensor) and args[0].is_floating_point() and not self.movement.is_given(args[0]):
-            self.unforeseen = "its forward reaches for a tensor's memory"
+            self.unforeseen, self.writes = "its forward reaches for a tensor's memory", True
 
     def _flag(self, args: Any, _kwargs: Any) -> None:
         if isinstance(args[0], nn.Parameter):

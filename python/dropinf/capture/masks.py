@@ -236,7 +236,12 @@ def _setting(value: Any) -> str | None:
         does = function_text(value)
         return f"{getattr(value, '__qualname__', '')} {checksum(does)}" if does else getattr(value, "__qualname__", "")
     if isinstance(value, SimpleNamespace) or dataclasses.is_dataclass(value) or hasattr(value, "to_diff_dict"):
-        value = {n: x for n, x in vars(value).items() if n[0] != "_" and n not in _NAMES and _is_plain(x)}
+        held = (
+            {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+            if (dataclasses.is_dataclass(value))
+            else vars(value)
+        )
+        value = {n: x for n, x in held.items() if n[0] != "_" and n not in _NAMES and _is_plain(x)}
     if not isinstance(value, dict | list | tuple | set | frozenset) or not value or not _is_plain(value):
         return None
     return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)

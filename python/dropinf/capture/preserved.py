@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharded
-from .held import LARGEST_BUFFER, contents, is_same, refill, state_of
+from .held import LARGEST_BUFFER, Held, is_same
 
 _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
 
@@ -63,20 +63,38 @@ class Attributes:
         members = (part for m in model.modules() for part in (m._modules, m._parameters))
         self._members = [(part, dict(part)) for part in members if isinstance(part, dict)]  # not in a script
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
-        self._containers: list[tuple[Any, Any]] = []
-        values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
-        mine = {id(x) for x in (*self.parameters, *model.modules())}
-        self.held = list(state_of(values, self._containers, mine))
-        real = [b for b in self.held if not b.is_meta]
-        kept = [b for b in real if training or b.numel() * b.element_size() <= LARGEST_BUFFER]
-        self._buffers = [(b, b.detach().clone(), -1 if training else _version(b)) for b in kept]
-        mine = {id(b) for b in kept}
-        self._large = [b for b in real if id(b) not in mine]
+        self._values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
+        self._mine = {id(x) for x in (*self.parameters, *model.modules())}
+        self._compares = training  # what buffers hold, as nothing counts how often they are written to
+        self._take()
         self.devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
+
+    def _take(self) -> None:
+        """Take what the model holds as it is now."""
+        self._held = Held(self._values, set(self._mine), hidden=True)
+        self.held = self._held.tensors
+        real = [b for b in self.held if b.layout == torch.strided and not (b.is_meta or b.is_nested)]
+        kept = [b for b in real if self._compares or b.numel() * b.element_size() <= LARGEST_BUFFER]
+        self._buffers = [(b, b.detach().clone(), -1 if self._compares else _version(b)) for b in kept]
+        small = {id(b) for b in kept}
+        self._large = [b for b in real if id(b) not in small]
+
+    def refresh(self) -> None:
+        """Take what containers hold as it is now, where their user changed it since it was put back."""
+        if self._held.moved():
+            self._take()
+
+    def distrust(self) -> None:
+        """Compare buffers from now on: something may write to them without a trace."""
+        self._buffers = [(buffer, copy, -1) for buffer, copy, _ in self._buffers]
 
     def versions(self) -> list[tuple[nn.Parameter, int]]:
         """Return each parameter, and how often something wrote to it."""
         return [] if self.is_sharded else [(parameter, _version(parameter)) for parameter in self.parameters]
+
+    def sums(self) -> list[str]:
+        """Return a number of each parameter that changes with what it holds, however that was written."""
+        return [] if self.is_sharded else [str(float(p.detach().double().sum())) for p in self.parameters]
 
     def large(self) -> list[tuple[Tensor, int]]:
         """Return each tensor that is too large to be put back, and how often something wrote to it."""
@@ -107,12 +125,12 @@ class Attributes:
             )
 
     def restore(self) -> None:
-        """Put the attributes, and what their dicts, lists and sets hold, back."""
+        """Put the attributes, and what containers and objects hold, back."""
         for now, before in self._modules:
             if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
                 now.clear()
                 now.update(before)
-        refill(self._containers)
+        self._held.refill()
 
 
 def _version(x: Tensor) -> int:
@@ -137,11 +155,11 @@ class Start:
     ) -> None:
         self._attributes, self._changed = attributes, {} if changed is None else changed
         self._buffers = attributes.buffers()
-        self._containers: list[tuple[Any, Any]] = []
-        given = contents(batch, self._containers, set())
-        self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in given]
+        self._given = Held([batch], set(), hidden=False)
+        self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in self._given.tensors]
         self._parameters, self._large = attributes.versions(), attributes.large()
         self.was_written = False  # the batch was, and put back
+        self._sums: list[str] | None = None  # of the parameters, where something may write to them without a trace
         self.random = RandomState(attributes.devices)
 
     def check_parameters(self, model: nn.Module, but: Collection[int]) -> None:
@@ -158,6 +176,8 @@ class Start:
     def distrust(self) -> None:
         """Compare all buffers with what they were: something may have written to them without a trace."""
         self._buffers = [(buffer, before, -1) for buffer, before, _ in self._buffers]
+        self._attributes.distrust()
+        self._sums = self._attributes.sums()
 
     def restore(self) -> None:
         """Put all of it back. Raises ValueError where something wrote to what is too large for that."""
@@ -169,9 +189,15 @@ class Start:
                     f"are several; in eval mode those up to {LARGEST_BUFFER >> 20} MiB are put back, in train mode "
                     "(model.train()) all: have a smaller one, or write to a copy"
                 )
+        if self._sums is not None and self._sums != self._attributes.sums():
+            raise ValueError(
+                "model: its forward writes to a parameter through .data, and every run of a batch would again, of "
+                "which there are several; take that out of the forward (an average of weights, say)"
+            )
         self.random.restore()
         self._attributes.restore()
-        refill(self._containers)
+        self._given.refill()
+        torch.clear_autocast_cache()  # which would outlive what its user writes to weights
         with torch.no_grad():
             for weight, before in self._changed.values():
                 weight.copy_(before)
@@ -301,6 +327,7 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
                 torch.backends.mha.set_fastpath_enabled(False)
                 flags.freeze()
                 yield flags, attributes
+                attributes.refresh()  # what its user changed since the last batch, stays
             except BaseException:
                 sharded.reset(model)
                 raise

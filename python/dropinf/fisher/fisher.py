@@ -198,7 +198,7 @@ class Fisher:
         """
         self._check_whole()
         other = Fisher(self.kind, damping, absolute, _form=self._form)
-        other._count, other._device = self._count, self._device
+        other._count, other._device, other.origins = self._count, self._device, self.origins
         other._shapes, other._digest = self._shapes, self._digest
         other._blocks = [(c, block.with_damping(Damping(damping, absolute))) for c, block in self._blocks]
         return other

@@ -81,9 +81,12 @@ class Opening:
         Raises:
             ValueError: the folder holds another index, or something else.
         """
-        return self.ranks.first(lambda: self._begin(first, found, dtype, append)) or Plan(
-            self.folder, self._create(first, found, dtype), 0
-        )
+        plan = self.ranks.first(lambda: self._begin(first, found, dtype, append))
+        if plan is None:
+            return Plan(self.folder, self._create(first, found, dtype), 0)
+        if self.ranks.rank > 0 and plan.number > 0 and plan.run.shards is None:
+            check_first_batch(self.source, self.folder, plan.manifest, first)  # as rank 0 has
+        return plan
 
     def _begin(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan | None:
         """Return the run to go on with, or None for a new index. Rank 0 alone."""

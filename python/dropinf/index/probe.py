@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ..files import checksum, read_header, serialize
 from ..loss_name import is_same_loss
-from ..workload import first_batch
+from ..workload import check_batches
 from .fingerprint import fingerprint
 from .finished import Finished
 from .folder import PROBE
@@ -56,10 +58,10 @@ def freeze(batch: Any) -> bytes | None:
     tensors: dict[str, Tensor] = {}
     try:
         tree = _frozen(batch, tensors)
-    except (_Unfitting, RecursionError):
+        text = len(json.dumps(tree))
+    except (_Unfitting, RecursionError, ValueError):  # numbers of thousands of digits, say
         return None
-    size = sum(x.numel() * x.element_size() for x in tensors.values())
-    if size > LARGEST:
+    if text + sum(x.numel() * x.element_size() for x in tensors.values()) > LARGEST:
         return None
     return serialize(tensors or {"0": torch.zeros(0)}, {"format": FORMAT, "version": 1, "tree": tree})
 
@@ -91,8 +93,8 @@ def _frozen(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _of_array(value: np.ndarray[Any, Any]) -> Tensor:
     try:
-        return torch.from_numpy(np.ascontiguousarray(value))
-    except TypeError:  # of a dtype that torch has none of
+        return torch.from_numpy(np.array(value))
+    except (TypeError, ValueError):  # of a dtype that torch has none of, or of another order of bytes
         raise _Unfitting from None
 
 
@@ -101,7 +103,7 @@ def thaw(data: bytes, like: Any, path: Path) -> Any:
     header = read_header(safe_metadata(data), path, FORMAT)
     try:
         return _thawed(header["tree"], like, safetensors.torch.load(data))
-    except _Unfitting:
+    except Exception:  # of classes of their user's, which may do anything as they are made
         return None
 
 
@@ -117,6 +119,8 @@ def _thawed(tree: Any, like: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "value":
         return content
     if kind == "tensor":
+        if like is not None and type(like) not in (Tensor, torch.nn.Parameter):
+            raise _Unfitting
         return tensors[content].to(like.device) if isinstance(like, Tensor) else tensors[content]
     if kind == "array":
         return tensors[content].numpy()
@@ -124,28 +128,42 @@ def _thawed(tree: Any, like: Any, tensors: Mapping[str, Tensor]) -> Any:
         return _sequence(content, like, tensors)
     parts = {key: _thawed(part, _part(like, key), tensors) for key, part in content}
     if kind == "mapping":
-        if type(like) is dict or not isinstance(like, Mapping):
-            return parts
-        found = copy.copy(like)
-        if not hasattr(found, "__setitem__") or found.keys() - parts.keys():
-            raise _Unfitting
-        for key, part in parts.items():
-            found[key] = part
-        return found
+        return parts if like is None or type(like) is dict else _mapping(parts, like)
     if not dataclasses.is_dataclass(like) or isinstance(like, type):
         raise _Unfitting
+    _check_derived(like, {field.name for field in dataclasses.fields(like)})
     fields: Any = copy.copy(like)
     for name, part in parts.items():
         object.__setattr__(fields, name, part)
     return fields
 
 
+def _mapping(parts: Mapping[Any, Any], like: Any) -> Any:
+    """Return a mapping of the class of another, which has nothing of that other's."""
+    if not isinstance(like, dict | UserDict) or like.keys() - parts.keys():
+        raise _Unfitting
+    _check_derived(like, {"data"} if isinstance(like, UserDict) else set())
+    found = copy.copy(like)  # with contents of its own
+    for key, part in parts.items():
+        found[key] = part
+    return found
+
+
+def _check_derived(like: Any, known: set[str]) -> None:
+    """Raise _Unfitting where a value has attributes that may have been computed from what it holds."""
+    rest = {name: x for name, x in getattr(like, "__dict__", {}).items() if name not in known}
+    if not all(isinstance(x, _PLAIN) for x in rest.values()):
+        raise _Unfitting
+
+
 def _sequence(content: Sequence[Any], like: Any, tensors: Mapping[str, Tensor]) -> Any:
     known = like if isinstance(like, list | tuple) and len(like) else [None]
     parts = [_thawed(part, known[min(i, len(known) - 1)], tensors) for i, part in enumerate(content)]
-    if isinstance(like, tuple):
-        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
-    return parts
+    if like is None or type(like) in (list, tuple):
+        return tuple(parts) if isinstance(like, tuple) else parts
+    if not (isinstance(like, tuple) and hasattr(like, "_fields")):
+        raise _Unfitting
+    return type(like)(*parts)
 
 
 def _part(like: Any, key: Any) -> Any:
@@ -162,7 +180,13 @@ def compared(source: Source, folder: Path, batches: Iterable[Any]) -> Iterable[A
     manifest = Manifest.load(folder)
     if manifest.made_by is None or not is_same_loss(manifest.made_by[1], source.loss_name()):
         return batches
-    first, batches = first_batch(batches)
+    if isinstance(batches, Sequence):
+        first = next(iter(batches), None)
+    else:
+        check_batches(batches)
+        iterator = iter(batches)  # once: what is read from a stream is gone
+        kept = list(islice(iterator, 1))
+        first, batches = kept[0] if kept else None, chain(kept, iterator)
     check_first_batch(source, folder, manifest, first)
     return batches
 
@@ -184,7 +208,11 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
     if batch is None or 0 not in finished or first not in _fingerprints(batch):
         return
     finished.check_bytes(0)
-    rows = _rows(source, batch)
+    finished.rows(0)  # or say why they cannot be read
+    try:
+        rows = _rows(source, batch)
+    except Exception:  # batches of today are of another form, which the loss tells from them
+        return
     try:
         finished.check_rows(0, rows)
     except ValueError as error:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..files import SUFFIX, checksum, serialize, write_whole
 from ..fisher.fisher import Fisher, FisherKind
-from ..loss_name import is_same_loss
 from ..outflow import Outflow
 from ..ranks import Ranks
 from ..workload import (
@@ -70,7 +69,7 @@ class Writer:
         self.fisher, self.folder, self.codec, self.wrote = fisher, plan.folder, plan.manifest.codec, wrote
         self.places = places  # of the run's samples
         self.made: list[Path] = []  # files of this call
-        self.version, self.loss = source.version(), source.loss_name()
+        self.version = source.version()
         self.finished = Finished(plan)
         self.done, self.parts = self.finished.shards, self.finished.parts
         # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
@@ -164,11 +163,6 @@ class Writer:
         b = self.work.at
         if b is None:
             return
-        if not is_same_loss(self.loss, self.source.loss_name()):
-            raise ValueError(
-                f"loss_fn: by batch {b} it was no longer what it was when this call began, or what it holds or reads "
-                "had changed; rows of two losses do not belong in one index: make an index for each"
-            )
         if b in self.work.again:
             self.outflow.put(flat, partial(self.finished.check_rows, b))
             return
