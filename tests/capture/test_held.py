@@ -242,6 +242,24 @@ def test_other_memories_are_put_back(kind):
     check_put_back(MORE[kind])
 
 
+class Hook:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, _module, _args, out):
+        self.calls += 1
+        return out * (1.0 if self.calls <= LATE else 3.0)
+
+
+def test_hooks_that_are_objects_are_put_back():
+    model, x = nn.Sequential(nn.Linear(3, 4)), [torch.randn(4, 3) for _ in range(LATE)]
+    hook = Hook()
+    model.register_forward_hook(hook)
+    want = torch.einsum("no,ni->noi", 2 * model[0](torch.cat(x)).detach(), torch.cat(x))
+    torch.testing.assert_close(dropinf.Compressor(model, dropinf.Identity(), squares).compress(x)["0"], want)
+    assert hook.calls == 0
+
+
 def test_iterators_are_documented_to_be_left():
     """Nothing puts back what an iterator gave: README says so."""
     model = Late((lambda: itertools.count(1), next)).eval()

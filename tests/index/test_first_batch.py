@@ -115,6 +115,8 @@ def test_a_first_batch_that_is_damaged_or_lost_is_named(tmp_path):
         damage()
         with pytest.raises(ValueError, match=r"first_batch\.safetensors: missing, or damaged"):
             compressor().compress(make_batches(2, 5), out=tmp_path / "idx", append=True)
+    assert compressor().compress(make_batches(), out=tmp_path / "idx").verify() == []  # which writes it again
+    assert compressor().compress(make_batches(2, 5), out=tmp_path / "idx", append=True).verify() == []
 
 
 @dataclasses.dataclass(frozen=True)

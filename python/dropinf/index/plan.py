@@ -24,7 +24,7 @@ from .discard import drop_unbegun
 from .folder import _STRAY, PARTS, PASSAGES, PROBE, SHARDS, SKETCH, check_free
 from .manifest import FUNCTIONS, LayerEntry, Manifest, check_code
 from .parts import Share
-from .probe import check_first_batch, freeze
+from .probe import check_first_batch, freeze, keep_again
 from .runs import Plan
 from .shards import SHARD_BYTES
 
@@ -141,6 +141,8 @@ class Opening:
         makes the others then makes all, and the manifest says so.
         """
         manifest, unfinished = plan.manifest, plan.run.shards is None
+        if plan.number == 0 and not plan.call:
+            keep_again(self.folder, manifest, first)
         other = self._other_loss(manifest)
         if unfinished and manifest.shards:
             self._check_adds(manifest, first, code)

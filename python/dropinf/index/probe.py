@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import checksum, read_header, serialize
+from ..files import checksum, file_checksum, read_header, serialize, write_whole
 from ..loss_name import is_same_loss
 from ..workload import check_batches
 from .fingerprint import fingerprint
@@ -172,6 +172,16 @@ def _part(like: Any, key: Any) -> Any:
     return None if isinstance(like, list | tuple | Set) else getattr(like, str(key), None)
 
 
+def keep_again(folder: Path, manifest: Manifest, first: Any) -> None:
+    """Write the first batch of an index again where its file is damaged or lost, and this is the batch."""
+    path, known = folder / PROBE, manifest.files.get(PROBE)
+    if known is None or (path.is_file() and file_checksum(path) == known):
+        return
+    data = freeze(first)
+    if data is not None and checksum(data) == known:
+        write_whole(path, data)
+
+
 def compared(source: Source, folder: Path, batches: Iterable[Any]) -> Iterable[Any]:
     """Return batches of queries, once the model is seen to give the first batch of an index the gradients it holds.
 
@@ -202,7 +212,10 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
         return
     data = path.read_bytes() if path.is_file() else b""
     if checksum(data) != manifest.files[PROBE]:
-        raise ValueError(f"{path}: missing, or damaged: its bytes do not match their checksum; restore it from a copy")
+        raise ValueError(
+            f"{path}: missing, or damaged: its bytes do not match their checksum; run the call that made the "
+            "index again, which writes it, or restore it from a copy"
+        )
     batch, plan = thaw(data, like, path), next(plans_of(folder, manifest))
     first, finished = plan.began.first, Finished(plan)
     if batch is None or 0 not in finished or first not in _fingerprints(batch):
