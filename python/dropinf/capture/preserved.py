@@ -65,9 +65,7 @@ class Attributes:
         self._members = [(part, dict(part)) for part in members if isinstance(part, dict)]  # not in a script
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
         self._values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
-        hooks = (
-            getattr(m, name, {}) for m in model.modules() for name in _HOOKS
-        )  # of its user's, which may be objects
+        hooks = (getattr(m, name, {}) for m in model.modules() for name in _HOOKS)  # which may be objects
         self._values += [hook for each in hooks for hook in each.values()]
         self._mine = {id(x) for x in (*self.parameters, *model.modules())}
         self._compares = training  # what buffers hold, as nothing counts how often they are written to
