@@ -36,7 +36,7 @@ class GradientsBuilder:
         device: str | torch.device = "cpu",
         origin: Origin | None = None,
     ) -> None:
-        self._shapes, self._digest, self._columns = check_layout(shapes, digest)
+        self._shapes, self._digest, _ = check_layout(shapes, digest)
         if capacity < 0:
             raise ValueError(f"capacity is {capacity}; it must be a number of samples, 0 if unknown")
         width = sum(map(math.prod, self._shapes.values()))

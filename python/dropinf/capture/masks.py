@@ -236,11 +236,8 @@ def _setting(value: Any) -> str | None:
         does = function_text(value)
         return f"{getattr(value, '__qualname__', '')} {checksum(does)}" if does else getattr(value, "__qualname__", "")
     if isinstance(value, SimpleNamespace) or dataclasses.is_dataclass(value) or hasattr(value, "to_diff_dict"):
-        held = (
-            {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-            if (dataclasses.is_dataclass(value))
-            else vars(value)
-        )
+        slots = dataclasses.fields(value) if not hasattr(value, "__dict__") else ()
+        held = {f.name: getattr(value, f.name, None) for f in slots} | getattr(value, "__dict__", {})
         value = {n: x for n, x in held.items() if n[0] != "_" and n not in _NAMES and _is_plain(x)}
     if not isinstance(value, dict | list | tuple | set | frozenset) or not value or not _is_plain(value):
         return None

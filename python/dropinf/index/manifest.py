@@ -115,7 +115,12 @@ class Manifest:
     @property
     def code(self) -> dict[str, str]:
         """What is known of the model's code, as `RowSource.code`, and of the command line."""
-        return {name: self.about.get(_NOW + name, found) for name, found in self.about.items() if name[:5] != _NOW}
+        return {name: self.about.get(_NOW + name, found) for name, found in self._begun_with.items()}
+
+    @property
+    def _begun_with(self) -> dict[str, str]:
+        """What was known as the index was begun."""
+        return {name: found for name, found in self.about.items() if not name.startswith(_NOW)}
 
     def going_on(self, origin: tuple[str, str], code: Mapping[str, str]) -> Manifest:
         """Return the manifest where a loss and code give all finished rows again, and will give the others."""
@@ -132,8 +137,7 @@ class Manifest:
 
         ``whole``: with the loss and the model's code, which earlier versions left out.
         """
-        about = {name: found for name, found in self.about.items() if not name.startswith(_NOW)}
-        made_with = {"origin": self.origin, "about": about} if whole else {}
+        made_with = {"origin": self.origin, "about": self._begun_with} if whole else {}
         body = {
             **made_with,
             "layers": [asdict(layer) for layer in self.layers],

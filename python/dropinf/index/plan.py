@@ -24,7 +24,7 @@ from .discard import drop_unbegun
 from .folder import _STRAY, PARTS, PASSAGES, PROBE, SHARDS, SKETCH, check_free
 from .manifest import FUNCTIONS, LayerEntry, Manifest, check_code
 from .parts import Share
-from .probe import check_first_batch, freeze, keep_again
+from .probe import check_first_batch, freeze, keep_again, rows_of
 from .runs import Plan
 from .shards import SHARD_BYTES
 
@@ -254,17 +254,12 @@ class Opening:
     def _create(self, first: Any, found: str, dtype: torch.dtype | None) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
         self._check_ids(first)
-        flat = self._rows(first) if self.source.is_sharded or self.ranks.rank == 0 else None
+        flat = rows_of(self.source, first) if self.source.is_sharded or self.ranks.rank == 0 else None
         return self.ranks.first(lambda: self._write_first(first, found, flat, dtype))
 
     def _check_ids(self, first: Any) -> None:
         if self.ids is not None:
             check_ids_stay(self.ids, first)
-
-    def _rows(self, batch: Any) -> Tensor:
-        found: list[Tensor] = []
-        self.source.stream([batch], found.append)
-        return found[0].cpu()
 
     def _write_first(self, first: Any, found: str, flat: Tensor | None, dtype: torch.dtype | None) -> Manifest:
         assert flat is not None

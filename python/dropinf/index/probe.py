@@ -223,13 +223,13 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
     finished.check_bytes(0)
     finished.rows(0)  # or say why they cannot be read
     try:
-        rows = _rows(source, batch)
+        rows = rows_of(source, batch)
     except Exception:  # batches of today are of another form, which the loss tells from them
         return
     try:
         finished.check_rows(0, rows)
     except ValueError as error:
-        if not torch.equal(rows, _rows(source, batch)):
+        if not torch.equal(rows, rows_of(source, batch)):
             return
         raise ValueError(
             f"loss_fn, or the model: of the first batch of {folder}, which it keeps, they now give others than "
@@ -241,7 +241,8 @@ def _fingerprints(batch: Any) -> list[str]:
     return [fingerprint(batch, named=named) for named in (False, True)]
 
 
-def _rows(source: Source, batch: Any) -> Tensor:
+def rows_of(source: Source, batch: Any) -> Tensor:
+    """Return the rows of one batch, on the CPU."""
     found: list[Tensor] = []
     source.stream([batch], found.append)
     return found[0].cpu()
