@@ -10,7 +10,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,11 +162,16 @@ def is_of_a_library(kind: type | types.ModuleType) -> bool:
     return module.__name__ in sys.builtin_module_names or any(_INSTALLED.search(path) for path in paths if path)
 
 
+@functools.lru_cache(4096)  # a model is asked for its code by each call
+def _steps(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(dis.get_instructions(code))
+
+
 @functools.lru_cache(4096)
 def _text(code: types.CodeType) -> bytes:
     """Return what a function does, instruction by instruction."""
     parts: list[bytes] = []
-    for i in dis.get_instructions(code):
+    for i in _steps(code):
         value: Any = i.argval
         if isinstance(value, types.CodeType):
             found = _text(value)
@@ -178,10 +183,11 @@ def _text(code: types.CodeType) -> bytes:
     return b"\n".join(parts)
 
 
-def _written(code: types.CodeType) -> set[str]:
+@functools.lru_cache(4096)
+def _written(code: types.CodeType) -> frozenset[str]:
     """Return the names of containers that a function writes to, or may: what these hold is no constant."""
     found: set[str | None] = set()
-    steps = list(dis.get_instructions(code))
+    steps = _steps(code)
     for at, i in enumerate(steps):
         if i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             found.add(_pushed(steps[:at], 1))
@@ -189,10 +195,10 @@ def _written(code: types.CodeType) -> set[str]:
             found.add(_pushed(steps[:at], 0))
     any_of_them = {*code.co_names, *code.co_freevars} if None in found else set()
     inner = (_written(part) for part in code.co_consts if isinstance(part, types.CodeType))
-    return {name for name in found if name is not None}.union(any_of_them, *inner)
+    return frozenset(name for name in found if name is not None).union(any_of_them, *inner)
 
 
-def _pushed(steps: list[dis.Instruction], above: int) -> str | None:
+def _pushed(steps: Sequence[dis.Instruction], above: int) -> str | None:
     """Return the name of what lies beneath so many values on the stack, or of what it is a part of; None if unclear."""
     for i in reversed(steps):
         if i.is_jump_target or i.opname in ("COPY", "SWAP", "ROT_THREE", "DUP_TOP_TWO"):
@@ -248,7 +254,7 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
         mine = {name: x for name, x in held.items() if not (writes and isinstance(x, _CONTAINERS))}
         return mine | (_globals(called) if inspect.isfunction(called) else {})
     code = loss_fn.__code__
-    counts = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
+    counts = {i.argval for i in _steps(code) if i.opname == "STORE_DEREF"}
     cells = zip(code.co_freevars, loss_fn.__closure__ or (), strict=True)
     found = {name: cell for name, cell in cells if name not in counts}
     held = {name: _read_of(cell.cell_contents, code) for name, cell in found.items() if cell != types.CellType()}
@@ -298,7 +304,7 @@ def _read_of(value: Any, code: types.CodeType) -> Any:
 
 def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
     """Yield what a function does, and the functions in it."""
-    yield from dis.get_instructions(code)
+    yield from _steps(code)
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
             yield from _instructions(part)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropinf
+from dropinf.capture.op_calls import OpCall
 from tests.capture.right_or_refused import Cases, built, check, doubles, runs, squares  # noqa: F401
 
 CASES = Cases()
@@ -73,6 +74,8 @@ def by_expert(x, table):
     return torch.empty_like(rows).index_copy(0, order, rows[order] + table[expert[order]]).view_as(x)
 
 
+STATISTICS = torch.linspace(-1, 1, 6).double(), torch.linspace(0.5, 2, 6).double()
+LESS, MORE = [s[:2] for s in STATISTICS], [s[:4] for s in STATISTICS]
 OPS = {
     "attention_mask_of_all_heads": (lambda x, w: attention(x, w), (6, 6)),
     "attention_mask_of_each_head": (lambda x, w: attention(x, w, scale=0.3), (2, 6, 6)),
@@ -114,6 +117,17 @@ OPS = {
         (4,),
     ),
     "rms_norm": (lambda x, w: F.rms_norm(x, (4,), w, 1e-3), (4,)),
+    "batch_norm": (lambda x, w, b: F.batch_norm(x, *STATISTICS, w, b), (6,), (6,)),
+    "batch_norm_by_name": (lambda x, w: F.batch_norm(x, *STATISTICS, weight=w, training=False, eps=1e-2), (6,)),
+    "batch_norm_of_parts": (
+        lambda x, w, b: torch.batch_norm(x.reshape(-1, 2, 3, 4), w, b, *LESS, False, 0.1, 1e-5, False).view_as(x),
+        (2,),
+        (2,),
+    ),
+    "batch_norm_of_rows": (lambda x, b: F.batch_norm(x.reshape(-1, 4), *MORE, bias=b).view_as(x), (4,)),
+    "batch_norm_of_a_slice": (lambda x, w: F.batch_norm(x, *STATISTICS, w[1:7]), (9,)),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 3, w, b, 1e-3), (6,), (6,)),
+    "group_norm_by_name": (lambda x, w: F.group_norm(x, num_groups=2, weight=w), (6,)),
     "repeated_for_each_head_and_sample": (
         lambda x, w: joined_heads(x.unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1).bmm(w.repeat(len(x), 1, 1)), x),
         (2, 2, 2),
@@ -199,3 +213,13 @@ def test_captured_at_the_op(name):
         warnings.simplefilter("always")
         dropinf.Compressor(model, dropinf.Dropout(2), loss_fn).compress(batches)
     assert not [str(w.message) for w in slower]
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if "_norm" in name and name != "batch_norm_of_parts"])
+def test_sketched_from_the_rows_of_the_op(name, monkeypatch):
+    """No whole gradient of a normalisation is formed."""
+    model, loss_fn, batches = built(lambda: case(*OPS[name]))
+    whole = []
+    monkeypatch.setattr(OpCall, "_by_samples", lambda *args: whole.append(args) or [])
+    dropinf.Compressor(model, dropinf.Dropout(2), loss_fn, audit="never").compress(batches)
+    assert not whole

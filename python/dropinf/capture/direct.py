@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import dropinf_kernels as ops
 
 from .layer import Layer
-from .samples import Rows, Samples
+from .samples import Grid, Rows, Samples
 
 SUMS = {
     torch.add: 1, Tensor.add: 1, Tensor.__add__: 1, Tensor.__radd__: 1,
@@ -31,6 +31,10 @@ MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 NORMS = {
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
+CHANNEL_NORMS = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
 }
 MOST_PRODUCTS = 1 << 21  # that are held at once
 ADDED = {torch.baddbmm, Tensor.baddbmm}
@@ -124,6 +128,8 @@ def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tens
         return _einsum(args, d)
     if function in NORMS and d.ndim == 1:
         return _normalised(function)
+    if function in CHANNEL_NORMS and d.ndim == 1:
+        return _normalised_channels(function)
     return _grouped if "grouped_mm" in getattr(function, "__name__", "") and d.ndim == 3 else None
 
 
@@ -271,6 +277,37 @@ def _normalised(function: Any) -> Handler:
         if weight is d:
             a = samples.tie(function(**(given | {"input": given["input"].detach()})))[0]
         return ops.compress_norm(a, g, index[0][None], cu_seqlens=cu)
+
+    return handler
+
+
+def _normalised_channels(function: Any) -> Handler:
+    def handler(
+        args: Sequence[Any], kwargs: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+    ) -> Tensor | None:
+        given = dict(zip(CHANNEL_NORMS[function], args, strict=False)) | kwargs
+        weight, bias = given.pop("weight", None), given.pop("bias", None)
+        if weight is bias or (weight is not d and bias is not d) or given.pop("training", False):
+            return None
+        if samples.layout not in (None, Grid()) or samples.cu_seqlens is not None or len(g) % samples.n:
+            return None
+
+        def rows(x: Tensor) -> Tensor:
+            """Return [B, kept, *positions] as [N, T, kept]."""
+            return x.reshape(samples.n, len(x) // samples.n, len(index[0]), -1).mT.flatten(1, 2)
+
+        a = None
+        if weight is d:
+            x = given.pop("input").detach()
+            if function is F.batch_norm:  # each channel for itself
+                x, mean, var = (
+                    y.index_select(dim, index[0])
+                    for y, dim in ((x, 1), (given.pop("running_mean"), 0), (given.pop("running_var"), 0))
+                )
+                a = F.batch_norm(x, mean, var, **given)
+            else:
+                a = function(x, **given).index_select(1, index[0])
+        return ops.compress_norm(None if a is None else rows(a), rows(g.index_select(1, index[0])))
 
     return handler
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -118,15 +120,20 @@ def is_of(function: Any, package: str, end: str = "") -> bool:
 
     ``end``: of the name of its file.
     """
-    folder, wraps = Path(getattr(sys.modules.get(package), "__file__", None) or "").parent, False
+    folder, wraps = os.path.dirname(getattr(sys.modules.get(package), "__file__", None) or ""), False
     while function is not None:
         if wraps and isinstance(function, BuiltinFunctionType | MethodDescriptorType):  # as of Tensor.__pow__
             return True
         wraps, code = True, getattr(function, "__code__", None)
-        if code is None or not Path(code.co_filename).is_relative_to(folder) or not code.co_filename.endswith(end):
+        if code is None or not _is_in(code.co_filename, folder) or not code.co_filename.endswith(end):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
+
+
+@functools.lru_cache(4096)
+def _is_in(file: str, folder: str) -> bool:
+    return Path(file).is_relative_to(folder)
 
 
 def is_of_torch(function: Any) -> bool:
