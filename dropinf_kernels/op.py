@@ -148,6 +148,8 @@ def op(
         def eager(*args: P.args, **kwargs: P.kwargs) -> R:
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             if tensors and runs_triton(tensors):
+                if not torch.is_grad_enabled():  # entering no_grad costs more than the question
+                    return triton(*args, **kwargs)
                 with torch.no_grad():
                     return triton(*args, **kwargs)
             return plain(*args, **kwargs)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import triton
@@ -40,8 +41,12 @@ class _Driver:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:
+    @cached_property
+    def _device(self) -> int:
         return sorted(TARGETS).index(next(n for n, t in TARGETS.items() if t == self.target))
+
+    def get_current_device(self) -> int:
+        return self._device
 
     def get_current_stream(self, device: int) -> int:
         return 0
