@@ -14,7 +14,7 @@ from ..op import launches
 from ..ops.embedding import check_embedding, compress_embedding, compress_embedding_int8
 from .launch import check_device, check_index, launch
 from .replay import replayed
-from .tiles import Samples, Side, finish, load_side, operand_dtype, outputs, range_of, sample_and_block, store_block
+from .tiles import Samples, Side, finish, load_left, operand_dtype, outputs, range_of, sample_and_block, store_block
 from .tiling import cdiv, computed_tile
 
 
@@ -60,9 +60,9 @@ def compress_embedding_kernel(
         right = one_hot(ids, offs_i, k_in, p_in_index, p_in_weight, FAN_IN, IN_WEIGHTED)
         # Positions whose id no column names are masked out of the load: they touch no memory.
         named = tl.max(tl.abs(right), 1) > 0.0
-        left = load_side(
-            p_g + rows.to(tl.int64)[None, :] * stride_gt, named[None, :], offs_o, k_out, stride_gd,
-            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE, TURNED=True,
+        left = load_left(
+            p_g + rows.to(tl.int64) * stride_gt, named, offs_o, k_out, stride_gd,
+            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE,
         )  # fmt: skip
         acc = tl.dot(left, right.to(DTYPE), acc, input_precision=PRECISION)
     where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]

@@ -18,7 +18,18 @@ from ..op import launches
 from ..ops.linear import check_linear, check_output_dtype, compress_linear, compress_linear_int8
 from .launch import check_device, check_index, choose, launch
 from .replay import replayed
-from .tiles import Samples, Side, finish, load_side, operand_dtype, outputs, range_of, sample_and_block, store_block
+from .tiles import (
+    Samples,
+    Side,
+    finish,
+    load_left,
+    load_side,
+    operand_dtype,
+    outputs,
+    range_of,
+    sample_and_block,
+    store_block,
+)
 from .tiling import OuterTile, cdiv, outer_candidates
 
 
@@ -42,9 +53,9 @@ def compress_linear_kernel(
     for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         rows = t + tl.arange(0, BLOCK_T)
         live = rows < stop
-        left = load_side(
-            p_g + rows.to(tl.int64)[None, :] * stride_gt, live[None, :], offs_o, k_out, stride_gd,
-            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE, TURNED=True,
+        left = load_left(
+            p_g + rows.to(tl.int64) * stride_gt, live, offs_o, k_out, stride_gd,
+            p_out_index, p_out_weight, FAN_OUT, OUT_GROUP, OUT_WEIGHTED, DTYPE,
         )  # fmt: skip
         right = load_side(
             p_a + rows.to(tl.int64)[:, None] * stride_at, live[:, None], offs_i, k_in, stride_ad,
@@ -84,6 +95,7 @@ def launch_linear(
     stored = torch.int8 if quantize else dtype or torch.float32
     operand = operand_dtype(a, g)
     itemsize = 4 if operand == tl.float32 else 2
+    summed = left.is_summed or right.is_summed
     problem = (samples.number, samples.mean, left.k, right.k, itemsize, left.is_narrow or right.is_narrow, arch)
 
     def launch_tile(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +113,7 @@ def launch_linear(
             IN_WEIGHTED=right.weighted, OUT_WEIGHTED=left.weighted, PACKED=samples.cu_seqlens is not None,
             QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
             BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_T=tile.block_t, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, resident=1 if summed or itemsize == 4 else tile.resident,
         )  # fmt: skip
         if partial is not None:
             finish(partial, out, scale)

@@ -82,6 +82,32 @@ def store_block(p_out, p_scale, n, split, stride_split, values, where, keep, QUA
 
 
 @triton.jit
+def load_left(
+    p_rows, keep_rows, offsets, k, stride, p_index, p_weight,
+    FAN_IN: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Load a sketched side whose rows are contiguous as [columns, rows], the left of a product.
+
+    What loads asynchronously is loaded so. Else lanes lie along a row, as lanes along a column would each ask for a
+    cache line of their own; the tile is turned in registers.
+    """
+    SINGLE: tl.constexpr = GROUP == 1 and p_rows.dtype.element_ty.primitive_bitwidth < 32  # no asynchronous load
+    if FAN_IN == 1 and SINGLE and not WEIGHTED:
+        tile = tl.trans(
+            load_side(
+                p_rows[:, None], keep_rows[:, None], offsets, k, stride, p_index, p_weight,
+                FAN_IN, GROUP, WEIGHTED, DTYPE, TURNED=False,
+            )
+        )  # fmt: skip
+    else:
+        tile = load_side(
+            p_rows[None, :], keep_rows[None, :], offsets, k, stride, p_index, p_weight,
+            FAN_IN, GROUP, WEIGHTED, DTYPE, TURNED=True,
+        )  # fmt: skip
+    return tile
+
+
+@triton.jit
 def load_side(
     p_rows, keep_rows, offsets, k, stride, p_index, p_weight,
     FAN_IN: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr,
@@ -210,7 +236,12 @@ class Side:
     @property
     def is_narrow(self) -> bool:
         """Return whether values load one by one, or are summed before they are multiplied."""
-        return self.fan_in > 1 or self.weighted or (self.fan_in == 1 and self.group < 4)
+        return self.is_summed or (self.fan_in == 1 and self.group < 4)
+
+    @property
+    def is_summed(self) -> bool:
+        """Return whether values are computed with, in registers, before they are multiplied."""
+        return self.fan_in > 1 or self.weighted
 
     @classmethod
     def of(cls, x: Tensor, d: int, index: Tensor | None, weight: Tensor | None, group: int) -> Side:

@@ -32,6 +32,11 @@ class OuterTile:
     stages: int
     splits: int
 
+    @property
+    def resident(self) -> int:
+        """Return how many programs a multiprocessor's registers must hold: one alone waits for each of its loads."""
+        return 2 if self.block_o * self.block_i >= 128 * 128 else 1
+
 
 @dataclass(frozen=True)
 class RowTile:
