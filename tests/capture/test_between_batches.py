@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -69,3 +71,64 @@ def test_a_vector_s_moments_are_of_its_gradient_and_not_of_each_call(name):
     compressor = dropinf.Compressor(model, dropinf.PCA(2), twice)
     compressor.calibrate([batch])
     torch.testing.assert_close(compressor._moments.of(layer)["out"], want)
+
+
+def halved(model, x):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(0.5)
+
+
+def trained(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(0.01 * p.grad)
+    model.zero_grad()
+
+
+def by_a_copy(model, x):
+    copied = copy.deepcopy(model)
+    trained(copied, x)
+    model.load_state_dict(copied.state_dict())
+
+
+def frozen_for_a_while(model, x):
+    trained(model, x)
+    first = next(model.parameters())
+    first.requires_grad_(not first.requires_grad)
+
+
+@pytest.mark.parametrize("step", [halved, trained, by_a_copy, frozen_for_a_while])
+@pytest.mark.parametrize("options", [{}, {"route": {"*": "alone"}}, {"audit": "every"}, {"layers": ["0"]}], ids=str)
+def test_a_model_that_is_trained_between_batches(step, options):
+    """The code that makes batches finds the model as its user left it, hooked though it is."""
+    rows = []
+    for compressed in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def batches(model=model):
+            for n in (4, 4, 3, 4, 4):
+                x = torch.randn(n, 3)
+                yield x
+                step(model, x)
+
+        def loss(m, x):
+            return m(x).square().sum(1)
+
+        if compressed:
+            rows.append(dropinf.Compressor(model, dropinf.Identity(), loss, **options).compress(batches())["0"])
+        else:
+            w = model[0].weight
+            one = []
+            for x in batches():
+                flag = w.requires_grad
+                w.requires_grad_()
+                one += [torch.autograd.grad(losses, w, retain_graph=True)[0] for losses in loss(model, x)]
+                w.requires_grad_(flag)
+            rows.append(torch.stack(one))
+    torch.testing.assert_close(*rows)

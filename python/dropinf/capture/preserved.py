@@ -241,6 +241,17 @@ class Flags:
             parameter.requires_grad_(flag)
 
     @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have no parameter require a gradient inside, and afterwards the flags of now."""
+        self._flags = [(p, p.requires_grad) for p, _ in self._flags]
+        self.given = {id(p): flag for p, flag in self._flags}
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @contextlib.contextmanager
     def own(self, tracked: Iterable[Tensor]) -> Iterator[None]:
         """Have the user's flags inside, and a gradient for what is tracked; frozen afterwards."""
         self.restore()
@@ -317,7 +328,7 @@ def claimed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
-    """Freeze every parameter inside; restore flags, buffers, attributes and random state afterwards."""
+    """Restore buffers, attributes and random state afterwards."""
     with claimed(model):
         sharded.initialise(model)
         sharded.reshard(model)
@@ -328,7 +339,6 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
             try:
                 # The fused inference path of nn.TransformerEncoderLayer would call none of its modules.
                 torch.backends.mha.set_fastpath_enabled(False)
-                flags.freeze()
                 yield flags, attributes
                 attributes.refresh()  # what its user changed since the last batch, stays
             except BaseException:
@@ -337,7 +347,6 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
             finally:
                 sharded.reshard(model)
                 torch.backends.mha.set_fastpath_enabled(fast_path)
-                flags.restore()
                 start.restore()
 
 
