@@ -50,26 +50,37 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
         return function(batch)
     if isinstance(batch, Mapping):
         mapped = {key: map_tensors(function, value) for key, value in batch.items()}
-        if type(batch) is dict:
-            return mapped
-        try:  # a transformers BatchEncoding, say, whose attributes the loss may read
-            clone: Any = copy.copy(batch)
-            data = getattr(clone, "data", None)
-            if isinstance(data, dict):
-                clone.data = mapped
-            else:
-                clone.update(mapped)
-            return clone
-        except (AttributeError, TypeError):
-            return mapped
+        return mapped if type(batch) is dict else _rebuilt(batch, mapped)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, value) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(function, value) for value in batch)
+        return _rebuilt(batch, [map_tensors(function, value) for value in batch])
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
         return dataclasses.replace(batch, **fields)
     return batch
+
+
+def _rebuilt(batch: Any, values: Any) -> Any:
+    """Return a container of a batch's kind with other members, and its own attributes, which a loss may read."""
+    if type(batch) in (list, tuple):
+        return type(batch)(values)
+    try:
+        if isinstance(batch, tuple):
+            clone: Any = tuple.__new__(type(batch), values)
+            vars(clone).update(vars(batch))
+            return clone
+        clone = copy.copy(batch)
+        if getattr(batch, "__dict__", None) is batch:  # so that its members are attributes
+            clone.__dict__ = clone
+        if isinstance(batch, list):
+            clone[:] = values
+        else:
+            for key, value in values.items():
+                clone[key] = value
+    except Exception:  # a class that cannot be copied, or that cannot be written to
+        return tuple(values) if isinstance(batch, tuple) else values
+    return clone
 
 
 def tensors(batch: Any) -> list[Tensor]:

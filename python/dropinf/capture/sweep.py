@@ -76,7 +76,9 @@ class HookedModel:
         """Return what a new recorder makes of the batch, and its number of samples."""
         self.hooked.batches += 1
         try:
-            with self.hooked.flags.frozen():  # not while its user's code makes the next batch, which may train the model
+            with (
+                self.hooked.flags.frozen()
+            ):  # not while its user's code makes the next batch, which may train the model
                 store, n = Run(self.hooked, batch).result()
         except Exception as error:
             explained = explain_batch(self.hooked.known.model, batch, error)
