@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import Gradients, Origin, Shapes, check_layout
+from .gradients import Gradients, Shapes, check_layout
+from .origin import Origin
 from .outflow import Outflow
 
 

@@ -13,24 +13,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .builder import collect, rows_of
-from .capture import sharded
+from .capture import masks, sharded
 from .capture.audit import Audited, When
 from .capture.ladder import Route
 from .capture.layer import Layer
-from .capture.masks import check_weights, code_of, fingerprint, layer_digest, load_masks, masked_layers, save_masks
 from .capture.moments import Moments
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
-from .gradients import CODE, Gradients, Origin
+from .gradients import Gradients
 from .index.folder import SKETCH
 from .index.manifest import Manifest, check_code
 from .index.probe import compared
 from .index.reader import Index
 from .index.writer import write_index
 from .loss_name import name_of_loss
+from .origin import Origin
 from .readonly import ReadOnly
 from .sketch.sketch import Dropout, Sketch
 from .workload import (
@@ -124,7 +124,7 @@ class Compressor:
         compressor = cls.from_masks(
             folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens, audit=audit, route=route, mixing=mixing
         )
-        check_weights(compressor.model, manifest.model, folder)
+        masks.check_weights(compressor.model, manifest.model, folder)
         check_code(compressor.code(), manifest.code, folder)
         compressor._index = folder if compare else None
         return compressor
@@ -150,7 +150,7 @@ class Compressor:
         check_loss(loss_fn)
         compressor = cls.__new__(cls)
         compressor.sketch, compressor._moments = None, Moments({})
-        only = masked_layers(path)
+        only = masks.masked_layers(path)
         compressor._track(model, loss_fn, "*", cu_seqlens, only, audit=audit, route=route, mixing=mixing)
         compressor.load(path)
         return compressor
@@ -359,7 +359,7 @@ class Compressor:
 
     def fingerprint(self) -> str:
         """Return a checksum of the model's weights: rows made with equal weights belong together."""
-        return fingerprint(self.model)
+        return masks.fingerprint(self.model)
 
     def version(self) -> int:
         """Return a number that changes where parameters are written to, or get other memory."""
@@ -367,15 +367,11 @@ class Compressor:
 
     def code(self) -> dict[str, str]:
         """Return checksums of what else the model computes with: its classes and constants, and its settings."""
-        return {} if self.is_sharded else code_of(self.model)
+        return {} if self.is_sharded else masks.code_of(self.model)
 
     def origin(self) -> Origin:
-        """Return what makes the gradients: checksums of the model's parameters and classes, and the loss's name."""
-        if self.is_sharded:
-            return Origin("", self.loss_name())
-        code = self.code()
-        parts = fingerprint(self.model, buffers=False), code["classes and constants"], code["functions"]
-        return Origin(CODE.join(parts), self.loss_name())
+        """Return what makes the gradients: checksums of the model, and the loss's name."""
+        return Origin("" if self.is_sharded else masks.identity(self.model), self.loss_name())
 
     def loss_name(self) -> str:
         """Return by what losses are told apart: the name of the function, its code, and what it holds."""
@@ -383,11 +379,11 @@ class Compressor:
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""
-        return {name: layer_digest(layer) for name, layer in self.layers.items()}
+        return {name: masks.layer_digest(layer) for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks, and the second moments that they were drawn from, to a safetensors file."""
-        save_masks(self.layers, path, self._moments.sums, self._moments.samples)
+        masks.save_masks(self.layers, path, self._moments.sums, self._moments.samples)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take the masks that :meth:`save` wrote; a further :meth:`calibrate` adds to their moments.
@@ -395,4 +391,4 @@ class Compressor:
         Raises ValueError where they belong to another model.
         """
         plain = {name: target.kept_whole() for name, target in self._targets.items()}
-        self._layers, self._moments.sums, self._moments.samples = load_masks(plain, path)
+        self._layers, self._moments.sums, self._moments.samples = masks.load_masks(plain, path)

@@ -40,13 +40,6 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def is_same_code(before: str | None, now: str | None) -> bool:
-    """Return whether two checksums of code are equal, as far as they tell: behind the version of Python, if any."""
-    if before is None or now is None or before.partition(":")[0] != now.partition(":")[0]:
-        return True
-    return before == now
-
-
 def is_checksum(text: object) -> bool:
     return isinstance(text, str) and _HASH.fullmatch(text) is not None
 

@@ -7,14 +7,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import is_same_code, plain_name, replacing
+from .files import plain_name, replacing
+from .origin import Origin, check_one_model, joined
 from .readonly import ReadOnly
 
 FORMAT = "dropinf.gradients"
@@ -24,16 +25,6 @@ BLOCK_BYTES = 1 << 28
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rows = int | slice | Tensor | Sequence[int] | Sequence[bool]
-
-
-CODE = "+"  # between the fingerprints of a model's parameters and of its classes
-
-
-class Origin(NamedTuple):
-    """What made gradients."""
-
-    model: str  # fingerprints of its parameters, and of its classes; empty where shards, of which no rank has all
-    loss: str  # name of the loss function, and a fingerprint of its source; empty where it is not known
 
 
 class Sketched(Protocol):
@@ -159,22 +150,6 @@ def check_same_sketch(first: Sketched, second: Sketched, what: str = "query and 
             )
 
 
-def check_same_model(query: Sketched, train: Sketched) -> None:
-    """Raise ValueError where it is known that gradients are of different models."""
-    origins = (getattr(x, "origin", None) for x in (query, train))
-    known = [origin.model.split(CODE) for origin in origins if origin is not None and origin.model]
-    pairs = zip(*known, strict=False) if len(known) > 1 else ()
-    apart = [place for place, (a, b) in enumerate(pairs) if not (is_same_code(a, b) if place == 2 else a == b)]
-    if apart:
-        weights = "the weights were others when they were compressed (or of another dtype)"
-        code = "the weights are the same, and the classes or constants of modules are others"
-        does = "the weights are the same, and what modules do in forward is not, or a constant that they read"
-        raise ValueError(
-            f"query and train are of different models: {(weights, code, does)[apart[0]]}. Compress both with one "
-            "model, which Compressor.from_index checks, or pass other_model=True (for checkpoints, say)"
-        )
-
-
 class Gradients:
     """Compressed per-sample gradients of N samples.
 
@@ -292,14 +267,17 @@ class Gradients:
         """Return the samples of all parts, one part after another.
 
         Raises:
-            ValueError: if there are no parts or they were compressed differently.
+            ValueError: if there are no parts, they were compressed differently, or they are known to be of different
+                models: what would be scored with them could not be compared any more.
         """
         if not parts:
             raise ValueError("parts is empty; Gradients.cat needs at least one")
         for i, part in enumerate(parts[1:], start=1):
             check_same_sketch(parts[0], part, f"parts[0] and parts[{i}]")
-        origin = parts[0].origin if len({part.origin for part in parts}) == 1 else None
-        return Gradients(torch.cat([part.flat for part in parts]), parts[0].shapes, parts[0].digest, origin)
+        names = [f"parts[{i}]" for i in range(len(parts))]
+        check_one_model(parts, names, "Score each on its own, with the gradients of its model")
+        flat = torch.cat([part.flat for part in parts])
+        return Gradients(flat, parts[0].shapes, parts[0].digest, joined([part.origin for part in parts]))
 
     def check_same_sketch(self, other: Sketched, what: str = "query and train") -> None:
         """Raise ValueError naming the first layer in which `other` was compressed differently from self."""

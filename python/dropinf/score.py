@@ -24,13 +24,13 @@ from .gradients import (
     GradientSource,
     Sketched,
     block_rows,
-    check_same_model,
     check_same_sketch,
     placed_blocks,
     share_of,
 )
 from .index.products import Products, Stored
 from .index.reader import Index
+from .origin import check_one_model
 from .ranks import Ranks
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
@@ -102,7 +102,7 @@ def score(
             it nor `train` need fit in memory.
         group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
             reads its own shards); every rank gets all. None: this process alone.
-        other_model: let query and train be of models with different weights, such as two checkpoints.
+        other_model: let query, train and fisher be of models with different weights, such as two checkpoints.
 
     Returns:
         `[Q, N]`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the device of
@@ -110,15 +110,20 @@ def score(
 
     Raises:
         ValueError: unknown kind, missing fisher, `top` below 1, gradients or Fisher of different sketches,
-            gradients of different models, or a Fisher matrix that is singular with its damping.
+            gradients or a Fisher of different models, or a Fisher matrix that is singular with its damping.
     """
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None):
         raise ValueError("out is for the whole matrix from one process; pass neither top nor group with it")
     check_same_sketch(query, train, "query and train")
-    if not other_model:
-        check_same_model(query, train)
     reads_fisher = kind in ("influence", "relative")
+    if not other_model:
+        used = {"query": query, "train": train} | ({"fisher": fisher} if reads_fisher else {})
+        way_out = (
+            "Compress all with one model, which Compressor.from_index checks, or pass other_model=True (for "
+            "checkpoints, say)"
+        )
+        check_one_model(list(used.values()), list(used), way_out)
     if fisher is not None and reads_fisher:
         fisher.check(train, "fisher and train")
     dtype = torch.promote_types(torch.promote_types(query.dtype, train.dtype), torch.float32)
@@ -150,6 +155,7 @@ def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.Process
         ValueError: a Fisher matrix of another sketch, without samples, or singular with its damping.
     """
     fisher.check(train, "fisher and train")
+    check_one_model([fisher, train], ["fisher", "train"], "Use build_fisher(train)")
     ranks = Ranks(group)
     return ranks.sum(fisher.quadratic(share_of(train, ranks.rank, ranks.world)))
 

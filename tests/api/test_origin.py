@@ -72,10 +72,11 @@ def test_an_origin_stays(tmp_path):
     copies += [fisher.whiten(rows), pickle.loads(pickle.dumps(rows)), copy.deepcopy(rows), index, index[:2]]
     copies += [part for _, part in index.blocks(5)] + [Gradients.load(tmp_path / "rows.safetensors")]
     assert [x.origin for x in copies] == [rows.origin] * len(copies)
-    mixed = Gradients.cat([rows, make(1).compress(batches())])
-    assert mixed.origin is None
-    dropinf.score(mixed, rows, kind="dot")  # nothing is known of it
-    dropinf.score(Gradients(rows.flat, rows.shapes, rows.digest), mixed, kind="dot")
+    with pytest.raises(ValueError, match=r"parts\[0\] and parts\[1\] are of different models: the weights"):
+        Gradients.cat([rows, make(1).compress(batches())])
+    unknown = Gradients(rows.flat, rows.shapes, rows.digest)
+    assert Gradients.cat([rows, unknown]).origin is None
+    dropinf.score(unknown, rows, kind="dot")
 
 
 def test_buffers_are_no_weights():

@@ -185,13 +185,15 @@ def stop(kind: str, folder: Path) -> None:
         batches = make_batches(140)
         if odd:
             batches[100], batches[101] = batches[101], batches[100]
-    scale = 2 if kind == "loss" and odd else 1
+    scale = 1e-5 * (1 + odd) if kind == "loss" else 1  # small losses differ as much
+    ids = None if kind != "ids" else lambda batch: [f"{x:.{5 + odd}f}" for x in batch[0][:, 0].tolist()]
     loss = losses if kind == "source" and odd else lambda m, b: scale * losses(m, b)
     try:
         index = dropinf.Compressor(model, dropinf.Dropout(6, seed=kind == "sketch" and odd), loss).compress(
             batches,
             out=folder,
             fisher=fisher,
+            ids=ids,
             group=dist.group.WORLD,
             dtype=torch.int32 if kind == "options" and odd else None,
         )

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 
 import dropinf
-from dropinf.gradients import Origin
 from dropinf.index import compact, plan, write_index
 from dropinf.index.codec import DTYPES, Codec
+from dropinf.origin import Origin
 from tests.faults.jobs import Operations
 
 Call = list[int]  # numbers of batches

@@ -143,5 +143,5 @@ def test_any_array_or_number_may_stand_in_a_batch(extra, tmp_path):
 def test_another_damping_is_of_the_same_gradients(tmp_path):
     index = compressor().compress(make_batches(), out=tmp_path / "idx")
     other = dropinf.build_fisher(compressor(model=make_model(1)).compress(make_batches())).with_damping(0.5)
-    with pytest.raises(ValueError, match="of other weights"):
+    with pytest.raises(ValueError, match="of different models: the weights"):
         index.save_fisher(other)

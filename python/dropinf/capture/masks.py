@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
 from ..loss_name import function_text, functions_of
+from ..origin import CODE
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from ..workload import tensor_bytes
@@ -32,6 +33,7 @@ _SUM = "moments"
 _SETTINGS = (bool, int, float, str, type(None))
 _DEVICES = "cpu", "cuda"
 _NAMES = "name_or_path", "transformers_version", "dtype", "torch_dtype"  # in a configuration
+_LEFT = ("training", "gradient_checkpointing", *_NAMES)  # settings that change no gradient, or are compared elsewhere
 _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
@@ -197,6 +199,25 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
     return checksum(b"\n".join(sorted(parts)))
 
 
+def identity(model: nn.Module) -> str:
+    """Return what a model is known by, as `Origin.model`."""
+    weights, code = fingerprint(model, buffers=False), code_of(model)
+    return CODE.join(
+        (weights, code["classes and constants"], code["functions"], _statistics(model), code["attributes"])
+    )
+
+
+def _statistics(model: nn.Module) -> str:
+    """Return a checksum of a model's persistent buffers of floating point, as running statistics; not of counts."""
+    parts = []
+    for prefix, module in model.named_modules():
+        for name, x in module.named_buffers(recurse=False):
+            if x.is_floating_point() and name not in module._non_persistent_buffers_set:
+                about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype} ".encode()
+                parts.append(about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode()))
+    return checksum(b"\n".join(sorted(parts)))
+
+
 def code_of(model: nn.Module) -> dict[str, str]:
     """Return checksums of a model's classes and constants (buffers that are not saved), of what the classes' functions
     do, and of its modules' settings.
@@ -210,7 +231,7 @@ def code_of(model: nn.Module) -> dict[str, str]:
         kept = {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set) if n in module._buffers}
         found = [f"{n} {checksum(tensor_bytes(x))}" for n, x in kept.items() if x is not None and not x.is_meta]
         constants.append(f"{clean_name(prefix)} {kind} {found}")
-        plain = {n: x for n, x in vars(module).items() if isinstance(x, _SETTINGS) and n[0] != "_" and n != "training"}
+        plain = {n: x for n, x in vars(module).items() if isinstance(x, _SETTINGS) and n[0] != "_" and n not in _LEFT}
         settings.append(f"{clean_name(prefix)} {sorted(plain.items())}")
         rest = {n: text for n, x in vars(module).items() if n[0] != "_" and (text := _setting(x)) is not None}
         hooked = (hook for kind in _HOOKS for hook in vars(module)[kind].values())
@@ -220,7 +241,7 @@ def code_of(model: nn.Module) -> dict[str, str]:
     others += [f"autocast {device} {torch.get_autocast_dtype(device)}" for device in cast]
     lines = {
         "classes and constants": constants,
-        "settings": settings,
+        "attributes": settings,
         "other settings": others,
     }
     sums = {name: checksum("\n".join(text).encode()) for name, text in lines.items()}

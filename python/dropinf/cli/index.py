@@ -263,22 +263,33 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
     row = Codec(recipe.dtype, tuple(compressor.layers), widths).row_bytes
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
     meter = Meter()
-    made = write_index(
-        compressor,
-        work.batches,
-        out,
-        dtype=DTYPES[recipe.dtype],
-        fisher=fisher,
-        ids=ids,
-        append=append,
-        group=ranks.group,
-        about=recipe.about(),
-        progress=progress,
-        wrote=meter,
-    )
+    try:
+        made = write_index(
+            compressor,
+            work.batches,
+            out,
+            dtype=DTYPES[recipe.dtype],
+            fisher=fisher,
+            ids=ids,
+            append=append,
+            group=ranks.group,
+            about=recipe.about(),
+            progress=progress,
+            wrote=meter,
+        )
+    except ValueError:
+        if is_first() and manifest is not None:
+            _take_passages_back(out)
+        raise
     note(meter.summary(sum(ranks.everyone(meter.done))))
     if is_first():
         _say_where(made, out, recipe)
+
+
+def _take_passages_back(out: Path) -> None:
+    """Take out the passages of an append that was refused before it began."""
+    with locked(out, Ranks(None), make=False), contextlib.suppress(OSError, ValueError):
+        settle_passages(out, Manifest.load(out))
 
 
 def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:

@@ -295,9 +295,7 @@ def about_fisher(fisher: Fisher) -> str:
 
 def _compressed(work: Workload, train: Index) -> tuple[list[str], Gradients]:
     """Return the ids and compressed gradients of queries, by the sketch of the index."""
-    recipe = Recipe.of(train.manifest.about)
-    own = recipe is not None and recipe.loader is None  # the loss and the model's code are no user's
-    compressor = Compressor.from_index(train, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens, compare=not own)
+    compressor = Compressor.from_index(train, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     ids = [name for batch in work.batches for name in work.ids(batch)]
     rows = compressor.compress(work.batches)
     if len(ids) != len(rows):

@@ -68,6 +68,14 @@ class Block(ABC):
         """
 
     @abstractmethod
+    def _squares(self) -> float:
+        """Return `sum_n |c_n|^2` of the gradients over `2^self._power()`."""
+
+    def mean_square(self) -> float:
+        """Return the mean of `|c_n|^2`: the trace of F."""
+        return self._squares() * 4.0 ** self._power() / max(1, self.count)
+
+    @abstractmethod
     def _rescale(self, factor: float, ledger: Ledger) -> None:
         """Multiply the sums of squares."""
 
@@ -332,6 +340,9 @@ class DiagonalBlock(Block):
 
     def _has_sums(self) -> bool:
         return self.squares is not None
+
+    def _squares(self) -> float:
+        return 0.0 if self.squares is None else float(self.squares.sum(dtype=torch.float64))
 
     def _add(self, squares: Tensor) -> None:
         self.squares = squares.clone() if self.squares is None else self.squares + squares.to(self.squares.device)

@@ -125,7 +125,7 @@ class DenseBlock(Block):
                 self.rows = [torch.cat([row.to(self.rows[0].device, dtype) for row in self.rows])]
             if self.gram is None:
                 self._fit(largest(self.rows[0]), Ledger())
-            trace = self._trace()
+            trace = self._squares()
             if trace == 0:
                 return None
             mean = trace / (self.count * self.width)
@@ -133,11 +133,11 @@ class DenseBlock(Block):
             self._factor = replace(factor, scale=scale)
         return self._factor
 
-    def _trace(self) -> float:
-        """Return `sum_n |c_n|^2`."""
+    def _squares(self) -> float:
         if self.gram is not None:
             return float(self.gram.diagonal().sum(dtype=torch.float64))
-        return float(torch.linalg.vector_norm(self.rows[0], dtype=torch.float64).square()) * 4.0 ** -self._power()
+        norms = (torch.linalg.vector_norm(row, dtype=torch.float64) for row in self.rows)
+        return sum(float(norm.square()) for norm in norms) * 4.0 ** -self._power()
 
     def _spread(self) -> tuple[float, float]:
         """Return |F|^2 and sum_n |c_n|^4; rows that are held give both from C C^T."""

@@ -86,6 +86,9 @@ class KroneckerBlock(Block):
         left, right = (basis.to(inverse.dtype) for basis in self._eigen()[:2])
         return lambda v: (left @ (self._rotate(v) * inverse) @ right.T).flatten(1)
 
+    def _squares(self) -> float:
+        return 0.0 if self.left is None else float(self.left.diagonal().sum(dtype=torch.float64))
+
     def _rescale(self, factor: float, ledger: Ledger) -> None:
         for total_ in (self.left, self.right):
             if total_ is not None:

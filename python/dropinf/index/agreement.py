@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from ..files import TEMPORARY, checksum
 from ..fisher.fisher import Fisher
 from ..loss_name import HELD
 from ..ranks import Ranks
-from ..workload import Ids, count_of
+from ..workload import count_of
 from .plan import RowSource
+from .probe import rows_of
+from .rows_alike import apart
 
 _SHOWS = 10.0  # seconds until a file that one rank wrote shows on others
 
-_CLOSE = 1e-2  # of losses that are computed on other devices
 _CHECKSUMS = ("model", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
 _WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
 
@@ -32,12 +33,12 @@ def facts_of(
     first: str,
     dtype: torch.dtype | None,
     fisher: Fisher | None,
-    ids: Ids | None,
+    names: object,
     append: bool,
     places: Tensor | None,
     folder: Path,
 ) -> dict[str, object]:
-    """Return what must be the same on all ranks, by name."""
+    """Return what must be the same on all ranks, by name. ``names``: the ids of the first batch, or None."""
     return {
         "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
         "sketch": dict(source.digest()),
@@ -48,7 +49,7 @@ def facts_of(
         "folder": os.path.realpath(folder),
         "dtype": dtype,
         "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
-        "choice of ids": ids is not None,
+        "choice of ids": names,
         "append": append,
     }
 
@@ -82,26 +83,41 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def agree(ranks: Ranks, facts: Mapping[str, object], losses: Sequence[float]) -> None:
-    """Compare what every rank is about to do. `losses`: of the first batch.
+def agree(ranks: Ranks, facts: Mapping[str, object]) -> None:
+    """Compare what every rank is about to do.
 
     Raises:
         ValueError: it names what is different, and on which rank.
     """
-    every = ranks.everyone(({name: str(value) for name, value in facts.items()}, list(losses)))
-    first, its_losses = every[0]
-    for rank, (theirs, probe) in enumerate(every):
+    every = ranks.everyone({name: str(value) for name, value in facts.items()})
+    first = every[0]
+    for rank, theirs in enumerate(every):
         for name, value in first.items():
             if theirs[name] != value:
                 values = "" if name in _CHECKSUMS else f" ({_short(theirs[name])}, not {_short(value)})"
                 raise ValueError(
                     f"group: rank {rank} has another {name} than rank 0{values}; {_WAY_OUT}{_sampler(name)}"
                 )
-        a, b = torch.tensor(probe).double(), torch.tensor(its_losses).double()
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
+
+
+def agree_on_rows(ranks: Ranks, source: RowSource, first: Any) -> None:
+    """Compare the rows that every rank makes of the first batch, where they are not random.
+
+    Raises:
+        ValueError: it names a rank whose model or loss gives other rows.
+    """
+    settled = source.is_sharded or bool(source.losses(first))  # shards run the batch together
+    rows = rows_of(source, first) if settled else None
+    expected = ranks.first(lambda: rows)
+    what = None
+    if rows is not None and expected is not None:
+        what = apart(source.shapes, rows, expected, rows.dtype)
+    for rank, found in enumerate(ranks.everyone(what)):
+        if found is not None:
             raise ValueError(
-                f"group: rank {rank} has other losses of the first batch than rank 0 ({probe[:3]}, not "
-                f"{its_losses[:3]}); {_WAY_OUT}"
+                f"group: rank {rank} has other gradients of the first batch than rank 0 "
+                f"({found.replace('had', 'not')}): its model, its modes and settings, or its loss_fn is another; "
+                f"{_WAY_OUT}"
             )
 
 

@@ -16,6 +16,7 @@ from ..files import SUFFIX, array_file, new_array, plain_name, replacing
 from ..fisher.fisher import Fisher
 from ..gradients import Gradients, GradientSource, block_rows
 from ..gradients import Rows as Selected
+from ..origin import check_one_model
 from .folder import FISHER, PARTS, PASSAGES, PROBE, SHARDS, SKETCH
 from .kept import NEW_FISHER
 from .manifest import NAME
@@ -182,6 +183,9 @@ class White:
 
     index: Indexed
     fisher: Fisher
+
+    def __post_init__(self) -> None:
+        check_one_model([self.fisher, self.index], ["fisher", "index"], "Use build_fisher(index)")
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for offset, part in self.index.blocks(block_rows(self.index)):

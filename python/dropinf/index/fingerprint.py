@@ -8,7 +8,9 @@ import datetime
 import decimal
 import enum
 import fractions
+import inspect
 import pathlib
+import types
 import uuid
 from collections import UserDict, UserList
 from collections.abc import Mapping, Sequence, Set
@@ -24,6 +26,7 @@ _TEXT = (
     datetime.time, datetime.timedelta, range, slice, torch.dtype, torch.device, np.dtype,
 )  # fmt: skip
 _COMMON = {torch.float32, torch.float64, torch.int64, torch.int32, torch.bool}
+_DEEPEST = 32  # objects within objects
 _PLAIN = {str, int, float, bool, type(None)}
 
 
@@ -34,7 +37,8 @@ def fingerprint(batch: Any, *, named: bool = False) -> str:
     of them: lists and tuples, mappings and sets in any order of their own, dataclasses.
 
     Args:
-        named: the samples have ids; a leaf that has no fingerprint counts by its type alone.
+        named: the samples have ids; an object of one's own counts by its type and its attributes, and what has none
+            by its type alone.
 
     Raises:
         ValueError: a leaf that has no fingerprint that stays, such as an object of one's own.
@@ -50,6 +54,7 @@ class _Print:
 
     def __init__(self, named: bool) -> None:
         self.named = named
+        self.within: set[int] = set()  # objects whose attributes are being looked at
 
     def of(self, value: Any, at: str) -> bytes:
         """Return the fingerprint of a value that stands at `at` in the batch, with what was set on it."""
@@ -129,12 +134,33 @@ class _Print:
     def _opaque(self, value: Any, at: str) -> bytes:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         if self.named:
-            return _digest(f"object {kind}")
+            held = _attributes(value)
+            if not held or id(value) in self.within or len(self.within) >= _DEEPEST:
+                return _digest(f"object {kind}")
+            self.within.add(id(value))
+            try:
+                return _digest(f"object {kind}", self.of(held, at))
+            finally:
+                self.within.remove(id(value))
         raise ValueError(
             f"batches: a batch has a {kind}{_place(at)}, which has no fingerprint, so that a later run could not tell "
             "this batch from another; pass ids=, a function that names a batch's samples, or make it a tensor, an "
             "array, text or numbers"
         )
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object of its user's, by name; none of a class, a function or a module."""
+    if isinstance(value, type | types.ModuleType) or inspect.isroutine(value):
+        return {}
+    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    held = {name: getattr(value, name) for name in slots if name[0] != "_" and hasattr(value, name)}
+    own = getattr(value, "__dict__", {})
+    return held | (dict(own) if isinstance(own, dict) else {})
+
+
+def _names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def _place(at: str) -> str:

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Protocol
 
 from ..files import SUFFIX, checksum, file_checksum, sync_folder, write_whole
+from ..fisher.compared import mean_squares
 from ..fisher.fisher import Fisher
-from ..gradients import CODE, GradientSource, Origin
+from ..gradients import GradientSource
+from ..loss_name import is_same_loss
+from ..origin import Origin, check_one_model
 from ..ranks import Ranks
 from .folder import FISHER, locked, names
 from .manifest import Manifest
 
+_SAME_SQUARES = {"int8": 2e-2}  # of a float Fisher matrix beside what an index stores of its rows
 NEW_FISHER = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
 
 
@@ -90,6 +94,22 @@ def _load(index: _Kept) -> Fisher | None:
     return None
 
 
+def check_its_fisher(index: _Kept, fisher: Fisher) -> None:
+    """Raise ValueError where a matrix is known to be of other gradients than an index holds: it is read once."""
+    way_out = "Use build_fisher(index), or fisher.save(path) beside it"
+    check_one_model([fisher, index], ["fisher", str(index.path)], way_out)
+    losses = {loss for _, loss in fisher.origins if loss}
+    if index.origin is not None and not all(is_same_loss(index.origin.loss, loss) for loss in losses):
+        raise ValueError(f"fisher: it is of gradients of another loss than {index.path}. {way_out}")
+    apart = _SAME_SQUARES.get(index.manifest.dtype, 1e-3)
+    for name, mine, its in mean_squares(fisher, index):
+        if not abs(mine - its) <= apart * max(mine, its):
+            raise ValueError(
+                f"fisher: it is of other gradients than {index.path}: those of {name} have a mean square norm of "
+                f"{mine:.6g} in it and of {its:.6g} in the index. {way_out}"
+            )
+
+
 def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
     """Write it into the folder, and return the manifest that names it; see `Index.save_fisher`."""
     fisher.check(index, "fisher and index")
@@ -98,12 +118,9 @@ def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
             f"fisher: it is of {fisher.count} samples, and the index has {len(index)}; use build_fisher(index), or "
             "fisher.save(path) for one of a part"
         )
-    models = {model.partition(CODE)[0] for model, _ in fisher.origins}
-    if index.origin is not None and models - {index.origin.model.partition(CODE)[0]}:
-        raise ValueError(
-            f"fisher: it is of gradients of other weights than {index.path}; use build_fisher(index), or "
-            "fisher.save(path) beside it"
-        )
+    with locked(index.path, Ranks(None), make=False):
+        pass  # the folder is there
+    check_its_fisher(index, fisher)
     with locked(index.path, Ranks(None), make=False):
         now = Manifest.load(index.path)
         if replace(now, files={}) != replace(index.manifest, files={}):

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import checksum, is_checksum, is_same_code, whole_number, write_whole
+from ..files import checksum, is_checksum, whole_number, write_whole
+from ..origin import is_same_code
 from .codec import DTYPES, Codec
 from .folder import FISHER, PASSAGES, PROBE, SKETCH
 
@@ -374,7 +375,7 @@ def _strings(value: object, what: str) -> dict[str, str]:
 
 _CODE = {
     FUNCTIONS: "what its modules' forward does, or a function or constant that it reads",
-    "settings": "numbers and text in attributes of modules",
+    "attributes": "numbers and text in attributes of modules",
     "other settings": "functions and containers in attributes, train mode and hooks of modules, autocast",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import TEMPORARY, checksum, file_checksum, is_same_code, make_folder, replacing, write_whole
-from ..gradients import Origin
+from ..files import TEMPORARY, checksum, file_checksum, make_folder, replacing, write_whole
 from ..loss_name import is_same_loss
+from ..origin import Origin, is_same_code
 from ..ranks import Ranks
 from ..workload import Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
@@ -104,6 +105,7 @@ class Opening:
         manifest = left
         code = self.source.code()
         changed = self._check_same(manifest, dtype, code)
+        self._save_sketch_again(manifest)
         self._check_ids(first)
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
@@ -182,6 +184,16 @@ class Opening:
                     f"out: {path} holds other masks than those of this compressor; take them with "
                     "Compressor.from_masks, or name another folder"
                 )
+
+    def _save_sketch_again(self, manifest: Manifest) -> None:
+        """Write masks that are damaged or lost again, where this compressor's are those."""
+        path, known = self.folder / SKETCH, manifest.files.get(SKETCH)
+        if known is None or (path.is_file() and file_checksum(path) == known):
+            return
+        with suppress(ValueError), replacing(path) as temporary:
+            self.source.save(temporary)
+            if file_checksum(temporary) != known:
+                raise ValueError("masks of a compressor that was calibrated further, say")
 
     def _check_something_left(
         self, plan: Plan, other_loss: str | None, manifest: Manifest, code: Mapping[str, str]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,10 +142,12 @@ def _thawed(tree: Any, like: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _mapping(parts: Mapping[Any, Any], like: Any) -> Any:
     """Return a mapping of the class of another, which has nothing of that other's."""
-    if not isinstance(like, dict | UserDict) or like.keys() - parts.keys():
+    if not isinstance(like, dict | UserDict):
         raise _Unfitting
     _check_derived(like, {"data"} if isinstance(like, UserDict) else set())
     found = copy.copy(like)  # with contents of its own
+    for key in like.keys() - parts.keys():  # that batches of then had not
+        del found[key]
     for key, part in parts.items():
         found[key] = part
     return found
@@ -204,8 +208,8 @@ def compared(source: Source, folder: Path, batches: Iterable[Any]) -> Iterable[A
 def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: Any) -> None:
     """Raise ValueError where a model and a loss make other rows of the first batch of an index than it holds.
 
-    ``like``: a batch of today's. Nothing is said where the index keeps no batch, where batches are now of another form,
-    and where the rows are random.
+    ``like``: a batch of today's. Where the batch that is kept fits neither its form nor plain containers, a warning
+    says that nothing was compared. Nothing is said where the index keeps no batch, and where the rows are random.
     """
     path = folder / PROBE
     if source.is_sharded or PROBE not in manifest.files:
@@ -216,16 +220,21 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
             f"{path}: missing, or damaged: its bytes do not match their checksum; run the call that made the "
             "index again, which writes it, or restore it from a copy"
         )
-    batch, plan = thaw(data, like, path), next(plans_of(folder, manifest))
-    first, finished = plan.began.first, Finished(plan)
-    if batch is None or 0 not in finished or first not in _fingerprints(batch):
+    plan = next(plans_of(folder, manifest))
+    finished = Finished(plan)
+    if 0 not in finished:
         return
     finished.check_bytes(0)
     finished.rows(0)  # or say why they cannot be read
-    try:
-        rows = rows_of(source, batch)
-    except Exception:  # batches of today are of another form, which the loss tells from them
+    found = _computed(source, data, like, path, plan.began.first)
+    if found is None:
+        warnings.warn(
+            f"{folder}: the first batch that it keeps could not be compared with what the model and the loss now give, "
+            "as batches are of another form than then: see to it that both are those of then",
+            stacklevel=3,
+        )
         return
+    batch, rows = found
     try:
         finished.check_rows(0, rows)
     except ValueError as error:
@@ -235,6 +244,17 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
             f"loss_fn, or the model: of the first batch of {folder}, which it keeps, they now give others than "
             "the gradients it holds; use the loss and the model's code of then, or name another folder"
         ) from error
+
+
+def _computed(source: Source, data: bytes, like: Any, path: Path, first: str) -> tuple[Any, Tensor] | None:
+    """Return a batch that was kept, and its rows of today: in the form of today's batches, or in plain containers."""
+    for form in (like, None):
+        batch = thaw(data, form, path)
+        if batch is None or first not in _fingerprints(batch):
+            continue
+        with suppress(Exception):  # of a loss that takes batches of another form
+            return batch, rows_of(source, batch)
+    return None
 
 
 def _fingerprints(batch: Any) -> list[str]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..fisher.fisher import Fisher
-from ..gradients import At, Gradients, Origin, Rows, Shapes, check_rows, positions_of
+from ..gradients import At, Gradients, Rows, Shapes, check_rows, positions_of
+from ..origin import Origin
 from ..ranks import Ranks
 from .ahead import Piece, pieces_of, read_ahead, smaller
 from .compact import compact
@@ -113,8 +114,7 @@ class Index:
     @property
     def origin(self) -> Origin | None:
         """The model and the loss that made it; None for an index of the first format version."""
-        made_by = self.manifest.made_by
-        return None if made_by is None else Origin(*made_by)
+        return None if (made_by := self.manifest.made_by) is None else Origin(*made_by)
 
     @property
     def dtype(self) -> torch.dtype:

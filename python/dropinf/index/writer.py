@@ -26,13 +26,14 @@ from ..ranks import Ranks
 from ..workload import (
     Ids,
     check_ids,
+    check_ids_stay,
     check_order,
     first_batch,
     order_of,
     sampler_of_ranks,
     shuffles,
 )
-from .agreement import agree, check_one_folder, compare_batches, facts_of
+from .agreement import agree, agree_on_rows, check_one_folder, compare_batches, facts_of
 from .codec import DTYPES
 from .compact import compact_gathered
 from .discard import discard
@@ -381,11 +382,11 @@ def write_index(
         if isinstance(batches, Share):
             first, found, places = *ranks.first(lambda: (first, found)), order_of(None, batches.order)
         if ranks.world > 1:
-            agree(
-                ranks,
-                facts_of(source, batches, found, dtype, fisher, ids, append, places, folder),
-                source.losses(first),
-            )
+            if ids is not None:
+                check_ids_stay(ids, first)
+            names = None if ids is None else ids(first)
+            agree(ranks, facts_of(source, batches, found, dtype, fisher, names, append, places, folder))
+            agree_on_rows(ranks, source, first)
         plan = Opening(source, batches, folder, ranks, ids, about).plan(first, found, dtype, append)
         Writer(source, batches, mine, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)
