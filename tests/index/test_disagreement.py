@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dropinf
 from dropinf.index.codec import NOISE
-from dropinf.index.finished import _scaled, _worst
+from dropinf.index.rows_alike import _scaled, _worst
 from tests.index.small import loss_fn, make_batches, make_compressor, make_model
 from tests.index.test_runs import StopError, interrupted
 
@@ -120,7 +120,7 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path):
         with pytest.raises(ValueError, match="its classes and constants are not those that"):
             dropinf.Compressor.from_index(made, other, loss_fn)
     with (
-        pytest.warns(UserWarning, match="its settings are not those that"),
+        pytest.warns(UserWarning, match="its attributes are not those that"),
         pytest.raises(ValueError, match="which it keeps, they now give others"),
     ):
         compressor(model=Scaled(*make_model(), factor=5.0)).compress(

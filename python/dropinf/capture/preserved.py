@@ -328,7 +328,7 @@ def claimed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
-    """Restore buffers, attributes and random state afterwards."""
+    """Put buffers, attributes and random state back afterwards."""
     with claimed(model):
         sharded.initialise(model)
         sharded.reshard(model)

@@ -124,6 +124,6 @@ class Work:
         difference = self.finished.difference(b, self._print(b, batch), None if self.ids is None else self.ids(batch))
         if difference is not None:
             raise ValueError(
-                f"{difference}; go on with the batches of then, pass append=True to add others to a finished index "
-                f"({self.finished.plan.folder}), or name another folder"
+                f"{difference}; go on with the batches of then, give up the run that was begun (Index.discard()), add "
+                f"others to a finished index (append=True; {self.finished.plan.folder}), or name another folder"
             )

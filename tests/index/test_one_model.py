@@ -1,0 +1,296 @@
+"""What is kept together, or scored together, is of one model, one loss and the same samples."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dropinf
+from dropinf.index.folder import SKETCH
+from tests.index.small import make_batches, make_model
+
+KINDS = ("block", "joint", "diagonal", "kronecker")
+
+
+def plain(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def tripled(model, batch):
+    return 3 * plain(model, batch)
+
+
+def compressor(loss_fn=plain, model=None, **options):
+    return dropinf.Compressor(model or make_model(), dropinf.Dropout(3), loss_fn, **options)
+
+
+def relabelled(batches):
+    return [(x, y.roll(1)) for x, y in batches]
+
+
+def half_twice():
+    rows = compressor().compress(make_batches())
+    half = rows[: len(rows) // 2]
+    return half, half
+
+
+OTHERS = {
+    "labels": lambda: [compressor().compress(relabelled(make_batches()))],
+    "loss": lambda: [compressor(tripled).compress(make_batches())],
+    "half twice": half_twice,
+    "model": lambda: [compressor(model=make_model(1)).compress(make_batches())],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_fisher_matrix_of_other_gradients_is_not_kept(other, kind, tmp_path):
+    index = compressor().compress(make_batches(), out=tmp_path / "idx")
+    fisher = dropinf.Fisher(kind)
+    for rows in OTHERS[other]():
+        fisher.update(rows)
+    with pytest.raises(ValueError, match=r"fisher: it is of|of different models"):
+        index.save_fisher(fisher)
+    assert index.manifest.files.keys() == dropinf.Index.open(tmp_path / "idx").manifest.files.keys()
+    assert "fisher.safetensors" not in index.manifest.files
+
+
+@pytest.mark.parametrize("size", [1e-18, 1, 1e18])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_a_fisher_matrix_of_its_gradients_is_kept(dtype, kind, size, tmp_path):
+    """Whatever they are stored in: the matrix may be of what was there before."""
+
+    def sized(model, batch):
+        return size * plain(model, batch)
+
+    if dtype == torch.float16 and size != 1:
+        return  # it holds no such numbers
+    rows = compressor(sized).compress(make_batches())
+    index = compressor(sized).compress(make_batches(), out=tmp_path / "idx", dtype=dtype)
+    for fisher in (dropinf.build_fisher(rows, kind), dropinf.build_fisher(index, kind)):
+        index.save_fisher(fisher)
+    assert dropinf.Index.open(tmp_path / "idx").fisher().count == len(index)
+
+
+def test_a_fisher_matrix_of_another_model_is_not_used(tmp_path):
+    index = compressor().compress(make_batches(), out=tmp_path / "idx")
+    query, others = compressor().compress(make_batches(2)), compressor(model=make_model(1)).compress(make_batches())
+    mixed = dropinf.build_fisher(index).update(others)
+    for fisher in (dropinf.build_fisher(others), mixed):
+        for kind in ("influence", "relative"):
+            with pytest.raises(ValueError, match=r"fisher (is|and train are|and query are)|query and fisher are"):
+                dropinf.score(query, index, fisher, kind=kind)
+            dropinf.score(query, index, fisher, kind=kind, other_model=True)
+        dropinf.score(query, index, fisher, kind="dot")  # which does not read it
+        with pytest.raises(ValueError, match="of different models"):
+            dropinf.self_influence(index, fisher)
+        with pytest.raises(ValueError, match="of different models"):
+            index.whitened(tmp_path / "white.npy", fisher)
+    assert not (tmp_path / "white.npy").exists()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(12, 10), nn.BatchNorm1d(10), nn.Linear(10, 5)
+        self.temperature, self.name_or_path, self.gradient_checkpointing = 1.0, "here", False
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)).relu()) / self.temperature
+
+
+def trained_mode(m):
+    m.train()
+    m(torch.randn(8, 12))
+    m.eval()
+
+
+CHANGES = {
+    "running statistics": (trained_mode, "buffers are others"),
+    "temperature": (lambda m: setattr(m, "temperature", 4.0), "settings of modules are others"),
+    "eps": (lambda m: setattr(m.norm, "eps", 0.1), "settings of modules are others"),
+}
+SAME = {
+    "a count": lambda m: m.calls.add_(3),
+    "its name": lambda m: setattr(m, "name_or_path", "/elsewhere"),
+    "checkpoints": lambda m: setattr(m, "gradient_checkpointing", True),
+    "a gradient": lambda m: m(torch.randn(2, 12)).sum().backward(),
+    "a saved state": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())),
+}
+
+
+def data(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(4, 12, generator=g), torch.randint(5, (4,), generator=g)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_computes_something_else_is_another(change):
+    model = Net().eval()
+    train = compressor(model=model).compress(data(3))
+    CHANGES[change][0](model)
+    query = compressor(model=model).compress(data(1, 1))
+    with pytest.raises(ValueError, match=CHANGES[change][1]):
+        dropinf.score(query, train, kind="dot")
+    dropinf.score(query, train, kind="dot", other_model=True)
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_a_model_that_computes_the_same_is_the_same(change):
+    model = Net().eval()
+    train = compressor(model=model).compress(data(3))
+    SAME[change](model)
+    dropinf.score(compressor(model=model).compress(data(1, 1)), train, kind="dot")
+
+
+class Hidden:
+    def __init__(self, scale):
+        self.scale = scale
+
+
+class Scaled(nn.Module):
+    """Its scale is where no comparison of code looks."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.of, self.hidden = make_model(), Hidden(scale)
+
+    def forward(self, x):
+        return self.of(x) * self.hidden.scale
+
+
+@dataclasses.dataclass
+class Fields:
+    x: Any
+    y: Any
+
+
+def of_any(model, batch):
+    if isinstance(batch, Fields):
+        batch = batch.x, batch.y
+    x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch[:2]
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+FORMS = {
+    "pairs": lambda x, y: (x, y),
+    "lists": lambda x, y: [x, y],
+    "dict": lambda x, y: {"x": x, "y": y},
+    "a key more": lambda x, y: {"x": x, "y": y, "number": torch.arange(len(x))},
+    "fields": Fields,
+}
+
+
+@pytest.mark.parametrize("now", FORMS)
+@pytest.mark.parametrize("then", ["pairs", "dict"])
+def test_the_first_batch_is_compared_whatever_form_batches_have_now(then, now, tmp_path):
+    index = compressor(of_any, Scaled(1.0)).compress([FORMS[then](*b) for b in make_batches()], out=tmp_path / "idx")
+    more = [FORMS[now](*b) for b in make_batches(2, 5)]
+    with pytest.raises(ValueError, match="they now give others than the gradients it holds"):
+        dropinf.Compressor.from_index(index, Scaled(4.0), of_any).compress(more)
+    with pytest.raises(ValueError, match="they now give others than the gradients it holds"):
+        compressor(of_any, Scaled(4.0)).compress(more, out=tmp_path / "idx", append=True)
+    dropinf.Compressor.from_index(index, Scaled(1.0), of_any).compress(more)
+    compressor(of_any, Scaled(1.0)).compress(more, out=tmp_path / "idx", append=True)
+
+
+def test_a_first_batch_that_cannot_be_compared_is_told_of(tmp_path):
+    def of_fields(model, batch):
+        return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+    index = compressor(of_fields).compress([Fields(*b) for b in make_batches()], out=tmp_path / "idx")
+    with pytest.warns(UserWarning, match="the first batch that it keeps could not be compared"):
+        dropinf.Compressor.from_index(index, make_model(), of_fields).compress(
+            [SimpleNamespace(x=x, y=y) for x, y in make_batches(2, 5)]
+        )
+
+
+class Record:
+    """As graphs, or the samples of a detector, are held."""
+
+    def __init__(self, x, y, names):
+        self.x, self._store, self.names = x, {"y": y}, names
+
+    @property
+    def y(self):
+        return self._store["y"]
+
+
+class Slotted:
+    __slots__ = ("names", "x", "y")
+
+    def __init__(self, x, y, names):
+        self.x, self.y, self.names = x, y, names
+
+
+class Nested:
+    def __init__(self, x, y, names):
+        self.inside, self.names, self.itself = Record(x, y, names), names, self
+
+    @property
+    def x(self):
+        return self.inside.x
+
+    @property
+    def y(self):
+        return self.inside.y
+
+
+def of_record(model, batch):
+    return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+
+@pytest.mark.parametrize("kind", [Record, Slotted, Nested])
+def test_objects_of_one_s_own_are_told_apart(kind, tmp_path):
+    """With ids, which they need, a corrected label shows."""
+    plain_batches = make_batches()
+    names = [[f"{b}-{i}" for i in range(len(y))] for b, (_, y) in enumerate(plain_batches)]
+    batches = [kind(x, y, name) for (x, y), name in zip(plain_batches, names, strict=True)]
+    corrected = [
+        kind(x, y.roll(int(b == 2)), name) for b, ((x, y), name) in enumerate(zip(plain_batches, names, strict=True))
+    ]
+    options = {"out": tmp_path / "idx", "ids": lambda batch: batch.names}
+    with pytest.raises(KeyboardInterrupt):
+        compressor(of_record).compress(Until(batches, 5), **options)
+    with pytest.raises(ValueError, match="batch 2 is another"):
+        compressor(of_record).compress(corrected, **options)
+    index = compressor(of_record).compress([copy.deepcopy(batch) for batch in batches], **options)
+    torch.testing.assert_close(index[:].flat, compressor().compress(plain_batches).flat)
+    assert len(compressor(of_record).compress(corrected, append=True, **options)) == 2 * len(index)
+
+
+class Until(list):
+    """Batches that end in an error."""
+
+    def __init__(self, batches, stop):
+        super().__init__(batches)
+        self.stop = stop
+
+    def __getitem__(self, i):
+        if i == self.stop:
+            raise KeyboardInterrupt
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_masks_that_are_lost_are_written_again(damage, tmp_path):
+    index = compressor().compress(make_batches(), out=tmp_path / "idx")
+    path = tmp_path / "idx" / SKETCH
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(whole[:-1])
+    assert index.verify()
+    compressor().compress(make_batches(), out=tmp_path / "idx")
+    assert path.read_bytes() == whole
+    assert not dropinf.Index.open(tmp_path / "idx").verify()
