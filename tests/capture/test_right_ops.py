@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import dropinf
 from dropinf.capture.op_calls import OpCall
@@ -74,6 +74,20 @@ def by_expert(x, table):
     return torch.empty_like(rows).index_copy(0, order, rows[order] + table[expert[order]]).view_as(x)
 
 
+def written(x, function, *args):
+    """Call an op that writes to x, or to a copy of what tanh keeps."""
+    x = x.clone() if x.grad_fn is not None and "Tanh" in x.grad_fn.name() else x
+    function(x, *args)
+    return x
+
+
+def seen_by_others(x, w):
+    x = x.clone()
+    other, turned = x, x.transpose(0, 1)
+    x += w
+    return x * 2 + other + turned.transpose(0, 1)
+
+
 STATISTICS = torch.linspace(-1, 1, 6).double(), torch.linspace(0.5, 2, 6).double()
 LESS, MORE = [s[:2] for s in STATISTICS], [s[:4] for s in STATISTICS]
 OPS = {
@@ -117,6 +131,30 @@ OPS = {
         (4,),
     ),
     "rms_norm": (lambda x, w: F.rms_norm(x, (4,), w, 1e-3), (4,)),
+    "added_in_place": (lambda x, w: written(x, Tensor.__iadd__, w), (6, 4)),
+    "added_twice_in_place": (lambda x, v, w: written(written(x, Tensor.add_, v), Tensor.__isub__, w), (4,), (1, 6, 4)),
+    "added_and_changed_in_place": (lambda x, w: written(x, Tensor.sub_, w).mul_(2).tanh_(), (6, 4)),
+    "added_in_place_where_others_look": (lambda x, w: seen_by_others(x, w), (4,)),
+    "set_by_a_mask": (lambda x, w: written(x, Tensor.__setitem__, x[..., 0] > 0, w), (4,)),
+    "set_by_a_mask_of_samples": (lambda x, w: written(x, Tensor.__setitem__, x[:, 0, 0] > 0, w), (6, 4)),
+    "set_at_a_position": (lambda x, w: written(x, Tensor.__setitem__, (slice(None), 1), w), (4,)),
+    "set_twice": (
+        lambda x, v, w: written(
+            written(x, Tensor.__setitem__, x[..., 0] > 0, v), Tensor.__setitem__, (slice(None), slice(1, 3)), w
+        ),
+        (4,),
+        (4,),
+    ),
+    "where": (lambda x, w: torch.where(x[..., :1] > 0, w, x), (4,)),
+    "where_elsewhere": (lambda x, w: torch.where(x > 0, x * 2, w), (6, 4)),
+    "where_of_a_method": (lambda x, w: x.where(x[..., :2].repeat(1, 1, 2) > 0, w), (1, 1, 4)),
+    "where_of_a_parameter": (lambda x, w: w.where(x > 0, x), (4,)),
+    "where_both": (lambda x, w: x + torch.where(x > 0, w, w), (4,)),
+    "where_of_two": (lambda x, v, w: x + torch.where(x > 0, v, w), (4,), (6, 1)),
+    "where_time_first": (
+        lambda x, w: torch.where(x.mT.mT.transpose(0, 1) > 0, w, x.transpose(0, 1)).transpose(0, 1),
+        (4,),
+    ),
     "batch_norm": (lambda x, w, b: F.batch_norm(x, *STATISTICS, w, b), (6,), (6,)),
     "batch_norm_by_name": (lambda x, w: F.batch_norm(x, *STATISTICS, weight=w, training=False, eps=1e-2), (6,)),
     "batch_norm_of_parts": (
@@ -177,6 +215,27 @@ for name, (op, *shapes) in OPS.items():
     CASES.add()(of)
 
 
+OTHERS_IN_PLACE = {
+    "scaled": (lambda x, w: written(x, Tensor.__imul__, w), (6, 4)),
+    "a view": (lambda x, w: written(x.clone().transpose(0, 1), Tensor.add_, w).transpose(0, 1), (4,)),
+    "set in turned columns": (
+        lambda x, w: written(x, Tensor.__setitem__, (slice(None), slice(None), [2, 0, 3, 1]), w),
+        (4,),
+    ),
+    "set by numbers twice": (lambda x, w: written(x, Tensor.__setitem__, (slice(None), torch.tensor([1, 1])), w), (4,)),
+    "set from a broadcast": (lambda x, w: written(x, Tensor.__setitem__, x[..., 0] > 0, w), (1,)),
+    "set in raw data": (lambda x, w: written(torch.zeros_like(x), Tensor.__setitem__, x[..., 0] > 0, w) * x, (4,)),
+    "into a parameter's copy": (lambda x, w: x + written(w.clone(), Tensor.__setitem__, 0, w[1]), (6, 4)),
+}
+for name, (op, *shapes) in OTHERS_IN_PLACE.items():
+
+    def of(op=op, shapes=shapes):
+        return case(op, *shapes)
+
+    of.__name__ = name.replace(" ", "_")
+    CASES.add()(of)
+
+
 @CASES.add()
 def attention_mask_heads_first():
     return case(lambda x, w: attention_heads_first(x, w[:, None]), (2, 6, 6))
@@ -215,7 +274,15 @@ def test_captured_at_the_op(name):
     assert not [str(w.message) for w in slower]
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if "_norm" in name and name != "batch_norm_of_parts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in OPS
+        if ("_norm" in name or "where" in name or "in_place" in name or "set_" in name)
+        and not name.endswith(("_parts", "_two"))
+    ],
+)
 def test_sketched_from_the_rows_of_the_op(name, monkeypatch):
     """No whole gradient of a normalisation is formed."""
     model, loss_fn, batches = built(lambda: case(*OPS[name]))

@@ -186,3 +186,20 @@ def test_the_model_of_a_query(made, folders, tmp_path):
     assert message == (
         f"model: its weights are not those that {made[0]} was made with; pass the model of then, in the same dtype"
     )
+
+
+def test_a_configuration_that_was_changed_shows_in_the_first_batch(folders, tmp_path):
+    """Neither query nor append; and what a refused append began is taken out."""
+    shutil.copytree(folders("gpt2"), tmp_path / "model")
+    data, more = (
+        write_jsonl(tmp_path / name, make_passages(n)) for name, n in (("data.jsonl", 10), ("more.jsonl", 16))
+    )
+    options = ["--model", tmp_path / "model", "--dim", 3, "--out", tmp_path / "idx"]
+    done = run("index", *options, "--data", data)
+    ask = ["query", tmp_path / "idx", "--text", QUERIES[0], "--json"]
+    assert "attributes" not in run(*ask).stderr + done.stderr
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_epsilon": 0.1}))
+    for command in (ask, ["index", *options, "--data", more, "--append"]):
+        assert "which it keeps, they now give others than the gradients it holds" in error_of(*command)
+    assert run("verify", tmp_path / "idx").stdout.strip() == "sound"

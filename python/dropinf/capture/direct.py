@@ -25,6 +25,8 @@ SUMS = {
     torch.add: 1, Tensor.add: 1, Tensor.__add__: 1, Tensor.__radd__: 1,
     torch.sub: -1, Tensor.sub: -1, Tensor.__sub__: -1,
 }  # fmt: skip
+# Choices -> the places of their condition, of what is taken where it holds, and of what is taken elsewhere.
+CHOICES = {torch.where: (0, 1, 2), Tensor.where: (1, 0, 2)}
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 # Normalisations -> their arguments in order.
@@ -124,6 +126,8 @@ def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tens
         return _lookup
     if function in SUMS or function in PRODUCTS:
         return None if kwargs else _elementwise(function)
+    if function in CHOICES and not kwargs and len(args) == 3:
+        return _chosen(function)
     if function is torch.einsum and not kwargs:
         return _einsum(args, d)
     if function in NORMS and d.ndim == 1:
@@ -261,6 +265,21 @@ def _elementwise(function: Any) -> Handler:
         g, cu = samples.tie(g.flatten(g.ndim - features))
         values = ops.compress_norm(a, g, column[None].to(torch.int32), cu_seqlens=cu)
         return -values if SUMS.get(function) == -1 and args[1] is d else values
+
+    return handler
+
+
+def _chosen(function: Any) -> Handler:
+    added = _elementwise(torch.add)
+
+    def handler(
+        args: Sequence[Any], _kw: dict[str, Any], d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
+    ) -> Tensor | None:
+        condition, there, elsewhere = (args[place] for place in CHOICES[function])
+        nothing = g.new_zeros(())
+        if there is not elsewhere:
+            g = torch.where(condition, g, nothing) if there is d else torch.where(condition, nothing, g)
+        return added((d, g), {}, d, g, samples, index)
 
     return handler
 

@@ -29,7 +29,7 @@ BROADCASTS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadc
 # Ops each row of whose output depends on that row of their arguments alone, but for parameters.
 _BY_ROW = {
     F.layer_norm, F.rms_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.pow,
-    Tensor.pow, torch.maximum, torch.minimum, F.prelu,
+    Tensor.pow, torch.maximum, torch.minimum, F.prelu, torch.where, Tensor.where,
 }  # fmt: skip
 _REPEATS = {Tensor.repeat, torch.tile, Tensor.tile}
 

@@ -34,6 +34,8 @@ from .taps import MARK, in_checkpoint, signature_of
 
 _SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union anew each time
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # its arguments that may have no name
+# What adds in place -> the op that gives the gradient of what is added.
+_ADDS = {Tensor.__iadd__: torch.add, Tensor.add_: torch.add, Tensor.__isub__: torch.sub, Tensor.sub_: torch.sub}
 _EXPANDS = BROADCASTS | {Tensor.repeat, torch.tile, Tensor.tile}
 
 
@@ -108,7 +110,11 @@ class Outside:
                 return self._attention(given, derived)
         name = getattr(function, "__name__", "")
         in_place = name.startswith(("__setitem__", "__i")) or (name.endswith("_") and not name.endswith("__"))
+        written = _written(function, args, kwargs, derived) if in_place else None
         result = self._run(function, args, kwargs, derived)
+        if written is not None and args[0].grad_fn is not None:
+            self._tapped(args[0], *written, {}, derived)
+            return result
         if in_place or "out" in kwargs or not isinstance(result, Tensor) or result.is_complex():
             self.unfit |= {layer.name for t in derived for layer in self.layers_of(t)}
             return _marked(result, DATA)
@@ -192,6 +198,37 @@ def _is_samples_last(function: Any, args: Sequence[Any], kwargs: Mapping[str, An
         return False
     w, x = args
     return w.ndim == x.ndim == 2 and any(t is w for t in derived) and not any(t is x for t in derived)
+
+
+def _written(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derived: Sequence[Tensor]
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """Return the op, with its arguments, that gives a parameter what an op does that adds it to data, or writes it
+    there, in place; None for other ops.
+
+    What was there is no argument: it is gone. Nor is a view written to: its base's history changes.
+    """
+    target, value = args[0], args[-1]
+    if kwargs or len(derived) != 1 or value is not derived[0] or target is value or target._is_view():
+        return None
+    if function in _ADDS and len(args) == 2:
+        return _ADDS[function], (None, value)
+    lead = target.ndim - value.ndim
+    if function is not Tensor.__setitem__ or lead < 1 or target.shape[lead:] != value.shape:
+        return None
+    places = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if sum(_dims_of(place, lead) for place in places) > lead:
+        return None
+    there = torch.zeros(target.shape[:lead], dtype=torch.bool, device=target.device)
+    there[args[1]] = True
+    return torch.where, (there.reshape(*there.shape, *[1] * value.ndim), value, None)
+
+
+def _dims_of(place: Any, most: int) -> int:
+    """Return how many dimensions an index is of, which picks no place twice; more than ``most`` for any other."""
+    if isinstance(place, Tensor):
+        return place.ndim if place.dtype == torch.bool and place.ndim else most + 1
+    return 1 if isinstance(place, int | slice) and not isinstance(place, bool) else most + 1
 
 
 def _marked(result: Any, kind: int | str) -> Any:

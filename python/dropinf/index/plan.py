@@ -119,7 +119,7 @@ class Opening:
                 f"{chosen or 'the first differs'}); finish it with the same ones, or delete the folder{give_up}"
             )
         if not append:
-            why = f" ({chosen})" if chosen else ""
+            why = f" ({chosen or 'the first batch is another'})"
             raise ValueError(
                 f"batches: {self.folder} holds others' gradients{why}; pass append=True to add these, or name another "
                 "folder"
