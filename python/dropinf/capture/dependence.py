@@ -22,6 +22,7 @@ from ..workload import samples_of, tensors
 from . import moves  # noqa: F401  its rules
 from .colours import NONE, SEVERAL
 from .followed import Shown
+from .inside import OPENED, run_inside
 from .labels import Labels, combined
 from .ladder import AttributionError
 from .rules import RULES, Run, flat, pointwise, together
@@ -165,6 +166,8 @@ class _Leaving(TorchFunctionMode):
         shown = self.dependence.shown
         if shown is not None and shown.busy:
             return func(*args, **(kwargs or {}))
+        if func in OPENED and shown is not None and shown.outside is not None:
+            return run_inside(self, func, args, kwargs or {})
         if func in _LEAVE and self.dependence.failure is None:
             self.dependence.leave(args[0])
             self.dependence.known.add(args[0], fixed=False)

@@ -151,7 +151,24 @@ def _entries(a: Tensor, g: Tensor, samples: Samples, rows: Tensor, columns: Tens
         values = g.index_select(1, rows).to(wide) * a.index_select(1, columns).to(wide)
         return values.new_zeros(samples.n, len(rows)).index_add_(0, samples.layout.owner, values)
     (a, cu), (g, _) = samples.tie(a), samples.tie(g)
-    return ops.compress_flat(a, g, rows, columns, cu)
+    grid = _grid(rows, columns)
+    if grid is None:
+        return ops.compress_flat(a, g, rows, columns, cu)
+    lines, inputs, places = grid
+    return ops.compress_linear(a, g, inputs, None, lines, None, 1, cu).flatten(1).index_select(1, places)
+
+
+_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _grid(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the kept rows [1, r] and columns [1, c], if entries are all where these cross, and each entry's place
+    in [r * c]; computed once for a view's places."""
+    if rows not in _grids:
+        (r, down), (c, across) = (x.unique(return_inverse=True) for x in (rows, columns))
+        crosses = min(len(r), len(c)) > 1 and len(r) * len(c) == len(rows)
+        _grids[rows] = (r[None], c[None], down * len(c) + across) if crosses else None
+    return _grids[rows]  # type: ignore[no-any-return]
 
 
 def _bias(

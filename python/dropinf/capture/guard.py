@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import sharded
 from .hooks import Capture
+from .inside import OPENED, run_inside
 from .movement import Movement
 from .op_calls import DERIVED
 from .outside import Outside
@@ -60,6 +61,8 @@ class UseGuard(TorchFunctionMode):
         if func in _ASKS:
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
+        if func in OPENED and self.outside is not None:
+            return run_inside(self, func, args, kwargs)
         tensors = self.movement.pass_by(func, args, kwargs)
         if types:
             self._override(types)

@@ -35,7 +35,7 @@ from .taps import MARK, in_checkpoint, signature_of
 _SEQUENCES = (list, tuple)  # not list | tuple: isinstance would make the union anew each time
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # its arguments that may have no name
 # What adds in place -> the op that gives the gradient of what is added.
-_ADDS = {Tensor.__iadd__: torch.add, Tensor.add_: torch.add, Tensor.__isub__: torch.sub, Tensor.sub_: torch.sub}
+_ADDS = {Tensor.add_: torch.add, Tensor.sub_: torch.sub}
 _EXPANDS = BROADCASTS | {Tensor.repeat, torch.tile, Tensor.tile}
 
 
