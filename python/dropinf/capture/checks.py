@@ -49,8 +49,9 @@ def check_count(n: int, batch: Any, way_out: str) -> None:
     packed = ""
     if 1 < n < max(sizes):
         packed = (
-            ". Where several rows belong to a sample (nodes of graphs, tokens of packed documents), pass cu_seqlens=, "
-            "which says where each sample starts and ends: lambda batch: int [N + 1]"
+            ". Where it leaves samples out (labels of -100, say), give these a loss of 0 instead. Where several rows "
+            "belong to a sample (nodes of graphs, tokens of packed documents), pass cu_seqlens=, which says where each "
+            "sample starts and ends: lambda batch: int [N + 1]"
         )
     raise ValueError(
         f"loss_fn returned {n} losses for a batch whose tensors have leading sizes {sorted(sizes)}; {way_out}{packed}"
