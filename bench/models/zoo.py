@@ -119,6 +119,45 @@ def stack(layer: Callable[[int], nn.Module], pool: nn.Module, x: Tensor) -> Case
     return model, batch, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
 
 
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm with an activation of its own, as image models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.silu(x)
+
+
+def inverted_bottlenecks() -> Case:
+    """Four blocks as those of EfficientNet: widened, a convolution of each channel, and narrowed again."""
+
+    def layer(i: int) -> nn.Module:
+        before, width = 64 if i else 3, 128
+        return nn.Sequential(
+            nn.Conv2d(before, width, 1, bias=False), NormAct(width),
+            nn.Conv2d(width, width, 3, padding=1, stride=2 if i < 2 else 1, groups=width, bias=False), NormAct(width),
+            nn.Conv2d(width, 64, 1, bias=False), nn.BatchNorm2d(64),
+        )  # fmt: skip
+
+    return stack(layer, nn.AdaptiveAvgPool2d(1), torch.randn(N, 3, 64, 64))
+
+
+def transformer_encoder() -> Case:
+    """PyTorch's own encoder, whose attention uses its weights outside of any module of theirs."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.positions = nn.Embedding(VOCABULARY, 128), nn.Parameter(torch.randn(T, 128) / 50)
+            layer = nn.TransformerEncoderLayer(128, 4, 384, 0.0, "gelu", batch_first=True, norm_first=True)
+            self.layers, self.head = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(128, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.layers(self.table(x) + self.positions).mean(1))
+
+    batch = (ids(), torch.randint(0, 2, (N,)))
+    return Encoder(), batch, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
+
+
 def weight_norm() -> Case:
     def layer(i: int) -> nn.Module:
         return nn.utils.parametrizations.weight_norm(nn.Conv1d(64 if i else 32, 64, 5, padding=2))
@@ -208,6 +247,8 @@ CASES: dict[str, Callable[[], Case]] = {
             )
         )
     ),
+    "nn.TransformerEncoder": transformer_encoder,
+    "Inverted bottlenecks": inverted_bottlenecks,
     "Swin": lambda: images(
         t.SwinForImageClassification(
             t.SwinConfig(image_size=64, patch_size=4, embed_dim=48, depths=[2, 2], num_heads=[2, 4], window_size=4)

@@ -321,4 +321,7 @@ def batch_checksum(batch: Any) -> str:
 
 def tensor_bytes(x: Tensor) -> memoryview:
     """Return the values of a tensor as bytes, row-major; no copy of what lies so already."""
+    if x.layout != torch.strided:
+        sparse = x.detach().to_sparse_coo().coalesce()
+        return memoryview(b"".join(tensor_bytes(part) for part in (sparse.indices(), sparse.values())))
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -170,3 +170,15 @@ def test_a_configuration_with_slots_is_read():
     model = nn.Linear(3, 2)
     model.config = SlotsConfig()
     assert len(dropinf.Compressor(model, dropinf.Identity(), squares).compress([torch.randn(4, 3)])) == 4
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers_are_of_the_model(layout, tmp_path):
+    model = nn.Linear(3, 2)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse(layout=layout))
+    compressor = dropinf.Compressor(model, dropinf.Identity(), squares)
+    index = compressor.compress([torch.randn(4, 3)], out=tmp_path / "idx")
+    dropinf.score(compressor.compress([torch.randn(4, 3)]), index, kind="dot")
+    model.adjacency = 2 * model.adjacency
+    with pytest.raises(ValueError, match="buffers are others"):
+        dropinf.score(compressor.compress([torch.randn(4, 3)]), index, kind="dot")
