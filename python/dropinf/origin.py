@@ -68,5 +68,7 @@ def joined(origins: Sequence[Origin | None]) -> Origin | None:
     known = [origin for origin in origins if origin is not None]
     if not known or len(known) < len(origins):
         return None
-    losses = {origin.loss for origin in known}
-    return Origin(min((origin.model for origin in known), key=len), losses.pop() if len(losses) == 1 else "")
+    if "" in {origin.model for origin in known}:
+        return Origin("", known[0].loss) if len(set(known)) == 1 else None
+    losses = sorted({origin.loss for origin in known})
+    return Origin(max((origin.model for origin in known), key=len), " and ".join(losses) if all(losses) else "")

@@ -132,3 +132,94 @@ def test_a_model_that_is_trained_between_batches(step, options):
                 w.requires_grad_(flag)
             rows.append(torch.stack(one))
     torch.testing.assert_close(*rows)
+
+
+def rows_of(model, loss, batches, name):
+    weight = dict(model.named_parameters())[name]
+    return [torch.autograd.grad(one, weight, retain_graph=True)[0].flatten() for x in batches for one in loss(model, x)]
+
+
+def squared(m, x):
+    return m(x).flatten(1).sum(1) ** 2
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 1)).eval()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_statistics_that_are_written_between_batches_stay(last):
+    """As where checkpoints are loaded one after another, and the last answers a query."""
+    model, xs = normed(), [torch.randn(4, 3, 8) for _ in range(3)]
+    checkpoints = [
+        {k: v + 0.3 * torch.rand(v.shape) if v.is_floating_point() else v + 7 for k, v in model.state_dict().items()}
+        for _ in range(3)
+    ]
+    want = []
+
+    def batches():
+        for checkpoint in checkpoints[: 2 if last else 3]:
+            model.load_state_dict(checkpoint)
+            yield from xs[:2]
+        model.load_state_dict(checkpoints[2])
+
+    for checkpoint in checkpoints[: 2 if last else 3]:
+        model.load_state_dict(checkpoint)
+        want += rows_of(model, squared, xs[:2], "0.weight")
+    compressor = dropinf.Compressor(model, dropinf.Identity(), squared)
+    torch.testing.assert_close(compressor.compress(batches())["0"].flatten(1), torch.stack(want))
+    assert all(torch.equal(v, checkpoints[2][k]) for k, v in model.state_dict().items())
+    query = compressor.compress([xs[2]])["0"].flatten(1)
+    torch.testing.assert_close(query, torch.stack(rows_of(model, squared, [xs[2]], "0.weight")))
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n, self.l = nn.Conv1d(3, 4, 3, bias=False), nn.InstanceNorm1d(4), nn.Linear(24, 1)
+        self.register_buffer("mean", torch.zeros(3, 1))
+
+    def forward(self, x):
+        return self.l(torch.tanh(self.n(self.c(torch.tanh(x - self.mean)))).flatten(1))
+
+
+WRITES = {
+    "data": lambda m, x: m.mean.data.copy_(x),
+    "numpy": lambda m, x: m.mean.numpy().__setitem__(slice(None), x.numpy()),
+    "swapped": lambda m, x: setattr(m.mean, "data", x.clone()),
+}
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_buffer_that_is_written_without_a_trace_stays(write, before):
+    torch.manual_seed(0)
+    model, xs = Centred().eval(), [torch.randn(4, 3, 8) for _ in range(6)]
+    compressor = dropinf.Compressor(model, dropinf.Identity(), squared)
+    compressor.compress(xs[:2])
+    want = rows_of(model, squared, xs[:before], "c.weight")
+
+    def batches():
+        yield from xs[:before]
+        WRITES[write](model, torch.tensor([[1.0], [2.0], [-1.0]]).double())
+        yield from xs[before:]
+
+    found = compressor.compress(batches())["c"].flatten(1)
+    assert model.mean.flatten().tolist() == [1.0, 2.0, -1.0]
+    torch.testing.assert_close(found, torch.stack(want + rows_of(model, squared, xs[before:], "c.weight")))
+
+
+def test_buffers_are_put_back_where_a_batch_fails():
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4, momentum=0.5), nn.Flatten(), nn.Linear(24, 1))
+    model.eval()
+
+    def loss(m, x):
+        m[1].running_mean.add_(1)
+        if len(x) == 3:
+            raise RuntimeError("this batch fails")
+        return squared(m, x)
+
+    with pytest.raises(RuntimeError, match="this batch fails"):
+        dropinf.Compressor(model, dropinf.Identity(), loss).compress([torch.randn(n, 3, 8) for n in (4, 4, 3)])
+    assert not model[1].running_mean.any()

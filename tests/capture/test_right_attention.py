@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,3 +117,16 @@ def test_captured_at_the_ops_inside(name, monkeypatch):
     assert not whole
     assert not [str(w.message) for w in slower]
     assert len(compressor.audits) == 1
+
+
+def test_adapters_of_attention():
+    """PEFT makes the frozen weights anew as the modules are listed."""
+    model = Attention(itself).double()
+    config = peft.LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False)
+    model, x = peft.get_peft_model(model, config), [torch.randn(n, T, 3).double() for n in SIZES]
+    rows = dropinf.Compressor(model, dropinf.Identity(), squares).compress(x)
+    assert len(rows.shapes) == 4
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            one = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for xs in x for loss in squares(model, xs)]
+            torch.testing.assert_close(rows[name.removesuffix(".weight")], torch.stack(one))

@@ -237,6 +237,21 @@ for name, (op, *shapes) in OTHERS_IN_PLACE.items():
 
 
 @CASES.add()
+def positions_written_to_the_batch():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.c, self.b = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(3)), nn.Linear(3, 2)
+
+        def forward(self, x):
+            x += self.w
+            x[:, 0] = self.c
+            return self.b(torch.tanh(x))
+
+    return Raw(), squares, [torch.randn(n, 6, 3) for n in SIZES]
+
+
+@CASES.add()
 def attention_mask_heads_first():
     return case(lambda x, w: attention_heads_first(x, w[:, None]), (2, 6, 6))
 

@@ -62,10 +62,11 @@ class Attempts:
         self.cu = None if self.known.cu_seqlens is None else self.known.cu_seqlens(batch)
         self.n = len(self.cu) - 1 if self.cu is not None else self.known.size_hint(batch) or 1
         if not hooked.attributes.is_sharded:
-            hooked.attributes.check_untouched(self.model)
+            hooked.attributes.check_untouched()
         hooked.attributes.refresh()
         copied = hooked.batches == 1 or self.known.writes_batches
         self.start = Start(hooked.attributes, batch, copied=copied, changed=hooked.capture.changed)
+        hooked.attributes.pending = self.start
         self.begun = False
         self.together = False  # whether rows are taken from the pass that finds layouts
         self.colour = False  # whether layouts must be found anew

@@ -60,8 +60,10 @@ class Attributes:
         # Of a call, which asks for them in each batch.
         self.parameters = list(model.parameters())
         self.is_sharded = any(map(sharded.is_sharded, self.parameters))
-        self._modules = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
-        members = (part for m in model.modules() for part in (m._modules, m._parameters))
+        # Listed once: PEFT's attention makes its frozen weights anew as its modules are listed.
+        self._names, modules = zip(*model.named_modules(), strict=True)
+        self._modules = [(m.__dict__, dict(m.__dict__)) for m in modules]
+        members = (part for m in modules for part in (m._modules, m._parameters))
         self._members = [(part, dict(part)) for part in members if isinstance(part, dict)]  # not in a script
         own = _MODULE_ATTRIBUTES - {"_buffers"} - (set() if self.is_sharded else {"_parameters"})
         self._values = [x for _, attributes in self._modules for name, x in attributes.items() if name not in own]
@@ -69,6 +71,7 @@ class Attributes:
         self._values += [hook for each in hooks for hook in each.values()]
         self._mine = {id(x) for x in (*self.parameters, *model.modules())}
         self._compares = training  # what buffers hold, as nothing counts how often they are written to
+        self.pending: Start | None = None  # of a batch that is not done: to be put back where it fails
         self._take()
         self.devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
 
@@ -78,7 +81,7 @@ class Attributes:
         self.held = self._held.tensors
         real = [b for b in self.held if b.layout == torch.strided and not (b.is_meta or b.is_nested)]
         kept = [b for b in real if self._compares or b.numel() * b.element_size() <= LARGEST_BUFFER]
-        self._buffers = [(b, b.detach().clone(), -1 if self._compares else _version(b)) for b in kept]
+        self._buffers = kept
         small = {id(b) for b in kept}
         self._large = [b for b in real if id(b) not in small]
 
@@ -89,7 +92,7 @@ class Attributes:
 
     def distrust(self) -> None:
         """Compare buffers from now on: something may write to them without a trace."""
-        self._buffers = [(buffer, copy, -1) for buffer, copy, _ in self._buffers]
+        self._compares = True
 
     def versions(self) -> list[tuple[nn.Parameter, int]]:
         """Return each parameter, and how often something wrote to it."""
@@ -104,16 +107,20 @@ class Attributes:
         return [(b, _version(b)) for b in self._large]
 
     def buffers(self) -> list[tuple[Tensor, Tensor, int]]:
-        """Return each buffer, a copy of what it holds (the first one where nothing wrote to it), and its version."""
-        found = []
-        for buffer, copy, first in self._buffers:
-            now = -1 if first < 0 else _version(buffer)
-            found.append((buffer, copy if 0 <= first == now else buffer.detach().clone(), now))
-        return found
+        """Return each buffer, a copy of what it holds, and its version; -1 where what it holds is to be compared.
 
-    def check_untouched(self, model: nn.Module) -> None:
+        No earlier copy will do: what its user writes through ``.data`` counts nowhere.
+        """
+        copies = [torch.empty_like(buffer, requires_grad=False) for buffer in self._buffers]
+        with torch.no_grad():
+            if copies:
+                torch._foreach_copy_(copies, self._buffers)  # one launch on a GPU
+        versions = [-1 if self._compares else _version(buffer) for buffer in self._buffers]
+        return list(zip(self._buffers, copies, versions, strict=True))
+
+    def check_untouched(self) -> None:
         """Raise ValueError where attributes were set between batches, which all start from the same ones."""
-        for (name, _), (now, before) in zip(model.named_modules(remove_duplicate=True), self._modules, strict=False):
+        for name, (now, before) in zip(self._names, self._modules, strict=True):
             if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
                 changed = [n for n in now.keys() | before.keys() if now.get(n) is not before.get(n)]
                 raise ValueError(
@@ -121,7 +128,7 @@ class Attributes:
                     "alike; set it before the call, and make a call for each setting"
                 )
 
-        if any(not is_same(now, before) for now, before in self._members):
+        if any(not is_same(now, before) and not _made_anew(now, before) for now, before in self._members):
             raise ValueError(
                 "model: a module or parameter of it was replaced between two batches of a call; make a new Compressor "
                 "for each model"
@@ -134,6 +141,16 @@ class Attributes:
                 now.clear()
                 now.update(before)
         self._held.refill()
+
+
+def _made_anew(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Return whether members are those of before, but for frozen parameters that are others of the same memory."""
+
+    def same(a: Any, b: Any) -> bool:
+        frozen = all(isinstance(x, nn.Parameter) and not x.requires_grad for x in (a, b))
+        return a is b or (frozen and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype)
+
+    return now.keys() == before.keys() and all(same(now[name], before[name]) for name in now)
 
 
 def _version(x: Tensor) -> int:
@@ -219,6 +236,8 @@ class Start:
                 "finds other data; have it write to a copy (x = x * 2 in place of x.mul_(2), or batch.clone())"
             )
         self.was_written = True
+        if x.grad_fn is not None and not x._is_view():
+            x.detach_()  # what wrote to it had a gradient
         x.copy_(before)
         return x, _version(x), before
 
@@ -333,7 +352,7 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
         sharded.initialise(model)
         sharded.reshard(model)
         flags, attributes = Flags(model), Attributes(model)
-        start = Start(attributes)
+        random = RandomState(attributes.devices)
         fast_path = torch.backends.mha.get_fastpath_enabled()
         with _eager():
             try:
@@ -347,7 +366,13 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
             finally:
                 sharded.reshard(model)
                 torch.backends.mha.set_fastpath_enabled(fast_path)
-                start.restore()
+                try:
+                    if attributes.pending is not None:  # other buffers are as their user left them
+                        attributes.pending.restore()
+                finally:
+                    attributes.restore()
+                    random.restore()
+                    torch.clear_autocast_cache()
 
 
 def renormalised(model: nn.Module) -> dict[int, tuple[nn.Parameter, Tensor]]:

@@ -80,6 +80,7 @@ class HookedModel:
                 self.hooked.flags.frozen()
             ):  # not while its user's code makes the next batch, which may train the model
                 store, n = Run(self.hooked, batch).result()
+            self.hooked.attributes.pending = None
         except Exception as error:
             explained = explain_batch(self.hooked.known.model, batch, error)
             if explained is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from ..gradients import GradientSource, block_rows, placed_blocks
 from .fisher import Fisher
+from .kronecker import KroneckerBlock
 
 
 def mean_squares(fisher: Fisher, gradients: GradientSource) -> Iterator[tuple[str, float, float]]:
@@ -23,4 +25,8 @@ def mean_squares(fisher: Fisher, gradients: GradientSource) -> Iterator[tuple[st
             norm = torch.linalg.vector_norm(part.flat[:, columns], dtype=torch.float64)
             sums[i] += float(norm.square())
     for total, (_, block) in zip(sums, blocks, strict=True):
-        yield block.name, block.mean_square(), total / max(1, len(gradients))
+        its = total / max(1, len(gradients))
+        yield block.name, block.mean_square(), its
+        if isinstance(block, KroneckerBlock) and block.corrected:
+            count, mean = block.correction()
+            yield f"{block.name}, corrected,", mean if count == len(gradients) else math.nan, its

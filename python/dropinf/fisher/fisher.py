@@ -155,6 +155,7 @@ class Fisher:
             raise ValueError(f"kind is {self.kind!r}; only a Fisher of kind 'kronecker' has eigenvalues to correct")
         self.check(gradients)
         with self._changing() as ledger:
+            self._adopt(gradients, "fisher and gradients")
             for part in _parts(gradients):
                 for columns, block in self._blocks:
                     if isinstance(block, KroneckerBlock):

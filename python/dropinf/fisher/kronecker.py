@@ -89,6 +89,11 @@ class KroneckerBlock(Block):
     def _squares(self) -> float:
         return 0.0 if self.left is None else float(self.left.diagonal().sum(dtype=torch.float64))
 
+    def correction(self) -> tuple[int, float]:
+        """Return of how many samples the corrected eigenvalues are, and the mean of their `|c_n|^2`."""
+        total = 0.0 if self.moments is None else float(self.moments.sum(dtype=torch.float64))
+        return self.corrected, total * 4.0 ** self._power() / max(1, self.corrected)
+
     def _rescale(self, factor: float, ledger: Ledger) -> None:
         for total_ in (self.left, self.right):
             if total_ is not None:

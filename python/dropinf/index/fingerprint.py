@@ -14,6 +14,7 @@ import types
 import uuid
 from collections import UserDict, UserList
 from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ _TEXT = (
     datetime.time, datetime.timedelta, range, slice, torch.dtype, torch.device, np.dtype,
 )  # fmt: skip
 _COMMON = {torch.float32, torch.float64, torch.int64, torch.int32, torch.bool}
-_DEEPEST = 32  # objects within objects
 _PLAIN = {str, int, float, bool, type(None)}
 
 
@@ -37,8 +37,8 @@ def fingerprint(batch: Any, *, named: bool = False) -> str:
     of them: lists and tuples, mappings and sets in any order of their own, dataclasses.
 
     Args:
-        named: the samples have ids; an object of one's own counts by its type and its attributes, and what has none
-            by its type alone.
+        named: the samples have ids; an object of one's own counts by what pickle would keep of it, and what cannot be
+            pickled by its type alone.
 
     Raises:
         ValueError: a leaf that has no fingerprint that stays, such as an object of one's own.
@@ -54,7 +54,8 @@ class _Print:
 
     def __init__(self, named: bool) -> None:
         self.named = named
-        self.within: set[int] = set()  # objects whose attributes are being looked at
+        self.done: dict[int, bytes] = {}  # by id: of objects of their user's
+        self.alive: list[Any] = []  # so that no id is another's
 
     def of(self, value: Any, at: str) -> bytes:
         """Return the fingerprint of a value that stands at `at` in the batch, with what was set on it."""
@@ -131,17 +132,27 @@ class _Print:
             return _digest(tag, self.of(x.tolist(), at))
         return _digest(tag, np.ascontiguousarray(x).tobytes())
 
+    def _object(self, kind: str, value: Any, at: str) -> bytes:
+        """Return the fingerprint of an object of its user's, by what it holds; by its type where that cannot be said."""
+        if isinstance(value, type | types.ModuleType) or inspect.isroutine(value):
+            return _digest(f"object {kind} {getattr(value, '__qualname__', getattr(value, '__name__', ''))}")
+        key = id(value)
+        if key not in self.done:  # once, whoever refers to it
+            self.alive.append(value)
+            self.done[key] = _digest(f"object {kind}")  # what refers back to it finds this
+            try:
+                held = _held(value)
+            except Exception:
+                held = ()
+            self.alive.append(held)
+            if held:
+                self.done[key] = _digest(f"object {kind}", *(self.of(part, at) for part in held))
+        return self.done[key]
+
     def _opaque(self, value: Any, at: str) -> bytes:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         if self.named:
-            held = _attributes(value)
-            if not held or id(value) in self.within or len(self.within) >= _DEEPEST:
-                return _digest(f"object {kind}")
-            self.within.add(id(value))
-            try:
-                return _digest(f"object {kind}", self.of(held, at))
-            finally:
-                self.within.remove(id(value))
+            return self._object(kind, value, at)
         raise ValueError(
             f"batches: a batch has a {kind}{_place(at)}, which has no fingerprint, so that a later run could not tell "
             "this batch from another; pass ids=, a function that names a batch's samples, or make it a tensor, an "
@@ -149,18 +160,25 @@ class _Print:
         )
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object of its user's, by name; none of a class, a function or a module."""
-    if isinstance(value, type | types.ModuleType) or inspect.isroutine(value):
-        return {}
-    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
-    held = {name: getattr(value, name) for name in slots if name[0] != "_" and hasattr(value, name)}
-    own = getattr(value, "__dict__", {})
-    return held | (dict(own) if isinstance(own, dict) else {})
+def _held(value: Any) -> tuple[Any, ...]:
+    """Return what an object of its user's is made of, as pickle has it: how it is made, and what it holds.
 
+    What `functools.cached_property` keeps is left out: it is there once somebody asked for it.
 
-def _names(slots: Any) -> list[str]:
-    return [slots] if isinstance(slots, str) else list(slots)
+    Raises:
+        Exception: whatever the object says of being taken apart, as a lock or a generator does.
+    """
+    made = value.__reduce_ex__(4)
+    if isinstance(made, str):
+        return (made,)
+    how, given, state, *more = (*made, None)[: max(3, len(made))]
+    parts = [list(part) for part in more if part is not None and not callable(part)]
+    cached = {name for kind in type(value).__mro__ for name, x in vars(kind).items() if isinstance(x, cached_property)}
+    states = [
+        {name: x for name, x in part.items() if name not in cached} if isinstance(part, dict) else part
+        for part in (state if isinstance(state, tuple) else (state,))
+    ]
+    return how, given, states, parts
 
 
 def _place(at: str) -> str:

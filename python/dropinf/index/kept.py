@@ -23,7 +23,8 @@ from ..ranks import Ranks
 from .folder import FISHER, locked, names
 from .manifest import Manifest
 
-_SAME_SQUARES = {"int8": 2e-2}  # of a float Fisher matrix beside what an index stores of its rows
+_SAME_SQUARES = 2e-2  # of a Fisher matrix beside rows that are stored in less than it was made of
+_NOISE = 1e-9
 NEW_FISHER = re.compile(r"fisher-([0-9a-f]{32})" + re.escape(SUFFIX))
 
 
@@ -101,9 +102,10 @@ def check_its_fisher(index: _Kept, fisher: Fisher) -> None:
     losses = {loss for _, loss in fisher.origins if loss}
     if index.origin is not None and not all(is_same_loss(index.origin.loss, loss) for loss in losses):
         raise ValueError(f"fisher: it is of gradients of another loss than {index.path}. {way_out}")
-    apart = _SAME_SQUARES.get(index.manifest.dtype, 1e-3)
-    for name, mine, its in mean_squares(fisher, index):
-        if not abs(mine - its) <= apart * max(mine, its):
+    found = list(mean_squares(fisher, index))
+    noise = _NOISE * sum(its for _, _, its in found)  # what layers without a gradient hold
+    for name, mine, its in found:
+        if not abs(mine - its) <= _SAME_SQUARES * max(mine, its) + noise:
             raise ValueError(
                 f"fisher: it is of other gradients than {index.path}: those of {name} have a mean square norm of "
                 f"{mine:.6g} in it and of {its:.6g} in the index. {way_out}"
