@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .builder import collect, rows_of
 from .capture import masks, sharded
 from .capture.audit import Audited, When
+from .capture.identity import identity
 from .capture.ladder import Route
 from .capture.layer import Layer
 from .capture.moments import Moments
@@ -371,7 +372,7 @@ class Compressor:
 
     def origin(self) -> Origin:
         """Return what makes the gradients: checksums of the model, and the loss's name."""
-        return Origin("" if self.is_sharded else masks.identity(self.model), self.loss_name())
+        return Origin("" if self.is_sharded else identity(self.model), self.loss_name())
 
     def loss_name(self) -> str:
         """Return by what losses are told apart: the name of the function, its code, and what it holds."""

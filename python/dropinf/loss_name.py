@@ -145,7 +145,7 @@ def _is_wrapped(x: Any) -> bool:
 
 def _attributes(code: types.CodeType, *kinds: str) -> set[str]:
     """Return the names of attributes that a function reads, or sets."""
-    return {str(i.argval) for i in _instructions(code) if i.opname in kinds}
+    return {str(i.argval) for i in instructions(code) if i.opname in kinds}
 
 
 def _is_installed(function: types.FunctionType) -> bool:
@@ -280,7 +280,7 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
     if _is_installed(function):
         return {}
     names, counts = set(), set()
-    for i in _instructions(function.__code__):
+    for i in instructions(function.__code__):
         if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             names.add(i.argval)
         elif i.opname == "STORE_GLOBAL":
@@ -302,12 +302,12 @@ def _read_of(value: Any, code: types.CodeType) -> Any:
     return read if module else (about, read)
 
 
-def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
     """Yield what a function does, and the functions in it."""
     yield from _steps(code)
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
-            yield from _instructions(part)
+            yield from instructions(part)
 
 
 def _constants(values: Iterable[Any], seen: dict[int, Any]) -> bytes:

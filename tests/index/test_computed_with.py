@@ -130,7 +130,7 @@ def test_a_model_whose_hooks_modes_or_containers_changed_is_warned_of(change, tm
     model = make_model().eval()
     change(model)
     others = pytest.raises(ValueError, match="they now give others") if change is hooked else contextlib.nullcontext()
-    with pytest.warns(UserWarning, match="its other settings are not those"), others:
+    with pytest.warns(UserWarning, match="its other attributes are not those"), others:
         dropinf.Compressor(model, dropinf.Dropout(6), loss_fn).compress(
             make_batches(3, 5), out=tmp_path / "idx", append=True
         )

@@ -319,7 +319,7 @@ def test_rows_under_autocast_are_no_part_of_others(tmp_path):
     compressor_of(model).compress(batches(1), out=tmp_path / "idx")
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.warns(UserWarning, match="other settings.*autocast"),
+        pytest.warns(UserWarning, match="other attributes.*autocast"),
         pytest.raises(ValueError, match="they now give others than the gradients it holds"),
     ):
         compressor_of(model).compress(batches(5), out=tmp_path / "idx", append=True)

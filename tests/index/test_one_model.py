@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,9 +106,22 @@ class Net(nn.Module):
         self.a, self.norm, self.b = nn.Linear(12, 10), nn.BatchNorm1d(10), nn.Linear(10, 5)
         self.temperature, self.name_or_path, self.gradient_checkpointing = 1.0, "here", False
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mask", torch.ones(10, dtype=torch.bool))
+        self._scale, self.act, self.shift, self.factors, self.scaling = 1.0, torch.relu, torch.zeros(10), [1.0], {}
+        self.config, self._seen, self.longest, self.scaling["default"] = SimpleNamespace(softcapping=30.0), 0, 0, 1.0
+
+    def grow(self, size):
+        self.longest = max(self.longest, size)
 
     def forward(self, x):
-        return self.b(self.norm(self.a(x)).relu()) / self.temperature
+        self._seen += 1
+        self.grow(len(x))
+        h = self.act(self.norm(self.a(x)) + self.shift) * self.mask * self.factors[0] * self.scaling["default"]
+        return torch.tanh(self.b(h) / self.config.softcapping) * self._scale / self.temperature
+
+
+def doubled(module, args, out):
+    return 2 * out
 
 
 def trained_mode(m):
@@ -115,12 +130,27 @@ def trained_mode(m):
     m.eval()
 
 
+def softened(m):
+    m.config.softcapping = 0.1
+
+
 CHANGES = {
+    "a private number": (lambda m: setattr(m, "_scale", 2.0), "settings of modules are others"),
+    "a function": (lambda m: setattr(m, "act", torch.tanh), "settings of modules are others"),
+    "a tensor": (lambda m: setattr(m, "shift", torch.ones(10)), "settings of modules are others"),
+    "a list": (lambda m: m.factors.__setitem__(0, 3.0), "settings of modules are others"),
+    "a dictionary": (lambda m: m.scaling.update(default=4.0), "settings of modules are others"),
+    "a configuration": (softened, "settings of modules are others"),
+    "a hook": (lambda m: m.a.register_forward_hook(doubled), "settings of modules are others"),
+    "a mask": (lambda m: m.mask.logical_not_(), "buffers are others"),
     "running statistics": (trained_mode, "buffers are others"),
     "temperature": (lambda m: setattr(m, "temperature", 4.0), "settings of modules are others"),
     "eps": (lambda m: setattr(m.norm, "eps", 0.1), "settings of modules are others"),
 }
 SAME = {
+    "a forward": lambda m: m(torch.randn(2, 12)),
+    "a private name that nobody reads": lambda m: setattr(m, "_note", "evaluated"),
+    "a larger table": lambda m: m.grow(20),
     "a count": lambda m: m.calls.add_(3),
     "its name": lambda m: setattr(m, "name_or_path", "/elsewhere"),
     "checkpoints": lambda m: setattr(m, "gradient_checkpointing", True),
@@ -215,73 +245,6 @@ def test_a_first_batch_that_cannot_be_compared_is_told_of(tmp_path):
         )
 
 
-class Record:
-    """As graphs, or the samples of a detector, are held."""
-
-    def __init__(self, x, y, names):
-        self.x, self._store, self.names = x, {"y": y}, names
-
-    @property
-    def y(self):
-        return self._store["y"]
-
-
-class Slotted:
-    __slots__ = ("names", "x", "y")
-
-    def __init__(self, x, y, names):
-        self.x, self.y, self.names = x, y, names
-
-
-class Nested:
-    def __init__(self, x, y, names):
-        self.inside, self.names, self.itself = Record(x, y, names), names, self
-
-    @property
-    def x(self):
-        return self.inside.x
-
-    @property
-    def y(self):
-        return self.inside.y
-
-
-def of_record(model, batch):
-    return F.cross_entropy(model(batch.x), batch.y, reduction="none")
-
-
-@pytest.mark.parametrize("kind", [Record, Slotted, Nested])
-def test_objects_of_one_s_own_are_told_apart(kind, tmp_path):
-    """With ids, which they need, a corrected label shows."""
-    plain_batches = make_batches()
-    names = [[f"{b}-{i}" for i in range(len(y))] for b, (_, y) in enumerate(plain_batches)]
-    batches = [kind(x, y, name) for (x, y), name in zip(plain_batches, names, strict=True)]
-    corrected = [
-        kind(x, y.roll(int(b == 2)), name) for b, ((x, y), name) in enumerate(zip(plain_batches, names, strict=True))
-    ]
-    options = {"out": tmp_path / "idx", "ids": lambda batch: batch.names}
-    with pytest.raises(KeyboardInterrupt):
-        compressor(of_record).compress(Until(batches, 5), **options)
-    with pytest.raises(ValueError, match="batch 2 is another"):
-        compressor(of_record).compress(corrected, **options)
-    index = compressor(of_record).compress([copy.deepcopy(batch) for batch in batches], **options)
-    torch.testing.assert_close(index[:].flat, compressor().compress(plain_batches).flat)
-    assert len(compressor(of_record).compress(corrected, append=True, **options)) == 2 * len(index)
-
-
-class Until(list):
-    """Batches that end in an error."""
-
-    def __init__(self, batches, stop):
-        super().__init__(batches)
-        self.stop = stop
-
-    def __getitem__(self, i):
-        if i == self.stop:
-            raise KeyboardInterrupt
-        return super().__getitem__(i)
-
-
 @pytest.mark.parametrize("damage", ["lost", "cut"])
 def test_masks_that_are_lost_are_written_again(damage, tmp_path):
     index = compressor().compress(make_batches(), out=tmp_path / "idx")
@@ -294,3 +257,46 @@ def test_masks_that_are_lost_are_written_again(damage, tmp_path):
     compressor().compress(make_batches(), out=tmp_path / "idx")
     assert path.read_bytes() == whole
     assert not dropinf.Index.open(tmp_path / "idx").verify()
+
+
+CORRECTED = {
+    "other gradients": lambda: compressor().compress(relabelled(make_batches())),
+    "a part": lambda: compressor().compress(make_batches())[:7],
+    "another model": lambda: compressor(model=make_model(1)).compress(make_batches()),
+}
+
+
+@pytest.mark.parametrize("what", CORRECTED)
+def test_a_correction_by_other_gradients_is_not_kept(what, tmp_path):
+    index = compressor().compress(make_batches(), out=tmp_path / "idx")
+    fisher = dropinf.Fisher("kronecker").update(index).correct(CORRECTED[what]())
+    with pytest.raises(ValueError, match=r"fisher: it is of other gradients|of different models"):
+        index.save_fisher(fisher)
+    index.save_fisher(dropinf.Fisher("kronecker").update(index).correct(index))
+
+
+def test_a_fisher_matrix_of_two_losses_is_not_kept(tmp_path):
+    index = compressor().compress(make_batches(), out=tmp_path / "idx")
+    rows = [compressor(loss).compress(make_batches()) for loss in (plain, tripled)]
+    half = len(rows[0]) // 2
+    mixed = dropinf.Gradients.cat([rows[0][:half], rows[1][half:]])
+    with pytest.raises(ValueError, match="of another loss"):
+        index.save_fisher(dropinf.build_fisher(mixed))
+
+
+@pytest.mark.parametrize("more", [None, b"raw", Path("a.png"), np.float32(2)], ids=str)
+def test_a_first_batch_with_more_in_it_is_compared(more, tmp_path):
+    batches, later = ([{"x": x, "y": y, "more": more} for x, y in make_batches(n, n)] for n in (4, 2))
+    index = compressor(of_any, Scaled(1.0)).compress(batches, out=tmp_path / "idx")
+    with pytest.raises(ValueError, match="they now give others than the gradients it holds"):
+        dropinf.Compressor.from_index(index, Scaled(4.0), of_any).compress(later)
+    dropinf.Compressor.from_index(index, Scaled(1.0), of_any).compress(later)
+
+
+def test_an_index_that_keeps_no_first_batch_says_so(tmp_path):
+    batches = [{"x": x, "y": y, "more": Hidden(2)} for x, y in make_batches()]
+    index = compressor(of_any).compress(
+        batches, out=tmp_path / "idx", ids=lambda b: [str(v) for v in b["x"][:, 0].tolist()]
+    )
+    with pytest.warns(UserWarning, match="it keeps no first batch to compare"):
+        dropinf.Compressor.from_index(index, make_model(), of_any).compress(batches)

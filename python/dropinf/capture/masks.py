@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
 from ..loss_name import function_text, functions_of
-from ..origin import CODE
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
 from ..workload import tensor_bytes
@@ -30,11 +29,17 @@ from .sharded import is_sharded
 FORMAT = "dropinf-masks-1"
 Sums = dict[Place, Tensor]
 _SUM = "moments"
-_SETTINGS = (bool, int, float, str, type(None))
+SETTINGS = (bool, int, float, str, type(None))
 _DEVICES = "cpu", "cuda"
-_NAMES = "name_or_path", "transformers_version", "dtype", "torch_dtype"  # in a configuration
-_LEFT = ("training", "gradient_checkpointing", *_NAMES)  # settings that change no gradient, or are compared elsewhere
-_HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+_NAMES = (  # in a configuration
+    "name_or_path", "transformers_version", "dtype", "torch_dtype", "model_type", "architectures", "use_cache",
+)  # fmt: skip
+LEFT_OUT = (
+    "training",
+    "gradient_checkpointing",
+    *_NAMES,
+)  # settings that change no gradient, or are compared elsewhere
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
 def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
@@ -199,25 +204,6 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
     return checksum(b"\n".join(sorted(parts)))
 
 
-def identity(model: nn.Module) -> str:
-    """Return what a model is known by, as `Origin.model`."""
-    weights, code = fingerprint(model, buffers=False), code_of(model)
-    return CODE.join(
-        (weights, code["classes and constants"], code["functions"], _statistics(model), code["attributes"])
-    )
-
-
-def _statistics(model: nn.Module) -> str:
-    """Return a checksum of a model's persistent buffers of floating point, as running statistics; not of counts."""
-    parts = []
-    for prefix, module in model.named_modules():
-        for name, x in module.named_buffers(recurse=False):
-            if x.is_floating_point() and name not in module._non_persistent_buffers_set:
-                about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype} ".encode()
-                parts.append(about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode()))
-    return checksum(b"\n".join(sorted(parts)))
-
-
 def code_of(model: nn.Module) -> dict[str, str]:
     """Return checksums of a model's classes and constants (buffers that are not saved), of what the classes' functions
     do, and of its modules' settings.
@@ -231,10 +217,10 @@ def code_of(model: nn.Module) -> dict[str, str]:
         kept = {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set) if n in module._buffers}
         found = [f"{n} {checksum(tensor_bytes(x))}" for n, x in kept.items() if x is not None and not x.is_meta]
         constants.append(f"{clean_name(prefix)} {kind} {found}")
-        plain = {n: x for n, x in vars(module).items() if isinstance(x, _SETTINGS) and n[0] != "_" and n not in _LEFT}
+        plain = {n: x for n, x in vars(module).items() if isinstance(x, SETTINGS) and n[0] != "_" and n not in LEFT_OUT}
         settings.append(f"{clean_name(prefix)} {sorted(plain.items())}")
-        rest = {n: text for n, x in vars(module).items() if n[0] != "_" and (text := _setting(x)) is not None}
-        hooked = (hook for kind in _HOOKS for hook in vars(module)[kind].values())
+        rest = {n: text for n, x in vars(module).items() if n[0] != "_" and (text := setting_text(x)) is not None}
+        hooked = (hook for kind in HOOKS for hook in vars(module)[kind].values())
         hooks = [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooked]
         others.append(f"{clean_name(prefix)} {module.training} {hooks} {sorted(rest.items())}")
     cast = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
@@ -242,17 +228,17 @@ def code_of(model: nn.Module) -> dict[str, str]:
     lines = {
         "classes and constants": constants,
         "attributes": settings,
-        "other settings": others,
+        "other attributes": others,
     }
     sums = {name: checksum("\n".join(text).encode()) for name, text in lines.items()}
     return {**sums, "functions": functions_of({type(module) for module in model.modules()})}
 
 
-def _setting(value: Any) -> str | None:
+def setting_text(value: Any) -> str | None:
     """Return a function, a configuration, or a container of plain values, as text; None for anything else, as for an
     empty cache."""
     if isinstance(value, functools.partial):
-        return f"{_setting(value.func)} {value.args} {sorted(value.keywords.items())}"
+        return f"{setting_text(value.func)} {value.args} {sorted(value.keywords.items())}"
     if inspect.isroutine(value):
         does = function_text(value)
         return f"{getattr(value, '__qualname__', '')} {checksum(does)}" if does else getattr(value, "__qualname__", "")
@@ -270,7 +256,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_plain, value))
-    return isinstance(value, _SETTINGS)
+    return isinstance(value, SETTINGS)
 
 
 def check_weights(model: nn.Module, expected: str, folder: object) -> None:

@@ -19,6 +19,7 @@ import typer
 from ..budget import choose
 from ..capture.masks import check_weights
 from ..compressor import Compressor
+from ..files import TEMPORARY, file_checksum
 from ..fisher.fisher import Fisher, FisherKind
 from ..index.choice import choose_run
 from ..index.codec import DTYPES, Codec
@@ -258,6 +259,8 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
         ids = _ids(source, ranks.first(lambda: _keep_passages(out, manifest, source, append)))
         if manifest is None:
             _draw(source, out / SKETCH, ranks, progress)
+        elif not ranks.first(lambda: _is_whole(out / SKETCH, manifest)):
+            _draw_again(source, out / SKETCH, manifest, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
     row = Codec(recipe.dtype, tuple(compressor.layers), widths).row_bytes
@@ -318,6 +321,28 @@ def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
     if recipe.calibration is not None:
         compressor.calibrate(work.batches, progress=progress)
     ranks.first(lambda: compressor.save(path))
+
+
+def _is_whole(path: Path, manifest: Manifest | None) -> bool:
+    known = None if manifest is None else manifest.files.get(path.name)
+    return known is None or (path.is_file() and file_checksum(path) == known)
+
+
+def _draw_again(source: Source, path: Path, manifest: Manifest, ranks: Ranks, progress: bool) -> None:
+    """Draw the masks of an index anew, whose file is damaged or lost."""
+    drawn = path.with_name(f".{path.name}{TEMPORARY}")
+    _draw(source, drawn, ranks, progress)
+
+    def settle() -> None:
+        if file_checksum(drawn) != manifest.files[path.name]:
+            drawn.unlink()
+            raise ValueError(
+                f"{path}: missing or damaged, and other masks are drawn from these data and options; run the command "
+                "that made the index, or restore the file from a copy"
+            )
+        os.replace(drawn, path)
+
+    ranks.first(settle)
 
 
 def _ids(source: Source, start: int) -> Ids:

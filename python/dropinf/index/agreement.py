@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ def agree_on_rows(ranks: Ranks, source: RowSource, first: Any) -> None:
     Raises:
         ValueError: it names a rank whose model or loss gives other rows.
     """
+    constants = ranks.everyone((source.loss_name(), sorted(source.code().items())))
+    odd = [rank for rank, held in enumerate(constants) if held != constants[0]]
+    if odd:
+        warnings.warn(
+            f"group: rank {odd[0]} holds other constants than rank 0, in loss_fn or in attributes of the model: where "
+            "they are more than its device or its number, rows of two losses or models would stand in one index",
+            stacklevel=3,
+        )
     settled = source.is_sharded or bool(source.losses(first))  # shards run the batch together
     rows = rows_of(source, first) if settled else None
     expected = ranks.first(lambda: rows)

@@ -133,7 +133,7 @@ class _Print:
         return _digest(tag, np.ascontiguousarray(x).tobytes())
 
     def _object(self, kind: str, value: Any, at: str) -> bytes:
-        """Return the fingerprint of an object of its user's, by what it holds; by its type where that cannot be said."""
+        """Return the fingerprint of an object of its user's, by what it holds, or by its type if that is unknown."""
         if isinstance(value, type | types.ModuleType) or inspect.isroutine(value):
             return _digest(f"object {kind} {getattr(value, '__qualname__', getattr(value, '__name__', ''))}")
         key = id(value)

@@ -376,7 +376,7 @@ def _strings(value: object, what: str) -> dict[str, str]:
 _CODE = {
     FUNCTIONS: "what its modules' forward does, or a function or constant that it reads",
     "attributes": "numbers and text in attributes of modules",
-    "other settings": "functions and containers in attributes, train mode and hooks of modules, autocast",
+    "other attributes": "functions and containers in attributes, train mode and hooks of modules, autocast",
 }
 
 

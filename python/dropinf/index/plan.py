@@ -58,6 +58,10 @@ class RowSource(Protocol):
     ) -> None: ...
 
 
+def _number(batches: int | None) -> str:
+    return "a stream" if batches is None else str(batches)
+
+
 class Opening:
     """Finds the run that a call goes on with, or begins one."""
 
@@ -115,8 +119,9 @@ class Opening:
         if last.shards is None:
             give_up = "; to give up what was appended of them: Index.discard()" if manifest.shards else ""
             raise ValueError(
-                f"batches: {self.folder} was begun with others ({last.batches} of them, and {self.count} now, or "
-                f"{chosen or 'the first differs'}); finish it with the same ones, or delete the folder{give_up}"
+                f"batches: {self.folder} was begun with others ({_number(last.batches)} of them, and "
+                f"{_number(self.count)} now, or {chosen or 'the first differs'}); finish it with the same ones, or "
+                f"delete the folder{give_up}"
             )
         if not append:
             why = f" ({chosen or 'the first batch is another'})"

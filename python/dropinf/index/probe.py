@@ -6,6 +6,7 @@ containers of a batch that the later call has; its fingerprint says whether it i
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
@@ -14,7 +15,7 @@ from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,12 @@ def _frozen(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return how a value lies in a batch, in JSON: what it is, and its parts."""
     if isinstance(value, _PLAIN) and type(value) in _PLAIN:
         return ["value", value]
+    if isinstance(value, bytes):
+        return ["bytes", base64.b64encode(value).decode()]
+    if isinstance(value, PurePath):
+        return ["path", str(value)]
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
         if isinstance(value, np.ndarray) and (type(value) is not np.ndarray or value.dtype.kind not in "biuf"):
@@ -120,6 +127,8 @@ def _thawed(tree: Any, like: Any, tensors: Mapping[str, Tensor]) -> Any:
     kind, content = tree
     if kind == "value":
         return content
+    if kind in ("bytes", "path"):
+        return base64.b64decode(content) if kind == "bytes" else Path(content)
     if kind == "tensor":
         if like is not None and type(like) not in (Tensor, torch.nn.Parameter):
             raise _Unfitting
@@ -144,6 +153,8 @@ def _mapping(parts: Mapping[Any, Any], like: Any) -> Any:
     """Return a mapping of the class of another, which has nothing of that other's."""
     if not isinstance(like, dict | UserDict):
         raise _Unfitting
+    if isinstance(like, UserDict) and type(like).__module__.partition(".")[0] == "transformers":
+        return type(like)(parts)  # whose further attributes are of the tokenizer, not of the samples
     _check_derived(like, {"data"} if isinstance(like, UserDict) else set())
     found = copy.copy(like)  # with contents of its own
     for key in like.keys() - parts.keys():  # that batches of then had not
@@ -209,10 +220,18 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
     """Raise ValueError where a model and a loss make other rows of the first batch of an index than it holds.
 
     ``like``: a batch of today's. Where the batch that is kept fits neither its form nor plain containers, a warning
-    says that nothing was compared. Nothing is said where the index keeps no batch, and where the rows are random.
+    says that nothing was compared, as where the index keeps no batch. Nothing is said where the rows are random.
     """
     path = folder / PROBE
-    if source.is_sharded or PROBE not in manifest.files:
+    if source.is_sharded:
+        return
+    if PROBE not in manifest.files:
+        warnings.warn(
+            f"{folder}: it keeps no first batch to compare with what the model and the loss now give (that batch was "
+            f"larger than {LARGEST >> 20} MiB, or has other parts than tensors, arrays, numbers, text and paths, or an "
+            "earlier version made the index): see to it that both are those of then",
+            stacklevel=3,
+        )
         return
     data = path.read_bytes() if path.is_file() else b""
     if checksum(data) != manifest.files[PROBE]:
