@@ -65,7 +65,7 @@ def test_an_interrupted_index_goes_on(common, how, tmp_path, monkeypatch):
         (["--dtype", "int8"], "was made with --dtype float32, and this is --dtype int8"),
         (["--max-tokens", 9], "was made with --max-tokens 32, and this is --max-tokens 9"),
         (["--limit", 49], "its passages are others than those of the data now, from line 50 on; pass the data of then"),
-        (["--limit", 20], "holds others' gradients; pass --append to add these, or name another folder"),
+        (["--limit", 20], "holds others' gradients (the first batch is another); pass --append to add these, or name another folder"),
         (["--model", "other"], "its weights are not those that"),
     ],
 )  # fmt: skip

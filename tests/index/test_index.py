@@ -175,7 +175,7 @@ def test_bad_arguments(index, train, tmp_path):
         dropinf.Index.open(tmp_path / "other")
     with pytest.raises(ValueError, match="memory_bytes is 100; 32 rows of this index alone take"):
         dropinf.Index.open(index.path, memory_bytes=100)
-    with pytest.raises(ValueError, match="holds others' gradients; pass append=True"):
+    with pytest.raises(ValueError, match=r"holds others' gradients \(the first batch is another\); pass append=True"):
         compressor.compress(make_batches(2, 8), out=index.path, ids=names)
     with pytest.raises(ValueError, match="out is for the whole matrix"):
         dropinf.score(train, index, kind="dot", top=3, out=tmp_path / "scores.npy")
