@@ -250,3 +250,28 @@ def test_passages_of_a_run_of_which_nothing_was_stored_go_with_it(append, number
     assert index.ids() == kept
     assert len(kept) == len(set(kept)) == (29 if append else 9)
     assert index.verify() == []
+
+
+@pytest.mark.parametrize("first", ["named", "numbered"])
+def test_an_append_names_samples_as_before(first, folders, tmp_path):
+    data, more = (write_jsonl(tmp_path / name, make_passages(n)) for name, n in (("data.jsonl", 8), ("more.jsonl", 12)))
+    options = ["--model", folders("gpt2"), "--dim", 3, "--out", tmp_path / "idx"]
+    ways = {"named": ["--id-field", "id"], "numbered": []}
+    run("index", *options, *ways.pop(first), "--data", data)
+    ((_, other),) = ways.items()
+    assert "name samples in the same way" in error_of("index", *options, *other, "--data", more, "--append")
+    assert run("verify", tmp_path / "idx").stdout.strip() == "sound"
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_masks_that_are_lost_are_drawn_again(damage, common, tmp_path):
+    options = [*common, "--out", tmp_path / "idx"]
+    run("index", *options)
+    path = tmp_path / "idx" / "sketch.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(whole[:-9])
+    run("index", *options)
+    assert path.read_bytes() == whole
+    assert run("verify", tmp_path / "idx").stdout.strip() == "sound"

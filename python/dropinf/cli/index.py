@@ -205,6 +205,7 @@ def _read(recipe: Recipe, passages: list[Passage], numbered: bool, device: torch
         task=cast("Task", model.task),
         max_tokens=model.max_tokens,
         tokenizer=model.tokenizer_checksum(),
+        numbered=numbered,
     )
     work = model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, packed=recipe.packed, loss=recipe.loss)
 

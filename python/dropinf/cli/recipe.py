@@ -63,6 +63,7 @@ class Recipe:
     seed: int = 0
     dtype: StoredDtype = "float32"
     tokenizer: str | None = None  # checksum; None in an index of an earlier version
+    numbered: bool | None = None  # passages are named by their numbers; None in an index of an earlier version
 
     def about(self) -> dict[str, str]:
         """Return the recipe as the manifest keeps it."""
@@ -95,7 +96,7 @@ class Recipe:
         elif name in _CHOICES:
             fits = value in _CHOICES[name]
         else:
-            kind = str if name in _TEXT else bool if name == "packed" else int
+            kind = str if name in _TEXT else bool if name in ("packed", "numbered") else int
             fits = type(value) is kind and not text.startswith("-")
         if not fits:
             raise ValueError(
@@ -106,9 +107,14 @@ class Recipe:
     def check_same(self, before: Recipe, folder: object) -> None:
         """Raise ValueError where an index was begun with another recipe."""
         self.check_tokenizer(before.tokenizer, folder)
+        if None not in (before.numbered, self.numbered) and before.numbered != self.numbered:
+            named = "without --id-field, so that numbers are its ids" if before.numbered else "with --id-field"
+            raise ValueError(
+                f"{folder} was made {named}: name samples in the same way, or name another folder with --out"
+            )
         for field in fields(self):
             old, new = getattr(before, field.name), getattr(self, field.name)
-            if field.name not in (*_FREE, "tokenizer") and old != new:
+            if field.name not in (*_FREE, "tokenizer", "numbered") and old != new:
                 raise ValueError(
                     f"{folder} was made with {_option(field.name, old)}, and this is {_option(field.name, new)}; "
                     "run the same command again, or name another folder with --out"
