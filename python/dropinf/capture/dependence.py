@@ -102,7 +102,8 @@ class Dependence(TorchDispatchMode):
             return  # views
         self.foreign |= labelled and not own  # of a library, with a backward of its own
         # Picks of nothing, as by a mask that is empty: another batch may pick, and no label shows whose.
-        self.left |= labelled and not all(x.numel() for x in results) and any(x.numel() for x in inputs)
+        picked = any(x.numel() for x in results) or not any(x.numel() for x in inputs)
+        self.left |= labelled and not picked
         fixed = _counts(func, arguments) or (func in _COPIES and self.known.is_fixed(inputs[0]))
         firm = any(self.known.is_firm(x) for x in inputs)
         written = _written(func, arguments) if changes else []
