@@ -59,6 +59,11 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_whole(path: Path, expected: str | None) -> bool:
+    """Return whether a file is there and has the checksum that is expected of it, if any is."""
+    return expected is None or (path.is_file() and file_checksum(path) == expected)
+
+
 @contextmanager
 def plain_name(path: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a name by which libraries that take UTF-8 alone open a file that is there.

@@ -16,8 +16,7 @@ from ..loss_name import instructions
 from ..origin import CODE
 from ..workload import tensor_bytes
 from .layer import clean_name
-from .masks import HOOKS, LEFT_OUT, SETTINGS, code_of, fingerprint, setting_text
-from .sharded import is_sharded
+from .masks import HOOKS, LEFT_OUT, SETTINGS, code_of, fingerprint, line_of, setting_text
 
 _LARGEST = 1 << 24  # bytes of a tensor in an attribute: larger ones are data
 _COUNTS = (torch.int16, torch.int32, torch.int64)  # what buffers of these hold is a count, more often than not
@@ -38,8 +37,7 @@ def _buffers(model: nn.Module) -> str:
         for name, x in module.named_buffers(recurse=False):
             if x.dtype in _COUNTS or name in module._non_persistent_buffers_set or name in stored:
                 continue
-            about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype} ".encode()
-            parts.append(about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode()))
+            parts.append(line_of(f"{prefix}.{name}", x))
     return checksum(b"\n".join(sorted(parts)))
 
 

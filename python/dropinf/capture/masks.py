@@ -199,9 +199,14 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
     for prefix, module in model.named_modules():
         kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         for name, x in (*module.named_parameters(recurse=False), *(kept.items() if buffers else ())):
-            about = f"{clean_name(f'{prefix}.{name}')} {tuple(x.shape)} {x.dtype}".encode()
-            parts.append(about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode()))
+            parts.append(line_of(f"{prefix}.{name}", x))
     return checksum(b"\n".join(sorted(parts)))
+
+
+def line_of(name: str, x: Tensor) -> bytes:
+    """Return what a parameter or buffer is known by; of a shard, all but its values."""
+    about = f"{clean_name(name)} {tuple(x.shape)} {x.dtype}".encode()
+    return about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode())
 
 
 def code_of(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -19,7 +20,7 @@ import typer
 from ..budget import choose
 from ..capture.masks import check_weights
 from ..compressor import Compressor
-from ..files import TEMPORARY, file_checksum
+from ..files import TEMPORARY, file_checksum, is_whole
 from ..fisher.fisher import Fisher, FisherKind
 from ..index.choice import choose_run
 from ..index.codec import DTYPES, Codec
@@ -260,7 +261,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
         ids = _ids(source, ranks.first(lambda: _keep_passages(out, manifest, source, append)))
         if manifest is None:
             _draw(source, out / SKETCH, ranks, progress)
-        elif not ranks.first(lambda: _is_whole(out / SKETCH, manifest)):
+        elif not ranks.first(partial(is_whole, out / SKETCH, manifest.files.get(SKETCH))):
             _draw_again(source, out / SKETCH, manifest, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
@@ -322,11 +323,6 @@ def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
     if recipe.calibration is not None:
         compressor.calibrate(work.batches, progress=progress)
     ranks.first(lambda: compressor.save(path))
-
-
-def _is_whole(path: Path, manifest: Manifest | None) -> bool:
-    known = None if manifest is None else manifest.files.get(path.name)
-    return known is None or (path.is_file() and file_checksum(path) == known)
 
 
 def _draw_again(source: Source, path: Path, manifest: Manifest, ranks: Ranks, progress: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import TEMPORARY, checksum, file_checksum, make_folder, replacing, write_whole
+from ..files import TEMPORARY, checksum, file_checksum, is_whole, make_folder, replacing, write_whole
 from ..loss_name import is_same_loss
 from ..origin import Origin, is_same_code
 from ..ranks import Ranks
@@ -193,7 +193,7 @@ class Opening:
     def _save_sketch_again(self, manifest: Manifest) -> None:
         """Write masks that are damaged or lost again, where this compressor's are those."""
         path, known = self.folder / SKETCH, manifest.files.get(SKETCH)
-        if known is None or (path.is_file() and file_checksum(path) == known):
+        if is_whole(path, known):
             return
         with suppress(ValueError), replacing(path) as temporary:
             self.source.save(temporary)

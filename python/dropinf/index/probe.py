@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import checksum, file_checksum, read_header, serialize, write_whole
+from ..files import checksum, is_whole, read_header, serialize, write_whole
 from ..loss_name import is_same_loss
 from ..workload import check_batches
 from .fingerprint import fingerprint
@@ -190,7 +190,7 @@ def _part(like: Any, key: Any) -> Any:
 def keep_again(folder: Path, manifest: Manifest, first: Any) -> None:
     """Write the first batch of an index again where its file is damaged or lost, and this is the batch."""
     path, known = folder / PROBE, manifest.files.get(PROBE)
-    if known is None or (path.is_file() and file_checksum(path) == known):
+    if known is None or is_whole(path, known):
         return
     data = freeze(first)
     if data is not None and checksum(data) == known:
