@@ -140,18 +140,21 @@ def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tens
 def _linear(
     args: Sequence[Any], _kw: dict[str, Any], _d: Tensor, g: Tensor, samples: Samples, index: list[Tensor]
 ) -> Tensor | None:
-    return _entries(args[0].detach(), g, samples, index[0], index[1])
+    return _entries(args[0].detach(), g, samples, index[0], index[1], kept=True)
 
 
-def _entries(a: Tensor, g: Tensor, samples: Samples, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return entries [N, k] of the sum over each sample's rows of g_t a_t^T."""
+def _entries(a: Tensor, g: Tensor, samples: Samples, rows: Tensor, columns: Tensor, *, kept: bool = False) -> Tensor:
+    """Return entries [N, k] of the sum over each sample's rows of g_t a_t^T.
+
+    ``kept``: these rows and columns come again in each call, so that it pays to look how they lie.
+    """
     if isinstance(samples.layout, Rows) and a.ndim == 2 and len(a) * len(rows) <= MOST_PRODUCTS:
         # A few rows of each sample, in any order: one sum for all samples.
         wide = torch.promote_types(g.dtype, torch.float32)
         values = g.index_select(1, rows).to(wide) * a.index_select(1, columns).to(wide)
         return values.new_zeros(samples.n, len(rows)).index_add_(0, samples.layout.owner, values)
     (a, cu), (g, _) = samples.tie(a), samples.tie(g)
-    grid = _grid(rows, columns)
+    grid = _grid(rows, columns) if kept else None
     if grid is None:
         return ops.compress_flat(a, g, rows, columns, cu)
     lines, inputs, places = grid
@@ -183,7 +186,7 @@ def _matmul(
 ) -> Tensor | None:
     if args[0].ndim < 2:
         return None
-    return _entries(args[0].detach(), g, samples, index[1], index[0])
+    return _entries(args[0].detach(), g, samples, index[1], index[0], kept=True)
 
 
 def _contraction(letters_a: str, letters_d: str, letters_g: str, place: int) -> Handler | None:
