@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .builder import collect, rows_of
 from .capture import masks, sharded
 from .capture.audit import Audited, When
-from .capture.identity import identity
+from .capture.identity import check_weights, code_of, fingerprint, identity
 from .capture.ladder import Route
 from .capture.layer import Layer
 from .capture.moments import Moments
@@ -125,7 +125,7 @@ class Compressor:
         compressor = cls.from_masks(
             folder / SKETCH, model, loss_fn, cu_seqlens=cu_seqlens, audit=audit, route=route, mixing=mixing
         )
-        masks.check_weights(compressor.model, manifest.model, folder)
+        check_weights(compressor.model, manifest.model, folder)
         check_code(compressor.code(), manifest.code, folder)
         compressor._index = folder if compare else None
         return compressor
@@ -360,7 +360,7 @@ class Compressor:
 
     def fingerprint(self) -> str:
         """Return a checksum of the model's weights: rows made with equal weights belong together."""
-        return masks.fingerprint(self.model)
+        return fingerprint(self.model)
 
     def version(self) -> int:
         """Return a number that changes where parameters are written to, or get other memory."""
@@ -368,7 +368,7 @@ class Compressor:
 
     def code(self) -> dict[str, str]:
         """Return checksums of what else the model computes with: its classes and constants, and its settings."""
-        return {} if self.is_sharded else masks.code_of(self.model)
+        return {} if self.is_sharded else code_of(self.model)
 
     def origin(self) -> Origin:
         """Return what makes the gradients: checksums of the model, and the loss's name."""

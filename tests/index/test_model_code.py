@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import dropinf
-from dropinf.capture.masks import code_of
+from dropinf.capture.identity import code_of
 from dropinf.index.agreement import check_one_folder
 from dropinf.loss_name import name_of_loss
 from tests.index.small import loss_fn, make_batches

@@ -300,3 +300,53 @@ def test_an_index_that_keeps_no_first_batch_says_so(tmp_path):
     )
     with pytest.warns(UserWarning, match="it keeps no first batch to compare"):
         dropinf.Compressor.from_index(index, make_model(), of_any).compress(batches)
+
+
+class Growing(nn.Module):
+    """A model with a table of angles that is not saved, and as long as the longest sequence that it has met."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.embed, self.head = how, nn.Embedding(8, 4), nn.Linear(4, 3)
+        self.register_buffer("angles", torch.zeros(0, 4), persistent=False)
+        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+    def forward(self, tokens):
+        if tokens.shape[1] > len(self.angles):
+            self.grow(tokens.shape[1])
+        return self.head(self.embed(tokens) * self.angles[: tokens.shape[1]] * self.scale).mean(1)
+
+    def grow(self, length):
+        angles = torch.outer(torch.arange(1.0, length + 1), torch.arange(1.0, 5)).cos()
+        if self.how == "assigned":
+            self.angles = angles
+        else:
+            self.register_buffer("angles", angles, persistent=False)
+
+
+def sequences(length, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.randint(8, (3, length), generator=draw), torch.arange(3)) for _ in range(2)]
+
+
+def growing(how):
+    torch.manual_seed(0)
+    return Growing(how)
+
+
+@pytest.mark.parametrize("how", ["assigned", "registered"])
+def test_a_table_that_grows_makes_no_other_model(how, tmp_path):
+    model = growing(how)
+    index = compressor(model=model).compress(sequences(4, 1), out=tmp_path / "idx")
+    model(sequences(7, 0)[0][0])
+    index = compressor(model=model).compress(sequences(9, 2), out=tmp_path / "idx", append=True)
+    again = growing(how)
+    queries = dropinf.Compressor.from_index(index, again, plain).compress(sequences(5, 3))
+    want = compressor(model=again).compress([*sequences(4, 1), *sequences(9, 2)])
+    torch.testing.assert_close(index[:].flat, want.flat)
+    torch.testing.assert_close(dropinf.score(queries, index, kind="dot"), dropinf.score(queries, want, kind="dot"))
+    again.scale.fill_(3)
+    with pytest.raises(ValueError, match="its classes and constants are not those that"):
+        dropinf.Compressor.from_index(index, again, plain)
+    with pytest.raises(ValueError, match="of different models"):
+        dropinf.score(compressor(model=again).compress(sequences(5, 3)), index, kind="dot")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
-from dropinf.capture.masks import fingerprint
+from dropinf.capture.identity import fingerprint
 from dropinf.index import verify
 from dropinf.workload import unwrap
 from tests.index.small import files, loss_fn, make_batches, make_compressor, make_model, names

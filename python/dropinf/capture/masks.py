@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..files import checksum, plain_name, read_header, serialize, whole_number, write_whole
-from ..loss_name import function_text, functions_of
+from ..files import plain_name, read_header, serialize, whole_number, write_whole
 from ..sketch.axis import Axis
 from ..sketch.draws import Place
-from ..workload import tensor_bytes
-from .layer import Layer, clean_name
-from .sharded import is_sharded
+from .layer import Layer
 
 FORMAT = "dropinf-masks-1"
 Sums = dict[Place, Tensor]
 _SUM = "moments"
-SETTINGS = (bool, int, float, str, type(None))
-_DEVICES = "cpu", "cuda"
-_NAMES = (  # in a configuration
-    "name_or_path", "transformers_version", "dtype", "torch_dtype", "model_type", "architectures", "use_cache",
-)  # fmt: skip
-LEFT_OUT = (
-    "training",
-    "gradient_checkpointing",
-    *_NAMES,
-)  # settings that change no gradient, or are compared elsewhere
-HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
 def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
@@ -188,85 +170,3 @@ def layer_digest(layer: Layer) -> str:
     for axis in (layer.out_axis, layer.in_axis):
         h.update(b"none" if axis is None else axis.digest())
     return h.hexdigest()
-
-
-def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
-    """Return a checksum of a model's parameters and persistent buffers; of shards, of their names and shapes alone.
-
-    Without buffers it is that of what training changes: some models count their calls in buffers.
-    """
-    parts = []
-    for prefix, module in model.named_modules():
-        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        for name, x in (*module.named_parameters(recurse=False), *(kept.items() if buffers else ())):
-            parts.append(line_of(f"{prefix}.{name}", x))
-    return checksum(b"\n".join(sorted(parts)))
-
-
-def line_of(name: str, x: Tensor) -> bytes:
-    """Return what a parameter or buffer is known by; of a shard, all but its values."""
-    about = f"{clean_name(name)} {tuple(x.shape)} {x.dtype}".encode()
-    return about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode())
-
-
-def code_of(model: nn.Module) -> dict[str, str]:
-    """Return checksums of a model's classes and constants (buffers that are not saved), of what the classes' functions
-    do, and of its modules' settings.
-
-    Settings are numbers and text in attributes, others functions, containers of settings, hooks and train mode; some
-    may be counts that mean nothing to a gradient.
-    """
-    constants, settings, others = [], [], []
-    for prefix, module in model.named_modules():
-        kind = type(module).__qualname__
-        kept = {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set) if n in module._buffers}
-        found = [f"{n} {checksum(tensor_bytes(x))}" for n, x in kept.items() if x is not None and not x.is_meta]
-        constants.append(f"{clean_name(prefix)} {kind} {found}")
-        plain = {n: x for n, x in vars(module).items() if isinstance(x, SETTINGS) and n[0] != "_" and n not in LEFT_OUT}
-        settings.append(f"{clean_name(prefix)} {sorted(plain.items())}")
-        rest = {n: text for n, x in vars(module).items() if n[0] != "_" and (text := setting_text(x)) is not None}
-        hooked = (hook for kind in HOOKS for hook in vars(module)[kind].values())
-        hooks = [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooked]
-        others.append(f"{clean_name(prefix)} {module.training} {hooks} {sorted(rest.items())}")
-    cast = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
-    others += [f"autocast {device} {torch.get_autocast_dtype(device)}" for device in cast]
-    lines = {
-        "classes and constants": constants,
-        "attributes": settings,
-        "other attributes": others,
-    }
-    sums = {name: checksum("\n".join(text).encode()) for name, text in lines.items()}
-    return {**sums, "functions": functions_of({type(module) for module in model.modules()})}
-
-
-def setting_text(value: Any) -> str | None:
-    """Return a function, a configuration, or a container of plain values, as text; None for anything else, as for an
-    empty cache."""
-    if isinstance(value, functools.partial):
-        return f"{setting_text(value.func)} {value.args} {sorted(value.keywords.items())}"
-    if inspect.isroutine(value):
-        does = function_text(value)
-        return f"{getattr(value, '__qualname__', '')} {checksum(does)}" if does else getattr(value, "__qualname__", "")
-    if isinstance(value, SimpleNamespace) or dataclasses.is_dataclass(value) or hasattr(value, "to_diff_dict"):
-        slots = dataclasses.fields(value) if not hasattr(value, "__dict__") else ()
-        held = {f.name: getattr(value, f.name, None) for f in slots} | getattr(value, "__dict__", {})
-        value = {n: x for n, x in held.items() if n[0] != "_" and n not in _NAMES and _is_plain(x)}
-    if not isinstance(value, dict | list | tuple | set | frozenset) or not value or not _is_plain(value):
-        return None
-    return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return isinstance(value, SETTINGS)
-
-
-def check_weights(model: nn.Module, expected: str, folder: object) -> None:
-    """Raise ValueError unless the model has the weights that an index was made with, by their fingerprint."""
-    if fingerprint(model) != expected:
-        raise ValueError(
-            f"model: its weights are not those that {folder} was made with; pass the model of then, in the same dtype"
-        )

@@ -18,7 +18,7 @@ import torch
 import typer
 
 from ..budget import choose
-from ..capture.masks import check_weights
+from ..capture.identity import check_weights
 from ..compressor import Compressor
 from ..files import TEMPORARY, file_checksum, is_whole
 from ..fisher.fisher import Fisher, FisherKind
