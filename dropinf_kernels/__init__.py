@@ -5,7 +5,7 @@ from .ops.conv import compress_conv, compress_conv_int8, conv_output_size, sketc
 from .ops.embedding import compress_embedding, compress_embedding_int8
 from .ops.flat import compress_flat, compress_flat_int8
 from .ops.gram import gram_update
-from .ops.linear import compress_linear, compress_linear_int8
+from .ops.linear import compress_linear, compress_linear_int8, compress_linear_into
 from .ops.norm import compress_norm, compress_norm_int8
 from .ops.quantize import dequantize_rows, quantize_rows
 from .ops.sketch import sketch
@@ -20,6 +20,7 @@ __all__ = [
     "compress_flat_int8",
     "compress_linear",
     "compress_linear_int8",
+    "compress_linear_into",
     "compress_norm",
     "compress_norm_int8",
     "conv_output_size",

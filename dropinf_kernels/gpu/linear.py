@@ -15,7 +15,14 @@ from torch import Tensor
 
 from ..device import ARCHS, arch_of
 from ..op import launches
-from ..ops.linear import check_linear, check_output_dtype, compress_linear, compress_linear_int8
+from ..ops.linear import (
+    check_into,
+    check_linear,
+    check_output_dtype,
+    compress_linear,
+    compress_linear_int8,
+    compress_linear_into,
+)
 from .launch import check_device, check_index, choose, launch
 from .replay import replayed
 from .tiles import (
@@ -38,7 +45,7 @@ def compress_linear_kernel(
     p_a, p_g, p_out, p_scale, p_cu,
     p_in_index, p_in_weight, p_out_index, p_out_weight,
     T, k_in, k_out, chunk,
-    stride_an, stride_at, stride_ad, stride_gn, stride_gt, stride_gd, stride_split,
+    stride_an, stride_at, stride_ad, stride_gn, stride_gt, stride_gd, stride_row, stride_split,
     FAN_IN: tl.constexpr, FAN_OUT: tl.constexpr, IN_GROUP: tl.constexpr, OUT_GROUP: tl.constexpr,
     IN_WEIGHTED: tl.constexpr, OUT_WEIGHTED: tl.constexpr, PACKED: tl.constexpr, QUANTIZE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,9 +69,28 @@ def compress_linear_kernel(
             p_in_index, p_in_weight, FAN_IN, IN_GROUP, IN_WEIGHTED, DTYPE, TURNED=False,
         )  # fmt: skip
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    where = n * k_out * k_in + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
+    where = n * stride_row + offs_o[:, None].to(tl.int64) * k_in + offs_i[None, :]
     keep = (offs_o < k_out)[:, None] & (offs_i // IN_GROUP < k_in // IN_GROUP)[None, :]
     store_block(p_out, p_scale, n, split, stride_split, acc, where, keep, QUANTIZE)
+
+
+@launches(compress_linear_into)
+@replayed
+def launch_linear_into(
+    out: Tensor,
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Launch `compress_linear_into` on g's device."""
+    check_into(out, a, g, in_index, out_index, cu_seqlens)
+    check_device(g=g, out=out)
+    launch_linear(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens, out.dtype, out=out)
 
 
 @launches(compress_linear, compress_linear_int8)
@@ -81,6 +107,7 @@ def launch_linear(
     dtype: torch.dtype | None = None,
     *,
     quantize: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch `compress_linear` on g's device."""
     check_output_dtype(dtype)
@@ -101,14 +128,14 @@ def launch_linear(
     def launch_tile(tile: OuterTile) -> tuple[Tensor, Tensor | None]:
         blocks = cdiv(left.k, tile.block_o) * cdiv(right.k, tile.block_i)
         shape = (samples.number, left.k, right.k)
-        out, scale, partial = outputs(shape, stored, g.device, tile.splits, whole=blocks == 1)
+        made, scale, partial = outputs(shape, stored, g.device, tile.splits, whole=blocks == 1, out=out)
         launch(
             compress_linear_kernel, (samples.number * blocks, tile.splits), g.device,
-            a, g, out if partial is None else partial, out if scale is None else scale,
+            a, g, made if partial is None else partial, made if scale is None else scale,
             g if samples.cu_seqlens is None else samples.cu_seqlens,
             right.index, right.weight, left.index, left.weight,
             samples.length, right.k, left.k, samples.chunk(tile.block_t, tile.splits),
-            *a.stride(), *g.stride(), out.numel(),
+            *a.stride(), *g.stride(), made.stride(0) if partial is None else left.k * right.k, made.numel(),
             FAN_IN=right.fan_in, FAN_OUT=left.fan_in, IN_GROUP=right.group, OUT_GROUP=left.group,
             IN_WEIGHTED=right.weighted, OUT_WEIGHTED=left.weighted, PACKED=samples.cu_seqlens is not None,
             QUANTIZE=scale is not None and partial is None, DTYPE=operand, PRECISION=arch.precision,
@@ -116,7 +143,7 @@ def launch_linear(
             num_warps=tile.warps, num_stages=tile.stages, resident=1 if summed or itemsize == 4 else tile.resident,
         )  # fmt: skip
         if partial is not None:
-            finish(partial, out, scale)
-        return out, scale
+            finish(partial, made, scale)
+        return made, scale
 
     return launch_tile(choose("compress_linear", problem, outer_candidates(*problem), launch_tile))

@@ -165,7 +165,7 @@ def sum_splits(p_split, stride_split, SPLITS, keep, AT_ONCE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def finish_kernel(
-    p_partial, p_out, p_scale, width, stride_split, SPLITS,
+    p_partial, p_out, p_scale, width, stride_row, stride_split, SPLITS,
     QUANTIZE: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum the partial results of (a block of) one row, and store it in the output's dtype or as int8 with a scale."""
@@ -186,13 +186,13 @@ def finish_kernel(
             at = start + tl.arange(0, BLOCK)
             total = sum_splits(p_partial + row * width + at, stride_split, SPLITS, at < width, AT_ONCE)
             ratio = (tl.where(finite, tl.div_rn(total, divisor), 0.0) + 12582912.0) - 12582912.0
-            tl.store(p_out + row * width + at, tl.clamp(ratio, -127.0, 127.0).to(tl.int8), mask=at < width)
+            tl.store(p_out + row * stride_row + at, tl.clamp(ratio, -127.0, 127.0).to(tl.int8), mask=at < width)
     else:
         blocks = tl.cdiv(width, BLOCK)
         row = (tl.program_id(0) // blocks).to(tl.int64)
         at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
         total = sum_splits(p_partial + row * width + at, stride_split, SPLITS, at < width, AT_ONCE)
-        tl.store(p_out + row * width + at, total.to(p_out.dtype.element_ty), mask=at < width)
+        tl.store(p_out + row * stride_row + at, total.to(p_out.dtype.element_ty), mask=at < width)
 
 
 def finish(partial: Tensor, out: Tensor, scale: Tensor | None) -> None:
@@ -202,19 +202,24 @@ def finish(partial: Tensor, out: Tensor, scale: Tensor | None) -> None:
     block = 2048 // at_once
     launch(
         finish_kernel, (rows if scale is not None else rows * cdiv(width, block),), out.device,
-        partial, out, out if scale is None else scale, width, rows * width, partial.shape[0],
+        partial, out, out if scale is None else scale, width, out.stride(0), rows * width, partial.shape[0],
         QUANTIZE=scale is not None, AT_ONCE=at_once, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
 def outputs(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, splits: int, whole: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    splits: int,
+    whole: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Allocate (out, scale, partial): `partial` [splits, *shape] where a second stage is needed, `scale` for int8.
 
     `whole` says that one program holds a whole row, so that int8 needs no second stage.
     """
-    out = allocate(shape, dtype, device)
+    out = allocate(shape, dtype, device) if out is None else out
     quantize = dtype == torch.int8
     scale = allocate(shape[:1], torch.float32, device) if quantize else None
     two_stage = splits > 1 or (quantize and not whole)

@@ -87,6 +87,41 @@ def compress_linear(
 compress_linear_int8 = quantized(compress_linear)
 
 
+def check_into(
+    out: Tensor, a: Tensor, g: Tensor, in_index: Tensor | None, out_index: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    check_output_dtype(out.dtype)
+    k_out, k_in = columns_of(out_index, g.shape[-1]), columns_of(in_index, a.shape[-1])
+    shape = (samples_of(g, cu_seqlens), k_out, k_in)
+    if out.shape != shape or (out.numel() and out.stride()[1:] != (k_in, 1)):
+        raise ValueError(
+            f"out has shape {list(out.shape)} and strides {out.stride()}; it must be {list(shape)}, each sample's part "
+            "contiguous, as a range of columns of [N, K] is with .unflatten(1, (k_out, k_in))"
+        )
+
+
+@op(lambda _: None, writes="out")
+def compress_linear_into(
+    out: Tensor,
+    a: Tensor,
+    g: Tensor,
+    in_index: Tensor | None = None,
+    in_weight: Tensor | None = None,
+    out_index: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    group: int = 1,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Write what `compress_linear` returns into ``out`` [N, k_out, k_in] float, whose samples may lie apart.
+
+    So the layers of a batch fill one [N, K] block, each its range of columns: ``out`` is a view of it.
+    Raises TypeError, ValueError as `compress_linear`, and where ``out`` has another shape.
+    Source: as `compress_linear`.
+    """
+    check_into(out, a, g, in_index, out_index, cu_seqlens)
+    out.copy_(compress_linear.plain(a, g, in_index, in_weight, out_index, out_weight, group, cu_seqlens, out.dtype))
+
+
 def outer_products(a: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Return each sample's sum over its rows of g a^T, in the dtype that it accumulates in."""
     wide = accumulator(a, g)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture.row_block import side_by_side
 from .gradients import Gradients, Shapes, check_layout
 from .origin import Origin
 from .outflow import Outflow
@@ -58,20 +59,12 @@ class GradientsBuilder:
         Raises:
             ValueError: a layer is missing or unknown, has another shape, or n differs between layers.
         """
-        if layers.keys() != self._shapes.keys():
-            missing, unknown = self._shapes.keys() - layers.keys(), layers.keys() - self._shapes.keys()
-            raise ValueError(f"layers must be those of shapes: missing {sorted(missing)}, unknown {sorted(unknown)}")
-        rows = len(next(iter(layers.values())))
-        for name, shape in self._shapes.items():
-            if layers[name].shape != (rows, *shape):
-                found = tuple(layers[name].shape)
-                raise ValueError(f"layer {name!r} is {found}; it must be {(rows, *shape)}")
-        parts = [layers[name].detach().flatten(1) for name in self._shapes]
-        home, held = parts[0].device, self._buffer.device
-        if outflow is not None and held.type == "cpu" and home.type != "cpu":
-            outflow.put(torch.cat([part.to(home) for part in parts], 1), self._append_rows)
+        parts = _columns(layers, self._shapes)
+        held = self._buffer.device
+        if outflow is not None and held.type == "cpu" and parts[0].device.type != "cpu":
+            outflow.put(side_by_side(parts), self._append_rows)
             return
-        target = self._grown_by(rows)
+        target = self._grown_by(len(parts[0]))
         # At once: a copy for each layer takes fifteen times as long.
         torch.cat([part.to(held, target.dtype) for part in parts], 1, out=target)
 
@@ -128,9 +121,19 @@ def _kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     return first.dtype, first.device
 
 
-def rows_of(shapes: Shapes, digest: Mapping[str, str], layers: Mapping[str, Tensor], count: int) -> Tensor:
-    """Return one batch's gradients side by side, `[count, K]`, in their dtype and on their device."""
-    dtype, device = _kind_of(layers)
-    builder = GradientsBuilder(shapes, digest, capacity=count, dtype=dtype, device=device)
-    builder.append(layers)
-    return builder.finish().flat
+def rows_of(shapes: Shapes, digest: Mapping[str, str], layers: Mapping[str, Tensor]) -> Tensor:
+    """Return one batch's gradients side by side, `[n, K]`, in their dtype and on their device."""
+    return side_by_side(_columns(layers, check_layout(shapes, digest)[0]))
+
+
+def _columns(layers: Mapping[str, Tensor], shapes: Shapes) -> list[Tensor]:
+    """Return a batch's gradients [n, k] in the order of shapes."""
+    if layers.keys() != shapes.keys():
+        missing, unknown = shapes.keys() - layers.keys(), layers.keys() - shapes.keys()
+        raise ValueError(f"layers must be those of shapes: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    rows = len(next(iter(layers.values())))
+    for name, shape in shapes.items():
+        if layers[name].shape != (rows, *shape):
+            found = tuple(layers[name].shape)
+            raise ValueError(f"layer {name!r} is {found}; it must be {(rows, *shape)}")
+    return [layers[name].detach().flatten(1) for name in shapes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -286,8 +285,7 @@ class Compressor:
         shapes, digest = self.shapes, self.digest()
         with self._sweep.hooked(self._placed(), Compression, where) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
-                store, n = model(batch)
-                take(rows_of(shapes, digest, store, n))
+                take(rows_of(shapes, digest, model(batch)[0]))
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
@@ -300,10 +298,9 @@ class Compressor:
             return
         plain = {n: t.kept_whole() for n, t in self._targets.items()}
         probe = {n: make_layer(t, Dropout(PROBE), {}).to(t.tensor.device) for n, t in self._targets.items()}
-        recorder = partial(Calibration, self._moments)
         sums, samples = dict(self._moments.sums), self._moments.samples
         try:
-            hooked = self._sweep.hooked(plain, recorder, probe=probe)
+            hooked = self._sweep.hooked(plain, lambda _: Calibration(self._moments), probe=probe)
             with self._sweep.forgetting(), hooked as model, progress_bar(batches, progress) as bar:
                 for batch in bar:
                     model(batch)

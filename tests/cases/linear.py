@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dropinf_kernels import compress_linear, compress_linear_int8
+from dropinf_kernels import compress_linear, compress_linear_int8, compress_linear_into
 from tests.cases.common import Case
 from tests.reference.helpers import make_table
 
@@ -50,6 +50,8 @@ def large(dtype: torch.dtype) -> Iterator[Case]:
         lambda: compress_linear.triton(a[:8].view(-1, d), g[:8].view(-1, d), *right, *left, 8, cu_seqlens),
         "compress_linear_kernel",
     )
+    room = torch.empty(n, 3 * 64 * 64)[:, 64 * 64 :][:, : 64 * 64].unflatten(1, (64, 64))
+    yield Case("into", lambda: compress_linear_into.triton(room, a, g, *right, *left, 8), "compress_linear_kernel")
     yield Case("int8", lambda: compress_linear_int8.triton(a, g, *right, *left, 8), "compress_linear_kernel")
     yield Case(
         "int8-split", lambda: compress_linear_int8.triton(a[:2], g[:2], *right, *left, 8), "compress_linear_kernel"
@@ -67,4 +69,6 @@ def small(dtype: torch.dtype) -> Iterator[Case]:
             f"{kind}-packed", lambda i=right, o=left, n=group: compress_linear.triton(a, g, *i, *o, n, cu_seqlens)
         )
         yield Case(f"{kind}-int8", lambda i=right, o=left, n=group: compress_linear_int8.triton(a, g, *i, *o, n))
+    room = torch.empty(2, 1000)[:, 20:980].unflatten(1, (24, 40))
+    yield Case("into", lambda: compress_linear_into.triton(room, a, g))
     yield Case("whole", lambda: compress_linear.triton(a.transpose(0, 1), g.transpose(0, 1)))

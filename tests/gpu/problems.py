@@ -14,6 +14,7 @@ from tests.interpreter.helpers import assert_close
 from tests.reference.helpers import make_table
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WRITES = ("gram_update", "compress_linear_into")  # their first argument
 KINDS = {"scattered": (1, 1), "runs-8": (8, 1), "runs-16": (16, 1), "fold": (1, 4)}  # group, fan_in
 WINDOW = ([3, 3], [1, 1], [1, 1], [1, 1])
 
@@ -134,10 +135,12 @@ def linear_problems(dtype: torch.dtype, scale: int) -> dict[str, Problem]:
             found[f"linear-{block}-{kind}"] = Problem("compress_linear", (a, g, *right, *left, group), rounded=rounded)
     right, left = make_table(d_in, 64, 1, False, 8), make_table(d_out, 64, 1, False, 8)
     cu_seqlens = torch.tensor([0, 5, 5, 2 * t, 4 * t])
+    room = torch.zeros(4, 64 * 64 + 10)[:, 3:-7].unflatten(1, (64, 64))
     packed = (a.flatten(0, 1), g.flatten(0, 1), *right, *left, 8, cu_seqlens)
     return found | {
         "linear-kept-input": Problem("compress_linear", (a[..., :256], g, None, None, *left, 8)),
         "linear-packed": Problem("compress_linear", packed),
+        "linear-into": Problem("compress_linear_into", (room, a, g, *right, *left, 8), 3),
         "linear-not-split": Problem("compress_linear", (*many, *right, *left, 8)),
         "linear-int8-one-program": Problem("compress_linear_int8", (*many, *right, *left, 8)),
         "linear-int8-two-stages": Problem("compress_linear_int8", (a, g, *right, *left, 8)),

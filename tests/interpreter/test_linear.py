@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropinf_kernels import compress_linear
+from dropinf_kernels import compress_linear, compress_linear_into
 from dropinf_kernels.gpu import launch, linear, tiling
 from dropinf_kernels.gpu.launch import copies
 from tests.interpreter.helpers import DTYPES, ON_GPU, assert_close, on_cpu
@@ -56,6 +56,27 @@ def test_strides(dtype, layout):
     else:
         a, g = layouts(a)[layout], layouts(g)[layout]
     assert_close(compress_linear.triton(a, g, *tables, 8), want(a, g, *tables, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "t"), [(3, 9), (1, 1500), (0, 4), (2, 0)], ids=str)  # the second in several splits
+def test_into_writes_its_columns_of_a_block(n, t, dtype, stored):
+    a, g = torch.randn(n, t, 40).to(dtype), torch.randn(n, t, 24).to(dtype)
+    tables = (*make_table(40, 16, 1, False, 8), *make_table(24, 8, 1, False, 8))
+    block = torch.full((n, 8 * 16 + 5), 7.0, dtype=stored)
+    room = block[:, 2:-3].unflatten(1, (8, 16))
+    compress_linear_into.triton(room, a, g, *tables, 8)
+    assert_close(room.float(), want(a, g, *tables, 8), torch.finfo(stored).eps)
+    assert (block[:, :2] == 7).all()
+    assert (block[:, -3:] == 7).all()
+
+
+def test_into_packed_documents():
+    a, g, cu_seqlens = torch.randn(11, 8), torch.randn(11, 4), torch.tensor([0, 3, 3, 11])
+    block = torch.full((3, 40), 7.0)
+    compress_linear_into.triton(block[:, 5:37].unflatten(1, (4, 8)), a, g, cu_seqlens=cu_seqlens)
+    assert_close(block[:, 5:37].unflatten(1, (4, 8)), want(a, g, None, None, None, None, 1, cu_seqlens))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (2, 0, 8, 8), (2, 4, 8, 0), (2, 4, 0, 8), (1, 1, 1, 1)])

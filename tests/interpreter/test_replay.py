@@ -88,6 +88,17 @@ def test_results_are_new_tensors(name):
     torch.testing.assert_close(first if isinstance(first, tuple) else (first,), tuple(kept), rtol=0, atol=0)
 
 
+def test_what_an_op_writes_is_that_of_the_call(recorded):
+    block, (a, g) = torch.zeros(N, 3 * K * K), both()
+    rooms = [part.unflatten(1, (K, K)) for part in block.split(K * K, 1)]
+    for room in rooms[:2]:
+        ops.compress_linear_into.triton(room, a, g, *TABLE, *OTHER)
+        torch.testing.assert_close(room, ops.compress_linear.plain(a, g, *TABLE, *OTHER))
+        a, g = both()
+    assert not rooms[2].any()
+    assert len(recorded) == 1
+
+
 def transposed(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 

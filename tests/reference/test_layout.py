@@ -11,7 +11,7 @@ from dropinf_kernels.op import launcher_of
 
 ROOT = Path(kernels.__file__).parents[1]
 NAMES = {
-    "linear": {"compress_linear", "compress_linear_int8"},
+    "linear": {"compress_linear", "compress_linear_int8", "compress_linear_into"},
     "conv": {"compress_conv", "compress_conv_int8", "sketch_patches", "conv_output_size"},
     "embedding": {"compress_embedding", "compress_embedding_int8"},
     "norm": {"compress_norm", "compress_norm_int8"},

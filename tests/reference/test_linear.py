@@ -123,3 +123,33 @@ INDEX = torch.zeros(1, 4, dtype=torch.int32)
 def test_linear_bad_input_names_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         kernels.compress_linear(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_into_writes_its_columns_of_a_block(dtype):
+    a, g = torch.randn(3, 7, 32).to(dtype), torch.randn(3, 7, 24).to(dtype)
+    tables = (*make_table(32, 16), *make_table(24, 8))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    block = torch.full((3, 8 * 16 + 5), 7.0, dtype=wide)
+    assert kernels.compress_linear_into(block[:, 2:-3].unflatten(1, (8, 16)), a, g, *tables) is None
+    assert_near(block[:, 2:-3].unflatten(1, (8, 16)), folded(per_sample_gradients(a, g), tables, 32, 24), dtype)
+    assert (block[:, :2] == 7).all()
+    assert (block[:, -3:] == 7).all()
+
+
+ROOM = torch.zeros(2, 80)[:, 4:68].unflatten(1, (8, 8))
+BAD_ROOMS = [
+    (ROOM[:1], ValueError, r"out has shape \[1, 8, 8\] .* must be \[2, 8, 8\], each sample's part contiguous"),
+    (ROOM.mT, ValueError, r"out has shape .* and strides \(80, 1, 8\)"),
+    (ROOM[..., :4], ValueError, "out has shape"),
+    (ROOM.flatten(1), ValueError, "out has shape"),
+    (ROOM.int(), TypeError, "dtype is torch.int32"),
+]
+
+
+@pytest.mark.parametrize(("room", "error", "message"), BAD_ROOMS)
+@pytest.mark.parametrize("body", ["plain", "triton"])
+def test_into_refuses_what_it_cannot_fill(room, error, message, body):
+    a = torch.zeros(2, 3, 8)
+    with pytest.raises(error, match=message):
+        getattr(kernels.compress_linear_into, body)(room, a, a)

@@ -30,6 +30,10 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     return {
         "sketch": [(a, *left, 1), (a, make_table(8, 4, 2, False, 4)[0], None, 4)],
         "compress_linear": [(a, g, *left, *right, 1, None), (a, g, None, None, *right, 1, cu_seqlens, torch.bfloat16)],
+        "compress_linear_into": [
+            (torch.zeros(2, 9, dtype=dtype)[:, 1:].unflatten(1, (2, 4)), a, g, *left, *right, 1, None),
+            (torch.zeros(3, 30, dtype=dtype)[:, 6:22].unflatten(1, (2, 8)), a, g, None, None, *right, 1, cu_seqlens),
+        ],
         "compress_linear_int8": [(a, g, *left, *right, 1, None)],
         "compress_conv_int8": [(x, y, *WINDOW, 1, *taps, None, None, 1)],
         "compress_embedding_int8": [(ids, g, 9, None, None, *right, -1, 1, cu_seqlens)],
@@ -54,6 +58,8 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
 
 
 CASES = [(name, i) for name, calls in arguments().items() for i in range(len(calls))]
+
+WRITES = ("gram_update", "compress_linear_into")  # their first argument
 
 
 def test_every_public_op_is_registered_and_tested():
@@ -131,8 +137,7 @@ def test_autocast_changes_nothing(namespace):
 def test_inputs_that_require_grad(name, case):
     plain = arguments()[name][case]
     tracked = tuple(v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in clone(plain))
-    if name == "gram_update":
-        # The Fisher matrix itself is never a parameter.
+    if name in WRITES:  # what is written is never a parameter
         tracked = (tracked[0].detach(), *tracked[1:])
     want = getattr(kernels, name)(*plain)
     got = getattr(kernels, name)(*tracked)
@@ -170,7 +175,7 @@ def test_inputs_are_not_written():
             before = clone(args)
             getattr(kernels, name)(*args)
             for i, (old, new) in enumerate(zip(before, args, strict=True)):
-                if isinstance(old, Tensor) and (name, i) != ("gram_update", 0):
+                if isinstance(old, Tensor) and not (name in WRITES and i == 0):
                     assert torch.equal(old, new), (name, i)
 
 

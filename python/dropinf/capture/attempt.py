@@ -42,7 +42,7 @@ class Hooked:
     flags: Flags
     attributes: Attributes
     layers: Mapping[str, Layer]
-    recorder: Callable[[], Recorder]
+    recorder: Callable[[Mapping[str, Layer]], Recorder]
     where: Callable[[int], str]
     probe: Mapping[str, Layer] | None = None
     prove: Callable[[Any], bool] = bool
@@ -86,9 +86,8 @@ class Attempts:
 
     def _pass(self) -> Pass:
         anchor = torch.zeros((), device=self.hooked.attributes.parameters[0].device, requires_grad=True)
-        return Pass(
-            self.hooked.recorder(), Samples(self.n, self.cu), anchor, place=self.proof.place, trusting=self.trusting
-        )
+        recorder = self.hooked.recorder(self.hooked.layers)
+        return Pass(recorder, Samples(self.n, self.cu), anchor, place=self.proof.place, trusting=self.trusting)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [target.tensor for target in self.known.targets.values()]

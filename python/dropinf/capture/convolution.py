@@ -12,9 +12,10 @@ import dropinf_kernels as ops
 
 from ..sketch.axis import Axis
 from .layer import Layer
-from .modules import Use, sketched_outer
+from .modules import Use
 from .moments import Moments
 from .samples import Samples, Untied
+from .sums import sketched_outer
 
 # Flat masks of convolutions form the gradients of this many bytes of samples at a time.
 CHUNK_BYTES = 1 << 24

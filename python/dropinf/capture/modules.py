@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropinf_kernels as ops
-from dropinf_kernels.op import no_autograd
-from dropinf_kernels.ops.linear import outer_products
-from dropinf_kernels.ops.norm import sum_products
-from dropinf_kernels.ops.plain import accumulator
 
 from ..sketch.axis import Axis
 from . import sharded
 from .layer import Layer
 from .moments import Moments
 from .samples import Samples
+from .sums import sketched_outer, sketched_sum, summed
 from .taps import is_of_torch
 
 _SLACK = 8  # roundings between an RMSNorm's output and what is made of its input
@@ -143,11 +140,14 @@ class Use:
 
     def emit(self, saved: Tensor | None, g: Tensor, samples: Samples) -> Iterator[tuple[Layer, Tensor]]:
         """Yield (plan, compressed gradients) of this call, from what was saved and the output gradient."""
-        if self.bias is not None:
-            yield self.bias, sketched_sum(None, self.rows(g), self.bias.out_axis, samples)
+        yield from self.emit_bias(g, samples)
         if self.weight is not None:
             assert saved is not None
             yield self.weight, self.emit_weight(self.weight, saved, g, samples)
+
+    def emit_bias(self, g: Tensor, samples: Samples) -> Iterator[tuple[Layer, Tensor]]:
+        if self.bias is not None:
+            yield self.bias, sketched_sum(None, self.rows(g), self.bias.out_axis, samples)
 
     def emit_weight(self, layer: Layer, saved: Tensor, g: Tensor, samples: Samples) -> Tensor:
         raise NotImplementedError
@@ -176,44 +176,6 @@ class Use:
 
 def _is_plain(parameter: Tensor) -> bool:
     return type(parameter) is nn.Parameter and parameter.is_floating_point()
-
-
-def summed(a: Tensor | None, g: Tensor, samples: Samples) -> Tensor:
-    """Return sum_t a_t * g_t of each sample, [N, d]; ``a`` None is all ones."""
-    g, cu = samples.tie(g)
-    return ops.compress_norm(None if a is None else samples.tie(a)[0], g, cu_seqlens=cu)
-
-
-@no_autograd
-def sketched_sum(a: Tensor | None, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """Return the sketch of sum_t a_t * g_t; ``a`` None is all ones.
-
-    Where the sketch is a gather, ``a`` is gathered already.
-    """
-    g, cu = samples.tie(g)
-    a = None if a is None else samples.tie(a)[0]
-    if axis.is_gather and not g.is_cuda:
-        return sum_products(a, axis.apply(g), cu, accumulator(a, g))  # the op without its checks
-    if axis.is_gather and a is not None:
-        return ops.compress_norm(a, axis.apply(g), cu_seqlens=cu)
-    if axis.matrix is not None:
-        return axis.apply(ops.compress_norm(a, g, cu_seqlens=cu))
-    index, weight = axis.table
-    return ops.compress_norm(a, g, index, weight, axis.group if index is not None else 1, cu)
-
-
-@no_autograd
-def sketched_outer(a: Tensor, g: Tensor, axis: Axis, samples: Samples) -> Tensor:
-    """Return sum_t (S_out g_t) a_t^T for inputs ``a`` that are sketched already."""
-    if axis.is_gather and not g.is_cuda:
-        (a, cu), (g, _) = samples.tie(a), samples.tie(axis.apply(g))
-        return outer_products(a, g, cu)  # the op without its checks
-    if axis.matrix is not None:
-        g = axis.apply(g)
-    index, weight = (None, None) if axis.matrix is not None else axis.table
-    group = axis.group if index is not None else 1
-    (a, cu), (g, _) = samples.tie(a), samples.tie(g)
-    return ops.compress_linear(a, g, None, None, index, weight, group, cu)
 
 
 def _pairs(layer: Layer) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from .layer import Layer
 from .modules import LinearUse, Use
 from .moments import Moments
+from .row_block import RowBlock
 from .samples import Samples
+from .sums import sketched_outer
 from .together import SharedInputs
 
 
@@ -49,7 +51,8 @@ class Recorder(ABC):
 class Compression(Recorder):
     """Compressed gradients of one batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._block = RowBlock(layers)
         self._found: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor]] = {}
         self._inputs = SharedInputs()
@@ -60,7 +63,17 @@ class Compression(Recorder):
         return use.save(x, out)
 
     def emit(self, use: Use, saved: Tensor | None, g: Tensor, samples: Samples) -> None:
-        for layer, c in use.emit(saved, g, samples):
+        room = None
+        if g.is_cuda and isinstance(use, LinearUse) and use.weight is not None and not use.is_flat:
+            room = self._block.take(use.weight.name, samples.n, g)
+        if room is None:
+            parts = list(use.emit(saved, g, samples))
+        else:
+            assert saved is not None
+            assert use.weight is not None
+            parts = [*use.emit_bias(g, samples)]
+            parts.append((use.weight, sketched_outer(saved, g, use.weight.out_axis, samples, room)))
+        for layer, c in parts:
             self.emit_part(layer, c)
 
     def emit_part(self, layer: Layer, c: Tensor) -> None:
@@ -76,10 +89,11 @@ class Compression(Recorder):
         found = self._found | {name: torch.cat(parts) for name, parts in self._parts.items()}
         dtype = torch.promote_types(losses.dtype, torch.float32)
         # A layer that the batch does not reach has a zero gradient.
-        return {
+        rows = {
             name: found[name] if name in found else losses.new_zeros(len(losses), *layer.stored_shape, dtype=dtype)
             for name, layer in layers.items()
         }
+        return self._block.filled(rows)
 
 
 class Unweighted(Recorder):

@@ -39,7 +39,7 @@ class Sweep(Knowledge):
     def hooked(
         self,
         layers: Mapping[str, Layer],
-        recorder: Callable[[], Recorder],
+        recorder: Callable[[Mapping[str, Layer]], Recorder],
         where: Callable[[int], str] | None = None,
         probe: Mapping[str, Layer] | None = None,
     ) -> Iterator[HookedModel]:

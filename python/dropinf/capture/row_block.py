@@ -1,0 +1,67 @@
+"""The compressed gradients of a batch on a GPU, side by side: kernels write them where they leave from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .layer import Layer
+
+
+class RowBlock:
+    """Room for a batch's [N, K] float32 numbers, a range of columns for each layer; made when it is first asked for."""
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._shapes = {name: layer.stored_shape for name, layer in layers.items()}
+        self._rooms: dict[str, Tensor] = {}
+        self._free: set[str] = set()
+
+    def take(self, name: str, n: int, g: Tensor) -> Tensor | None:
+        """Return a layer's room [N, *stored_shape] for what an output gradient on a GPU gives, to be written.
+
+        None where it is taken, and where the rows are of another kind: more samples, another device, float64.
+        """
+        if g.dtype == torch.float64:
+            return None
+        if not self._rooms:
+            widths = [math.prod(shape) for shape in self._shapes.values()]
+            block = torch.empty(n, sum(widths), dtype=torch.float32, device=g.device)
+            parts = zip(self._shapes.items(), block.split(widths, 1), strict=True)
+            self._rooms = {name: part.unflatten(1, shape) for (name, shape), part in parts}
+            self._free = set(self._rooms)
+        room = self._rooms[name]
+        if name not in self._free or len(room) != n or room.device != g.device:
+            return None
+        self._free.remove(name)
+        return room
+
+    def filled(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch's rows [N, *stored_shape] by layer, all moved into the block if some are there."""
+        others = {name: x for name, x in rows.items() if x is not self._rooms.get(name)}
+        room = [self._rooms[name] for name in others if self._rooms]
+        is_like = all(x.dtype == to.dtype and x.shape == to.shape for x, to in zip(others.values(), room, strict=False))
+        if not room or not is_like:
+            return rows
+        torch._foreach_copy_(room, list(others.values()))  # at once, as a launch for each takes longer
+        return {name: self._rooms[name] for name in rows}
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Return parts [N, k] as one tensor [N, K]: on a GPU as they lie where they are a block's columns, else a copy."""
+    width, at = sum(part.shape[1] for part in parts), int(parts[0].storage_offset())
+    for part in parts:
+        if not part.is_cuda or not _lies_at(part, at, width, parts[0]):
+            return torch.cat([part.to(parts[0].device) for part in parts], 1)
+        at += part.shape[1]
+    return parts[0].as_strided((len(parts[0]), width), (width, 1))
+
+
+def _lies_at(part: Tensor, offset: int, width: int, first: Tensor) -> bool:
+    """Return whether a part [N, k] is a range of columns of rows of this width, in the storage of the first."""
+    strides = [stride for size, stride in zip(part.shape, part.stride(), strict=True) if size > 1]
+    wanted = [stride for size, stride in zip(part.shape, (width, 1), strict=True) if size > 1]
+    is_one = part.dtype == first.dtype and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    return is_one and part.storage_offset() == offset and strides == wanted
