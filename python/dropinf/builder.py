@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .capture.row_block import side_by_side
 from .gradients import Gradients, Shapes, check_layout
 from .origin import Origin
 from .outflow import Outflow
@@ -137,3 +136,21 @@ def _columns(layers: Mapping[str, Tensor], shapes: Shapes) -> list[Tensor]:
             found = tuple(layers[name].shape)
             raise ValueError(f"layer {name!r} is {found}; it must be {(rows, *shape)}")
     return [layers[name].detach().flatten(1) for name in shapes]
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Return parts [N, k] as one tensor [N, K]: on a GPU as they lie where they are a block's columns, else a copy."""
+    width, at = sum(part.shape[1] for part in parts), int(parts[0].storage_offset())
+    for part in parts:
+        if not part.is_cuda or not _lies_at(part, at, width, parts[0]):
+            return torch.cat([part.to(parts[0].device) for part in parts], 1)
+        at += part.shape[1]
+    return parts[0].as_strided((len(parts[0]), width), (width, 1))
+
+
+def _lies_at(part: Tensor, offset: int, width: int, first: Tensor) -> bool:
+    """Return whether a part [N, k] is a range of columns of rows of this width, in the storage of the first."""
+    strides = [stride for size, stride in zip(part.shape, part.stride(), strict=True) if size > 1]
+    wanted = [stride for size, stride in zip(part.shape, (width, 1), strict=True) if size > 1]
+    is_one = part.dtype == first.dtype and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    return is_one and part.storage_offset() == offset and strides == wanted

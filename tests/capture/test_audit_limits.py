@@ -232,6 +232,24 @@ def test_small_gradients_in_half_precision_are_not_taken_for_mixed_samples(dtype
         assert scale == 1e-6 and dtype == torch.float16 and "half precision" in str(error)  # noqa: PT017, PT018
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e4, 2.5e4])
+def test_large_gradients_in_half_precision_are_audited_though_their_sum_overflows(scale):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).half()
+    x = [torch.randn(5, 8).half() for _ in range(5)]
+
+    def loss(m, batch):
+        return scale * squared_in_float32(m, batch)
+
+    compressor = dropinf.Compressor(model, dropinf.Identity(), loss, audit="every")
+    rows = compressor.compress(x)
+    each = [torch.autograd.grad(losses, model[0].weight, retain_graph=True)[0] for b in x for losses in loss(model, b)]
+    want = torch.stack(each).float()
+    assert want.isfinite().all()
+    assert float((rows["0"].float() - want).norm() / want.norm()) < 0.01
+    assert [audited.batch for audited in compressor.audits] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_weight_of_little_gradient_is_audited_in_half_precision(dtype, monkeypatch):
     """Its rows are the next sample's; its gradient is a hundredth of the largest."""

@@ -82,6 +82,24 @@ BATCHES = {
 }
 
 
+def test_a_list_of_one_sample_behind_lists_of_several():
+    """As the last batch of a loader that leaves samples of other lengths in a list."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+
+    def loss(m, batch):
+        return torch.stack([m(x).square().sum() for x in batch])
+
+    batches = [[torch.randn(t, 3) for t in lengths] for lengths in ((4, 2, 5), (3, 3), (5,), (1,))]
+    rows = dropinf.Compressor(model, dropinf.Identity(), loss).compress(batches)["weight"]
+    one = [
+        torch.autograd.grad(losses, model.weight, retain_graph=True)[0] for b in batches for losses in loss(model, b)
+    ]
+    torch.testing.assert_close(rows.flatten(1), torch.stack(one).flatten(1))
+    with pytest.raises(ValueError, match="loss_fn returned 1 losses for a batch whose tensors have leading sizes"):
+        dropinf.Compressor(model, dropinf.Identity(), loss).compress([[torch.randn(5, 3)]])
+
+
 @pytest.mark.parametrize("options", [{}, {"route": {"*": "vmap"}}, {"route": {"*": "alone"}}], ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 def test_rows(name, options):

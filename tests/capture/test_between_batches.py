@@ -102,6 +102,17 @@ def frozen_for_a_while(model, x):
     first.requires_grad_(not first.requires_grad)
 
 
+def test_a_hook_on_a_weight_between_two_calls_is_no_fault_of_the_first():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().sum(1))
+    before = compressor.compress([x, x])["0"]
+    handle = model[0].weight.register_hook(lambda g: 2 * g)
+    torch.testing.assert_close(compressor.compress([x, x])["0"], 2 * before)
+    handle.remove()
+    torch.testing.assert_close(compressor.compress([x, x])["0"], before)
+
+
 @pytest.mark.parametrize("step", [halved, trained, by_a_copy, frozen_for_a_while])
 @pytest.mark.parametrize("options", [{}, {"route": {"*": "alone"}}, {"audit": "every"}, {"layers": ["0"]}], ids=str)
 def test_a_model_that_is_trained_between_batches(step, options):

@@ -260,6 +260,38 @@ def numbers_of_numpy():
     )
 
 
+def other_strides(make):
+    """Batches of one shape, the first contiguous, the others not."""
+    return [make(3), *(make(3).transpose(0, 1).contiguous().transpose(0, 1) for _ in range(2))]
+
+
+class Taken(nn.Module):
+    """What takes elements by where they lie, of activations that lie as the batch does."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.w, self.out, self.take = nn.Parameter(torch.randn(4)), nn.Linear(4, 2), take
+
+    def forward(self, x):
+        return self.out(self.take(torch.tanh(x * self.w)))
+
+
+TAKES = {
+    "strided": lambda h: h.as_strided((3, 2, 4), (20, 4, 1)),
+    "strided_function": lambda h: torch.as_strided(h, (3, 2, 4), (20, 4, 1)),
+    "strided_of_aten": lambda h: torch.ops.aten.as_strided(h, [3, 2, 4], [20, 4, 1]),
+    "strided_copy": lambda h: torch.as_strided_copy(h, (3, 2, 4), (20, 4, 1)),
+}
+for name, take in TAKES.items():
+
+    def taken(take=take):
+        make = lambda n: torch.randn(n, 5, 4)  # noqa: E731
+        return Taken(take), lambda m, x: own(m(x).flatten(1)), other_strides(make)
+
+    taken.__name__ = name
+    CASES.add()(taken)
+
+
 @CASES.parametrize()
 @runs
 def test_right_or_refused(build, options, sketch, backwards):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dropinf
-from dropinf.capture import row_block
+from dropinf import builder
 from dropinf.capture.row_block import RowBlock
 from tests.gpu_like.helpers import near, on_gpu
 from tests.gpu_like.pretend import CUDA, move
@@ -89,7 +89,7 @@ def test_nothing_puts_layers_side_by_side(gpu, kind, monkeypatch, tmp_path):
     model, data = move(Model(kind)), on_gpu(batches())
     compressor = dropinf.Compressor(model, dropinf.Dropout(4), squares)
     want = compressor.compress(data)  # batches are audited, at their first look
-    monkeypatch.setattr(row_block, "torch", WithoutCat())
+    monkeypatch.setattr(builder, "torch", WithoutCat())
     into = []
     compressor.stream(data, lambda rows: into.append(rows.clone()))
     got = compressor.compress(data)
@@ -132,9 +132,9 @@ def test_a_block_has_room_for_its_own_kind_alone(gpu):
 def test_what_is_no_block_is_copied(gpu):
     block = torch.arange(12.0, device="cpu").view(2, 6).to(CUDA)
     for parts in (block.split(2, 1)[::-1], block.split(2, 1)[1:], [block[:, :2], block[:, 4:]]):
-        got = row_block.side_by_side(list(parts))
+        got = builder.side_by_side(list(parts))
         assert torch.equal(got.cpu(), torch.cat([part.cpu() for part in parts], 1))
         assert got.untyped_storage().data_ptr() != block.untyped_storage().data_ptr()
-    whole = row_block.side_by_side(block.split([1, 3, 2], 1))
+    whole = builder.side_by_side(block.split([1, 3, 2], 1))
     assert whole.data_ptr() == block.data_ptr()
     assert torch.equal(whole.cpu(), block.cpu())

@@ -154,7 +154,7 @@ class Attempts:
     def _losses(self, guard: UseGuard | None = None) -> Tensor:
         with guard or contextlib.nullcontext(), torch.enable_grad():
             losses = self.known.loss_fn(self.model, self.batch)
-        check_losses(losses, self.batch, self.cu)
+        check_losses(losses, self.batch, self.cu, self.known.size_hint(self.batch))
         return losses
 
     def _plain_losses(self) -> Tensor:

@@ -26,6 +26,7 @@ FLOOR_OF_SUMS = FLOOR | {torch.float16: 0.5, torch.bfloat16: 0.5}
 # What rounding explains of a layer below its floor, in differences of two backwards that round differently.
 ROUNDINGS = {torch.float64: 100.0, torch.float32: 100.0, torch.float16: 10.0, torch.bfloat16: 10.0}
 OTHERWISE = 0.75  # times this, numbers round in another way
+LITTLE = 2.0**-8  # of weights, where a weighted sum of rows is more than a dtype holds
 
 
 @dataclass(frozen=True)

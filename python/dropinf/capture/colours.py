@@ -20,6 +20,7 @@ NONE, SEVERAL = -1, -2
 # How far a ratio may be from a power of two, where sums are formed in an order that changes.
 SLACK = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 _LOST = 1e-3  # of all gradients of a layer, in rows that are too small to tell whose they are
+_ROOM = 4  # for what lies between the gradients that are seen
 Key = tuple[str, int]  # a module, and which of its gradients in a backward
 
 
@@ -71,6 +72,7 @@ class Colours:
         self.rows: dict[Key, _Rows] = {}
         self.spread: dict[Key, Tensor] = {}  # how far ratios were from powers of two
         self.unsure: list[Tensor] = []  # whether some rows are too small to tell whose they are
+        self._largest: Tensor | None = None  # entry of a gradient in float16
         self._named, self._shift = self.codes.argsort(), torch.zeros((), device="cpu")
         self._weights = torch.ones(n, device="cpu")  # of the pass that runs
 
@@ -79,6 +81,9 @@ class Colours:
         if self.step > 1:  # float32 has room for large losses below one
             size = losses.detach().abs().nan_to_num().amax().log2().clamp(min=0)
             self._shift = (size / self.step).ceil() * self.step
+        elif self._largest is not None and self.base == 8:  # and float16 none above its largest number
+            most = self._largest * 2**self.base / torch.finfo(torch.float16).max
+            self._shift = (_ROOM * most.nan_to_num()).log2().ceil().clamp(min=0)
         if self.codes.device != losses.device:  # once, not for each gradient
             self.codes = self.codes.to(losses.device, non_blocking=True)
             self._named = self._named.to(losses.device, non_blocking=True)
@@ -95,6 +100,8 @@ class Colours:
         normal = least = d * limits.tiny  # entries below the smallest normal number do not scale exactly
         if g.dtype == torch.float16:  # of which many are: there they are right to a step, each
             least = 4 * d**0.5 * limits.smallest_normal * limits.eps / SLACK[g.dtype]
+            here = g.abs().amax().float() if g.numel() else torch.zeros((), device=g.device)
+            self._largest = here if self._largest is None else torch.maximum(here, self._largest.to(here))
         self.rows[key] = _Rows(seen, seen.abs().amax(1), g.shape[:-1], least, normal)
 
     def confirm(self, key: Key, g: Tensor, owner: Tensor, *, some: bool = False) -> Tensor | None:

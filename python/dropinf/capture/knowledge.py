@@ -135,7 +135,7 @@ class Knowledge:
         """Return the number of a batch's samples by the size of its tensors, or None."""
         leaves = tensors(batch)
         if self._leaf == "list":
-            return samples_of(batch)
+            return len(batch) if isinstance(batch, list) else None  # of one sample too, which alone looks like another
         if self._leaf is not None:
             i, axis = self._leaf
             if i < len(leaves) and leaves[i].ndim > axis:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import random
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharded
+from .eager import eager
 from .held import LARGEST_BUFFER, Held, is_same
 
 _MODULE_ATTRIBUTES = set(nn.Module().__dict__)
@@ -354,7 +354,7 @@ def preserved(model: nn.Module) -> Iterator[tuple[Flags, Attributes]]:
         flags, attributes = Flags(model), Attributes(model)
         random = RandomState(attributes.devices)
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        with _eager():
+        with eager():
             try:
                 # The fused inference path of nn.TransformerEncoderLayer would call none of its modules.
                 torch.backends.mha.set_fastpath_enabled(False)
@@ -379,11 +379,3 @@ def renormalised(model: nn.Module) -> dict[int, tuple[nn.Parameter, Tensor]]:
     """Return the weights that their own modules' forwards shorten, by id, and what they hold."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm]
     return {id(w): (w, w.detach().clone()) for w in tables if isinstance(w, nn.Parameter)}
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which compiled code runs eagerly, as it does not see hooks that are added later."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance

@@ -59,7 +59,7 @@ class Sweep(Knowledge):
     def _forget_what_changed(self) -> None:
         """Look at a model anew whose flags, modes or forwards are not those of the call before."""
         modules = [(id(m), type(m), m.training, id(m.__dict__.get("forward"))) for m in self.model.modules()]
-        state = modules, [p.requires_grad for p in self.model.parameters()]
+        state = modules, [(p.requires_grad, [*(p._backward_hooks or ())]) for p in self.model.parameters()]
         if state != self._state:
             self.plans.clear()
         self._state = state
