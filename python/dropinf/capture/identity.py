@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from ..files import checksum
 from ..loss_name import function_text, functions_of, instructions
 from ..origin import CODE
 from ..workload import tensor_bytes
+from .digests import digests
 from .layer import clean_name
 from .sharded import is_sharded
 
@@ -43,12 +44,12 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> str:
 
     Without buffers it is that of what training changes: some models count their calls in buffers.
     """
-    parts = []
+    named = []
     for prefix, module in model.named_modules():
         kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         for name, x in (*module.named_parameters(recurse=False), *(kept.items() if buffers else ())):
-            parts.append(_line_of(f"{prefix}.{name}", x))
-    return checksum(b"\n".join(sorted(parts)))
+            named.append((f"{prefix}.{name}", x))
+    return _summed(named)
 
 
 def check_weights(model: nn.Module, expected: str, folder: object) -> None:
@@ -102,14 +103,14 @@ def _constants(model: nn.Module) -> str:
 
 def _buffers(model: nn.Module) -> str:
     """Return a checksum of a model's persistent buffers, as running statistics and masks of weights; not of counts."""
-    parts = []
+    named = []
     for prefix, module in model.named_modules():
         stored, _ = _used_by(type(module))
         for name, x in module.named_buffers(recurse=False):
             if x.dtype in _COUNTS or name in module._non_persistent_buffers_set or name in stored:
                 continue
-            parts.append(_line_of(f"{prefix}.{name}", x))
-    return checksum(b"\n".join(sorted(parts)))
+            named.append((f"{prefix}.{name}", x))
+    return _summed(named)
 
 
 def _attributes(model: nn.Module) -> str:
@@ -142,10 +143,12 @@ def _is_ours(hook: Any) -> bool:
     return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith(f"{__package__}.")
 
 
-def _line_of(name: str, x: Tensor) -> bytes:
-    """Return what a parameter or buffer is known by; of a shard, all but its values."""
-    about = f"{clean_name(name)} {tuple(x.shape)} {x.dtype}".encode()
-    return about + (b"" if is_sharded(x) or x.is_meta else checksum(tensor_bytes(x)).encode())
+def _summed(named: Sequence[tuple[str, Tensor]]) -> str:
+    """Return a checksum of parameters or buffers with their names; of shards, of all but their values."""
+    held = [x for _, x in named if not (is_sharded(x) or x.is_meta)]
+    found = {id(x): digest for x, digest in zip(held, digests(held), strict=True)}
+    lines = [f"{clean_name(name)} {tuple(x.shape)} {x.dtype}{found.get(id(x), '')}".encode() for name, x in named]
+    return checksum(b"\n".join(sorted(lines)))
 
 
 def _held(value: Any) -> str | None:
