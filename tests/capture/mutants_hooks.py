@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 import dropinf
-from dropinf.capture import hooks, modules
+from dropinf.capture import hooks, modules, sums
 from dropinf.capture.convolution import ConvUse
 from dropinf.capture.modules import EmbeddingUse, LinearUse, NormUse, Use
 from dropinf.capture.passes import Call
@@ -184,7 +184,7 @@ def input_features_in_another_order(patch):
 @fault("twice")
 def last_position_left_out(patch):
     around(
-        patch, modules, "outer_products",
+        patch, sums, "outer_products",
         lambda old, a, g, cu: old(a[:, :-1], g[:, :-1], cu) if a.shape[1] > 1 else old(a, g, cu),
     )  # fmt: skip
 
