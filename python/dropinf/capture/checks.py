@@ -172,6 +172,16 @@ def check_current(model: nn.Module, targets: Mapping[str, Target]) -> None:
             )
 
 
+def check_shapes(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where a parameter has another shape than when its compressor was made."""
+    for name, target in targets.items():
+        if target.shape != shapes[name]:
+            raise ValueError(
+                f"model: its parameter {target.parameter} is {list(target.shape)}, and was {list(shapes[name])} when "
+                "the Compressor was made (a vocabulary that was resized, say); make a new Compressor"
+            )
+
+
 def mixing_message(name: str, pair: tuple[int, int] | None, n: int) -> str:
     """Return what to say of a loss that depends on several samples."""
     if pair is None:

@@ -27,11 +27,19 @@ class Shown:
     """The outputs that are captured, as a forward that is followed makes them.
 
     ``uses``: the hooked modules. ``names``: the captures that had a gradient, all of which must be shown.
+    ``is_shared``: whether each sample has its own copy of what a call gives.
     """
 
-    def __init__(self, labels: Labels, uses: Mapping[str, Use], names: Iterable[str], settle: Settle) -> None:
+    def __init__(
+        self,
+        labels: Labels,
+        uses: Mapping[str, Use],
+        names: Iterable[str],
+        settle: Settle,
+        is_shared: Callable[[str, Tensor, Tensor], bool],
+    ) -> None:
         self.labels, self.uses, self.settle = labels, uses, settle
-        self._left = set(names)
+        self._left, self._is_shared = set(names), is_shared
         self.busy = False  # what runs is not the model's
         self.outside: Followed | None = None  # what shows the ops that use parameters
         self._fit = True
@@ -43,7 +51,10 @@ class Shown:
     def attached(self) -> Iterator[None]:
         """Have hooks on the modules inside."""
         uses = self.uses.items()
-        handles = [u.module.register_forward_hook(partial(self._leave, name, u), prepend=True) for name, u in uses]
+        handles = [
+            u.module.register_forward_hook(partial(self._leave, name, u), prepend=True, with_kwargs=True)
+            for name, u in uses
+        ]
         try:
             yield
         finally:
@@ -70,8 +81,12 @@ class Shown:
         finally:
             self.busy = False
 
-    def _leave(self, name: str, use: Use, module: nn.Module, _args: Any, out: Any) -> None:
-        if module is use.module and isinstance(out, Tensor) and out.ndim:
+    def _leave(self, name: str, use: Use, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if module is not use.module or not isinstance(out, Tensor) or not out.ndim:
+            return
+        if self._is_shared(name, next(iter((*args, *kwargs.values()))), out):
+            self._left.discard(name)
+        else:
             self.show(name, use, out)
 
 
@@ -111,10 +126,8 @@ def _fits(shape: torch.Size, lead: torch.Size) -> bool:
         return False
 
 
-def settled(current: Pass, shared: set[str], name: str, shape: torch.Size, rows: Tensor) -> Tensor | None:
+def settled(current: Pass, name: str, shape: torch.Size, rows: Tensor) -> Tensor | None:
     """Return the samples of rows by what ``current`` found, where the ops give them none; see `Settle`."""
-    if name in shared:
-        return rows  # each sample has its own copy
     found = [current.tied(k) for k in current.emitted_keys if k[0] == name and current.shapes[k] == shape]
     fitting = [samples for samples in found if samples.agree(rows)]
     if found and not fitting:

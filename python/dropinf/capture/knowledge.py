@@ -30,8 +30,8 @@ class Plan:
     """What is known of batches that look alike: where gradients have their samples, and what was audited.
 
     ``follow``: each batch's layouts are found anew, as some follow the data or (``unclear``) samples may meet.
-    ``movements``: of forwards whose layouts these are. ``paths``: movements that were audited. ``apart``: movements and
-    shapes of batches whose samples stay apart whatever the data.
+    ``movements``: of forwards whose layouts these are. ``paths``: movements that were audited. ``apart``: movements,
+    sizes and shapes of batches whose samples stay apart whatever the data.
     """
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Plan:
     loose: set[Key] = field(default_factory=set)  # whose layout follows the data
     movements: set[int] = field(default_factory=set)
     paths: set[int] = field(default_factory=set)
-    apart: set[tuple[int | None, Any]] = field(default_factory=set)
+    apart: set[Any] = field(default_factory=set)
     gradients: set[frozenset[str]] = field(default_factory=set)
     compared: set[str] = field(default_factory=set)  # layers that had a gradient in an audit
     follow: bool = False
@@ -69,6 +69,7 @@ class Knowledge:
         if audit not in get_args(When):
             raise ValueError(f"audit must be one of {', '.join(get_args(When))}, got {audit!r}")
         self.audit, self.mixing = audit, mixing
+        self.shapes = {name: target.shape for name, target in targets.items()}
         exact = {n: "no hook covers their kind of module" for n, t in targets.items() if t.route == "exact"}
         self.ladder = Ladder(exact, [n for n in targets if n not in exact], route)
         for name, target in targets.items():

@@ -134,13 +134,19 @@ class Attributes:
                 "for each model"
             )
 
-    def restore(self) -> None:
-        """Put the attributes, and what containers and objects hold, back."""
+    def restore(self) -> set[str]:
+        """Put the attributes, and what containers and objects hold, back. Return the modules and parameters that were
+        made since, which are taken out again."""
+        made = {name for now, before in self._members for name in now.keys() - before.keys()}
+        for now, before in self._members if made else ():
+            for name in now.keys() - before.keys():
+                del now[name]
         for now, before in self._modules:
             if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
                 now.clear()
                 now.update(before)
         self._held.refill()
+        return made
 
 
 def _made_anew(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -215,7 +221,12 @@ class Start:
                 "which there are several; take that out of the forward (an average of weights, say)"
             )
         self.random.restore()
-        self._attributes.restore()
+        made = self._attributes.restore()
+        if made:
+            raise ValueError(
+                f"model: its forward makes {min(made)!r}, a module or parameter, where it is not there yet, and would "
+                "make another in every run of a batch; call the model once before, and make the Compressor then"
+            )
         self._given.refill()
         torch.clear_autocast_cache()  # which would outlive what its user writes to weights
         with torch.no_grad():

@@ -316,7 +316,8 @@ class Run(Sharing):
     def _keep_apart(self, current: Pass, plan: Plan, look: Any) -> None:
         """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""
         movement = self.movement
-        alike = movement, tuple(leaf.shape for leaf in tensors(self.batch))
+        # What a number or a text of the batch decides is in no shape of its tensors, and in no path.
+        alike = movement, self.n, tuple(leaf.shape for leaf in tensors(self.batch)), frozenset(current.shapes.items())
         if self.n == 1 or plan.follow or alike in plan.apart:
             return
         if movement is not None and self._stay_apart(current):

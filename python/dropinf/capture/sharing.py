@@ -20,6 +20,7 @@ from .ladder import AttributionError, SamplesMix
 from .op_calls import OpUse, mark_data
 from .passes import Pass
 from .shared import constant, meeting, mixing_leaves, outputs_of
+from .taps import signature_of
 
 
 class Sharing(Attempts):
@@ -148,11 +149,13 @@ class Sharing(Attempts):
             self.start.restore()
             self._unmark()
 
+    def _is_shared(self, name: str, x: Any, out: Tensor) -> bool:
+        return isinstance(x, Tensor) and signature_of(name, x, out, self.n) in self.known.shared
+
     def _shown(self, current: Pass, labels: Labels) -> Shown:
         """Return what looks at the outputs that are captured, in a forward that is followed."""
-        hooked, shared = self.hooked, {signature[0] for signature in self.known.shared}
-        uses = {name: use for name, use in hooked.capture.uses.items() if use.plans}
-        shown = Shown(labels, uses, current.emitted, partial(settled, current, shared))
+        uses = {name: use for name, use in self.hooked.capture.uses.items() if use.plans}
+        shown = Shown(labels, uses, current.emitted, partial(settled, current), self._is_shared)
         raw = self._raw()
         if raw:
             shown.outside = Followed(current, raw, self.known.constant, shown)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..workload import check_batches, is_one_batch
 from . import sharded
 from .attempt import Hooked
-from .checks import check_batchnorm, check_current, check_surroundings, explain_batch
+from .checks import check_batchnorm, check_current, check_shapes, check_surroundings, explain_batch
 from .knowledge import Knowledge
 from .layer import Layer
 from .preserved import Start, preserved, renormalised
@@ -75,6 +75,7 @@ class HookedModel:
     def __call__(self, batch: Any) -> tuple[dict[str, Tensor], int]:
         """Return what a new recorder makes of the batch, and its number of samples."""
         self.hooked.batches += 1
+        check_shapes(self.hooked.known.targets, self.hooked.known.shapes)
         try:
             with (
                 self.hooked.flags.frozen()
