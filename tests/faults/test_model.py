@@ -135,7 +135,7 @@ class Sequence:
         # A call of which nothing was stored is as if it had never been.
         begun = self.pending if self.stored else None
         exists = self.exists and (bool(self.done) or begun is not None)
-        member.before = (list(self.done), begun, exists, self.rivals())
+        member.before = (list(self.done), begun, exists, self.rivals(), self.pending)
         if asked["do"] == "write":
             self.since.append(asked["call"])
 
@@ -306,7 +306,7 @@ class Sequence:
             assert message["found"] in found
 
     def expected(self, asked: dict[str, Any], member: Member, error: str | None) -> None:
-        done, pending, exists, rivals = member.before
+        done, pending, exists, rivals, was = member.before
         do, call = asked["do"], asked.get("call")
         if do == "write" and asked["fails_at"] is None:
             if pending is not None and rivals:
@@ -326,7 +326,7 @@ class Sequence:
         elif do in ("discard", "compact", "save_fisher", "open"):
             fine = bool(done) and (do != "compact" or pending is None)
             assert (error is None) == fine, error
-            assert self.pending == (None if do == "discard" and fine else pending)
+            assert self.pending == (None if do == "discard" and fine else was)
 
 
 def writes(asked: dict[str, Any]) -> bool:
