@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import decimal
 import dis
 import enum
+import fractions
 import functools
 import inspect
 import re
@@ -32,7 +36,9 @@ _WRAPPERS = {
 _OF_CLASSES = ("__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
 _MAKING = ("__init__", "__new__", "__post_init__", "__setstate__")
 _CONTAINERS = (dict, list, set)
+_MAPPINGS = collections.UserDict, collections.ChainMap, types.MappingProxyType
 _PLAIN = (bool, int, float, complex, str, bytes)
+_VALUES = (fractions.Fraction, decimal.Decimal, range, slice, enum.Enum)
 _FIXED = (tuple, np.generic, torch.dtype, torch.device)
 _MUTATING = {
     "append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard",
@@ -184,7 +190,7 @@ def _text(code: types.CodeType) -> bytes:
 
 
 @functools.lru_cache(4096)
-def _written(code: types.CodeType) -> frozenset[str]:
+def written_by(code: types.CodeType) -> frozenset[str]:
     """Return the names of containers that a function writes to, or may: what these hold is no constant."""
     found: set[str | None] = set()
     steps = _steps(code)
@@ -194,7 +200,7 @@ def _written(code: types.CodeType) -> frozenset[str]:
         elif i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in _MUTATING:
             found.add(_pushed(steps[:at], 0))
     any_of_them = {*code.co_names, *code.co_freevars} if None in found else set()
-    inner = (_written(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    inner = (written_by(part) for part in code.co_consts if isinstance(part, types.CodeType))
     return frozenset(name for name in found if name is not None).union(any_of_them, *inner)
 
 
@@ -250,7 +256,7 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
         owner = getattr(loss_fn, "__self__", loss_fn)
         called = getattr(loss_fn, "__func__", None) or getattr(type(loss_fn), "__call__", None)  # noqa: B004
         counts, writes = _counts(type(owner))
-        held = {name: x for name, x in getattr(owner, "__dict__", {}).items() if name not in counts}
+        held = {name: x for name, x in held_by(owner).items() if name not in counts}
         mine = {name: x for name, x in held.items() if not (writes and isinstance(x, _CONTAINERS))}
         return mine | (_globals(called) if inspect.isfunction(called) else {})
     code = loss_fn.__code__
@@ -260,8 +266,15 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     held = {name: _read_of(cell.cell_contents, code) for name, cell in found.items() if cell != types.CellType()}
     defaults = {f"default {i}": x for i, x in enumerate(loss_fn.__defaults__ or ())} | (loss_fn.__kwdefaults__ or {})
     bound = _globals(loss_fn) | held | defaults
-    written = _written(code)
+    written = written_by(code)
     return {k: x for k, x in bound.items() if k not in written or not isinstance(x, _CONTAINERS)}
+
+
+def held_by(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots too."""
+    slots = [vars(base).get("__slots__", ()) for base in type(value).__mro__]
+    names = sorted({name for each in slots for name in ([each] if isinstance(each, str) else each) if name[:2] != "__"})
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 
 def _counts(kind: type) -> tuple[set[str], bool]:
@@ -272,7 +285,7 @@ def _counts(kind: type) -> tuple[set[str], bool]:
     own = [vars(base) for base in kind.__mro__ if not is_of_a_library(base)]
     later = [x for members in own for name, x in members.items() if name not in _MAKING]
     codes = [f.__code__ for x in later for f in _functions(x)]
-    return {name for code in codes for name in _attributes(code, "STORE_ATTR")}, any(map(_written, codes))
+    return {name for code in codes for name in _attributes(code, "STORE_ATTR")}, any(map(written_by, codes))
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
@@ -293,13 +306,15 @@ def _read_of(value: Any, code: types.CodeType) -> Any:
     """Return of a module of its user's, or of an object of its user's class, what a function reads of it."""
     module = isinstance(value, types.ModuleType)
     about: Any = value if module else type(value)
-    plain = inspect.isroutine(value) or isinstance(value, type | nn.Module) or not hasattr(value, "__dict__")
+    plain = inspect.isroutine(value) or isinstance(value, type | nn.Module | enum.Enum)
     if not module and (plain or is_of_a_library(about)):
         return value
-    own = {} if is_of_a_library(about) else vars(value)
+    own = {} if is_of_a_library(about) else held_by(value)
     names = _attributes(code, "LOAD_ATTR", "LOAD_METHOD") - _attributes(code, "STORE_ATTR")
     read = {part: own[part] for part in sorted(names & own.keys())}
-    return read if module else (about, read)
+    if module:
+        return read
+    return about, read or {part: x for part, x in own.items() if part not in _counts(about)[0]}  # handed on as a whole
 
 
 def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -316,6 +331,7 @@ def _constants(values: Iterable[Any], seen: dict[int, Any]) -> bytes:
 
 
 def _constant(value: Any, seen: dict[int, Any]) -> bytes:
+    value = plain_container(value)
     if isinstance(value, list | dict | type):
         if id(value) in seen:
             return b""
@@ -329,18 +345,24 @@ def _constant(value: Any, seen: dict[int, Any]) -> bytes:
         return f"{value.shape} {value.dtype}".encode() + (value.tobytes() if small else b"")
     if isinstance(value, tuple):
         return _constants(value, seen)
-    if isinstance(value, (*_PLAIN, *_FIXED)):
+    if isinstance(value, (*_PLAIN, *_FIXED, *_VALUES)):
         return repr(value).encode()
+    if isinstance(value, set | frozenset):  # in any order
+        known = len(value) <= _MOST_NUMBERS and all(isinstance(member, (*_PLAIN, *_FIXED)) for member in value)
+        return repr(sorted(map(repr, value))).encode() if known else b""
     if isinstance(value, list):
-        plain = len(value) <= _MOST_NUMBERS and all(isinstance(member, (*_PLAIN, list, tuple)) for member in value)
-        return _constants(value, seen) if plain else b""
+        return _constants(value, seen) if len(value) <= _MOST_NUMBERS else b""
     if isinstance(value, dict):
         named = {str(key): key for key in value if isinstance(key, (*_PLAIN, *_FIXED))}
         parts = [(key.encode(), _constants((value[named[key]],), seen)) for key in sorted(named)]
         return b"".join(key + b"=" + part for key, part in parts if part)
-    if isinstance(value, nn.Module):  # a criterion; a model is known by its weights
+    if isinstance(value, nn.Module):  # a criterion; a model that is trained is known by its weights
         mine = {name: x for name, x in vars(value).items() if isinstance(x, _PLAIN)} | dict(value.named_buffers())
-        return b"" if any(True for _ in value.parameters()) else type(value).__name__.encode() + _constant(mine, seen)
+        parameters = dict(value.named_parameters())
+        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        if size > _LARGEST_HELD or any(p.requires_grad for p in parameters.values()):
+            return b""
+        return type(value).__name__.encode() + _constant(mine | parameters, seen)
     if isinstance(value, functools.partial):
         return _constants((value.func, value.args, value.keywords), seen)
     if isinstance(value, torch.jit.ScriptFunction):
@@ -353,8 +375,20 @@ def _constant(value: Any, seen: dict[int, Any]) -> bytes:
         codes = [f.__code__ for x in own.values() for f in _functions(x)]
         counts = set[str]().union(*(_attributes(code, "STORE_ATTR") for code in codes))
         names = sorted(name for name in own if name not in (*_OF_CLASSES, *counts))
-        return b"".join(_functions_in(own[name], seen) for name in names)
-    return _functions_in(value, seen)
+        held = {name: own[name] for name in names if isinstance(own[name], (Tensor, np.ndarray, *_CONTAINERS))}
+        return b"".join(_functions_in(own[name], seen) for name in names) + _constant(held, seen)
+    if inspect.isbuiltin(value) and isinstance(value.__self__, Tensor | np.ndarray):
+        return _constant(value.__self__, seen)
+    return _functions_in(value, seen) + (_held(value, seen) if inspect.ismethod(value) else b"")
+
+
+def plain_container(value: Any) -> Any:
+    """Return a container of the standard library, or a namespace, as a list or dict; anything else as it is."""
+    if isinstance(value, collections.deque | collections.UserList):
+        return list(value)
+    if isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        return vars(value)
+    return dict(value) if isinstance(value, _MAPPINGS) else value
 
 
 def _functions_in(value: Any, seen: dict[int, Any]) -> bytes:

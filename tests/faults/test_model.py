@@ -324,7 +324,7 @@ class Sequence:
             else:
                 assert (error, self.done) == (None, [*done, call])
         elif do in ("discard", "compact", "save_fisher", "open"):
-            fine = bool(done) and (do != "compact" or pending is None)
+            fine = bool(done) and (do != "compact" or was is None)
             assert (error is None) == fine, error
             assert self.pending == (None if do == "discard" and fine else was)
 

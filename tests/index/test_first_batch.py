@@ -5,9 +5,8 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
-import fractions
 import json
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +25,7 @@ from dropinf.index.manifest import VERSION, Manifest
 from tests.index.small import make_batches, make_model
 from tests.index.test_runs import StopError, interrupted
 
-ARGS, TABLE, FACTORS = SimpleNamespace(scale=2.0), collections.deque([2.0]), MappingProxyType({"scale": 2.0})
-SET, FRACTION, LONG, STEPS = frozenset({0}), fractions.Fraction(2), [2.0] * 5000, [lambda x: 2.0 * x]
+LONG = [2.0] * 5000
 
 
 def plain(model, batch):
@@ -36,13 +34,7 @@ def plain(model, batch):
 
 # Losses that read what no comparison of code looks into, and how it is changed.
 UNSEEN = {
-    "namespace": (lambda m, b: plain(m, b) * ARGS.scale, "ARGS", SimpleNamespace(scale=3.0)),
-    "deque": (lambda m, b: plain(m, b) * TABLE[0], "TABLE", collections.deque([3.0])),
-    "proxy": (lambda m, b: plain(m, b) * FACTORS["scale"], "FACTORS", MappingProxyType({"scale": 3.0})),
-    "set": (lambda m, b: plain(m, b) * (2.0 if 0 in SET else 3.0), "SET", frozenset({1})),
-    "fraction": (lambda m, b: plain(m, b) * float(FRACTION), "FRACTION", fractions.Fraction(3)),
     "long list": (lambda m, b: plain(m, b) * LONG[7], "LONG", [3.0] * 5000),
-    "functions in a list": (lambda m, b: STEPS[0](plain(m, b)), "STEPS", [lambda x: 3.0 * x]),
 }
 
 
@@ -91,7 +83,7 @@ def test_a_model_whose_list_of_functions_is_another_is_seen(tmp_path):
 
     batches = make_batches()
     compressor(model=model(torch.tanh)).compress(batches, out=tmp_path / "idx")
-    with pytest.raises(ValueError, match="they now give others"):
+    with pytest.raises(ValueError, match=r"it is not the one that .*settings of modules are others"):
         compressor(model=model(torch.sigmoid)).compress(make_batches(2, 5), out=tmp_path / "idx", append=True)
 
 

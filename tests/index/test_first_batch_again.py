@@ -105,17 +105,17 @@ def test_queries_from_a_stream_are_all_compressed(tmp_path):
         dropinf.Compressor.from_index(index, make_model(), plain).compress([])
 
 
-SET = frozenset({0})
+LONG = [2.0] * 5000
 
 
-def by_a_set(model, batch):
-    return plain(model, batch) * (2.0 if 0 in SET else 3.0)
+def by_a_long_list(model, batch):
+    return plain(model, batch) * LONG[7]
 
 
 def test_queries_that_were_refused_are_refused_again(tmp_path, monkeypatch):
-    index = compressor(by_a_set).compress(make_batches(), out=tmp_path / "idx")
-    monkeypatch.setitem(globals(), "SET", frozenset({1}))
-    queries = dropinf.Compressor.from_index(index, make_model(), by_a_set)
+    index = compressor(by_a_long_list).compress(make_batches(), out=tmp_path / "idx")
+    monkeypatch.setitem(globals(), "LONG", [3.0] * 5000)
+    queries = dropinf.Compressor.from_index(index, make_model(), by_a_long_list)
     for _ in range(2):
         with pytest.raises(ValueError, match="they now give others"):
             queries.compress(make_batches(1, 5))

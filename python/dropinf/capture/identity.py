@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import fractions
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..files import checksum
-from ..loss_name import function_text, functions_of, instructions
+from ..loss_name import function_text, functions_of, instructions, plain_container, written_by
 from ..origin import CODE
 from ..workload import tensor_bytes
 from .digests import digests
@@ -29,6 +32,8 @@ _NAMES = (  # in a configuration
 )  # fmt: skip
 _LEFT_OUT = "training", "gradient_checkpointing", *_NAMES  # settings that change no gradient, or compared elsewhere
 _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+_VALUES = (complex, enum.Enum, fractions.Fraction, np.generic, range, slice, torch.dtype, torch.device)
+_MOST, _DEEPEST = 1 << 12, 8  # members of a container, and containers in each other: what has more is data
 _LARGEST = 1 << 24  # bytes of a tensor in an attribute: larger ones are data
 _COUNTS = (torch.int16, torch.int32, torch.int64)  # what buffers of these hold is a count, more often than not
 
@@ -93,7 +98,7 @@ def _constants(model: nn.Module) -> str:
     table of angles that grows with the longest sequence, say."""
     lines = []
     for prefix, module in model.named_modules():
-        stored, _ = _used_by(type(module))
+        stored = _used_by(type(module)).stored
         names = sorted(module._non_persistent_buffers_set - stored)
         kept = {name: module._buffers.get(name) for name in names}
         found = [f"{n} {checksum(tensor_bytes(x))}" for n, x in kept.items() if x is not None and not x.is_meta]
@@ -105,7 +110,7 @@ def _buffers(model: nn.Module) -> str:
     """Return a checksum of a model's persistent buffers, as running statistics and masks of weights; not of counts."""
     named = []
     for prefix, module in model.named_modules():
-        stored, _ = _used_by(type(module))
+        stored = _used_by(type(module)).stored
         for name, x in module.named_buffers(recurse=False):
             if x.dtype in _COUNTS or name in module._non_persistent_buffers_set or name in stored:
                 continue
@@ -119,11 +124,18 @@ def _attributes(model: nn.Module) -> str:
     """
     lines = []
     for prefix, module in model.named_modules():
-        stored, read = _used_by(type(module))
-        left = {name for name in vars(module) if name in stored or (name[0] == "_" and name not in read)}
+        used = _used_by(type(module))
+        left = {name for name in vars(module) if name in used.stored or (name[0] == "_" and name not in used.read)}
+        left |= {name for name, value in vars(module).items() if _is_cache(name, value, used)}
         held = _texts(vars(module), _held, (left | set(_LEFT_OUT)).__contains__)
         lines.append(f"{clean_name(prefix)} {held} {_hooks(module)}")
     return checksum("\n".join(lines).encode())
+
+
+def _is_cache(name: str, value: Any, used: _Used) -> bool:
+    """Return whether a forward may write to a container, of which plain values alone are compared."""
+    is_written = used.writes or name in used.written
+    return is_written and isinstance(plain_container(value), dict | list) and _setting(value) is None
 
 
 def _texts(
@@ -151,13 +163,31 @@ def _summed(named: Sequence[tuple[str, Tensor]]) -> str:
     return checksum(b"\n".join(sorted(lines)))
 
 
-def _held(value: Any) -> str | None:
+def _held(value: Any, depth: int = 0) -> str | None:
     if isinstance(value, _SETTINGS):
         return repr(value)
     if isinstance(value, Tensor):
         small = value.numel() * value.element_size() <= _LARGEST and not (value.is_meta or value.is_nested)
         return f"{tuple(value.shape)} {value.dtype} {checksum(tensor_bytes(value))}" if small else None
-    return _setting(value)
+    if isinstance(value, np.ndarray):
+        known = value.nbytes <= _LARGEST and not value.dtype.hasobject
+        return f"{value.shape} {value.dtype} {checksum(value.tobytes())}" if known else None
+    if isinstance(value, _VALUES):
+        return repr(value)
+    found = _setting(value)
+    return found if found is not None else _parts(value, depth)
+
+
+def _parts(value: Any, depth: int) -> str | None:
+    """Return what is known of the members of a container, or of a module that no module has; None if nothing is."""
+    if isinstance(value, nn.Module):
+        return f"{type(value).__qualname__} {fingerprint(value)}"
+    value = plain_container(value)
+    if depth == _DEEPEST or not isinstance(value, dict | list | tuple) or len(value) > _MOST:
+        return None
+    members = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [(repr(key), text) for key, x in members if (text := _held(x, depth + 1)) is not None]
+    return repr(sorted(found)) if found else None
 
 
 def _setting(value: Any) -> str | None:
@@ -185,26 +215,40 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _SETTINGS)
 
 
-_known: WeakKeyDictionary[type, tuple[frozenset[str], frozenset[str]]] = WeakKeyDictionary()
+class _Used(NamedTuple):
+    """The attributes that a class's forward sets, those that it reads, and names of containers that it writes to.
+
+    With the methods that it calls.
+    """
+
+    stored: frozenset[str]
+    read: frozenset[str]
+    written: frozenset[str]
+    writes: bool  # to some, by whatever name
 
 
-def _used_by(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the attributes that a class's forward sets, and those that it reads, with the methods that it calls."""
+_known: WeakKeyDictionary[type, _Used] = WeakKeyDictionary()
+
+
+def _used_by(kind: type) -> _Used:
     if kind not in _known:
         _known[kind] = _used_anew(kind)
     return _known[kind]
 
 
-def _used_anew(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+def _used_anew(kind: type) -> _Used:
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
     todo, seen = ["forward", "__call__"], set[str]()
-    stored, read = set[str](), set[str]()
+    stored, read, written, writes = set[str](), set[str](), set[str](), False
     while todo:
         name = todo.pop()
         if name in seen:
             continue
         seen.add(name)
         for code in (code for base in bases if name in vars(base) for code in _codes(vars(base)[name])):
+            names = written_by(code)
+            written |= names
+            writes = writes or not names.isdisjoint(code.co_varnames[:1])
             if "register_buffer" in code.co_names:
                 stored |= {str(constant) for constant in code.co_consts if isinstance(constant, str)}
             for step in instructions(code):
@@ -213,7 +257,7 @@ def _used_anew(kind: type) -> tuple[frozenset[str], frozenset[str]]:
                 elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                     read.add(str(step.argval))
                     todo.append(str(step.argval))
-    return frozenset(stored), frozenset(read)
+    return _Used(frozenset(stored), frozenset(read), frozenset(written), writes)
 
 
 def _codes(value: Any) -> Iterator[types.CodeType]:

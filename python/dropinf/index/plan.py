@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..files import TEMPORARY, checksum, file_checksum, is_whole, make_folder, replacing, write_whole
 from ..loss_name import is_same_loss
-from ..origin import Origin, is_same_code
+from ..origin import Origin, difference, is_same_code
 from ..ranks import Ranks
 from ..workload import Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
@@ -172,6 +172,12 @@ class Opening:
         if other is not None:
             raise ValueError(
                 f"{other}: append with the function of then (its code and the constants that it reads are compared), "
+                "or name another folder"
+            )
+        found = difference((manifest.made_by or ("",))[0], self.source.origin().model)
+        if found is not None:
+            raise ValueError(
+                f"model: it is not the one that {self.folder} was made with: {found}; append with the model of then, "
                 "or name another folder"
             )
         check_first_batch(self.source, self.folder, manifest, first)

@@ -42,6 +42,15 @@ def apart(shapes: Mapping[str, tuple[int, ...]], now: Tensor, before: Tensor, *d
     return None if error <= most else f"layer {layer!r} differs by {error:.1%}"
 
 
+def distance(one: Tensor, other: Tensor) -> float:
+    """Return how far two computations of rows [n, K] are apart, relative to the larger; inf where n differs."""
+    if one.shape != other.shape:
+        return math.inf
+    peak = max((float(x.abs().max()) for x in (one, other) if x.numel()), default=0.0) or 1.0
+    one, other = one.double() / peak, other.double() / peak
+    return float((one - other).norm() / max(one.norm(), other.norm(), torch.finfo(torch.float64).tiny))
+
+
 def _worst(
     shapes: Mapping[str, object], widths: Sequence[int], now: Tensor, kept: Tensor, noise: float
 ) -> tuple[str, float]:
