@@ -12,6 +12,7 @@ from torch import Tensor
 from dropinf.fisher import Fisher, FisherKind, build_fisher
 from dropinf.fisher.dense import Form
 from dropinf.gradients import Gradients, Shapes
+from dropinf.score import score
 
 SHAPES: Shapes = {"fc": (3, 4), "bias": (3,), "head": (2, 5)}
 DIGEST = {"fc": "aa", "bias": "bb", "head": "cc"}
@@ -186,16 +187,48 @@ def test_fp32_falls_back_to_fp64_where_it_must(form: Form) -> None:
     flat[:, 1:] += 1000 * flat[:, :1]  # one direction dwarfs the others
     train = Gradients(flat, shapes, digest)
     fisher = Fisher("block", 2e-6, _form=form).update(train)
+    if form == "primal":  # whose Gram sum in fp32 would leave errors of a fifth
+        with pytest.raises(
+            ValueError, match=r"singular to working precision with damping=2e-06; .* gradients in float64"
+        ):
+            fisher.solve(train)
+        fisher = Fisher("block", 2e-6, _form=form).update(train.to(torch.float64))
     solved = fisher.solve(train)
     factor = fisher._blocks[0][1]._factor  # type: ignore[attr-defined]
-    assert solved.dtype == (torch.float32 if form == "primal" else torch.float64)
+    assert solved.dtype == torch.float64 or form == "primal"
     assert factor.lower.dtype == torch.float64
     c = flat.double()
     moment = c.T @ c / 30
     damped = moment + 2e-6 * moment.diagonal().mean() * torch.eye(40)
-    assert_near(
-        solved.flat, torch.linalg.solve(damped, c.T).T, 0.2 if form == "primal" else 1e-6
-    )  # the fp32 Gram sum is what limits the primal
+    assert_near(solved.flat, torch.linalg.solve(damped, c.T).T, 1e-6)
+
+
+DEGENERATE = {
+    "rank 2": lambda r: (r(300, 2) @ r(2, 8)).bfloat16().float(),
+    "offset": lambda r: r(300, 8) + 300,
+    "rank 30": lambda r: r(100, 30) @ r(30, 64),
+    "one large": lambda r: torch.cat([1e4 * r(500, 1), r(500, 63)], 1),
+    "full": lambda r: r(65, 64),
+    "dual": lambda r: r(63, 30) @ r(30, 64),
+}
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("damping", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+def test_small_dampings_are_right_or_refused(damping: float, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = DEGENERATE[kind](lambda *size: torch.randn(*size, generator=generator))
+    rows = Gradients(flat, {"w": (flat.shape[1],)}, {"w": "a"})
+    try:
+        got = score(rows, rows, build_fisher(rows, "block", damping)).double()
+    except ValueError as error:
+        assert "singular to working precision" in str(error)  # noqa: PT017
+        assert kind in ("rank 2", "offset", "rank 30")
+        return
+    c = flat.double()
+    moment = c.T @ c / len(c)
+    want = c @ torch.linalg.solve(moment + damping * moment.diagonal().mean() * torch.eye(len(moment)), c.T)
+    assert float((got - want).abs().max() / want.abs().max()) < 0.04
 
 
 @pytest.mark.parametrize("absolute", [False, True])

@@ -281,7 +281,7 @@ class Block(ABC):
         way = "no larger one was found to do; is a column far beyond the others?"
         if named is not None:
             both = f" with absolute=True, or damping={share:g} with absolute=False" if self.damping.absolute else ""
-            way = f"use a larger one, e.g. damping={named:.3g}{both}"
+            way = f"use a larger one, e.g. damping={named:.3g}{both}, or gradients in float64"
         return ValueError(
             f"layer {self.name!r}: the Fisher matrix of N={self.count} samples and K={self.width} columns is "
             f"singular to working precision with damping={self.damping}; {way}"

@@ -22,6 +22,7 @@ Form = Literal["primal", "dual"]
 # The dual subtracts nearly equal vectors and divides by lambda. With N lambda at least so many eps of the largest
 # |c_n|^2, products of the result with the rows keep four digits of fp32.
 _KEPT = 4e4
+_PIVOT = 128  # eps: seen are errors of 2.5 eps over the least pivot
 
 
 class DenseBlock(Block):
@@ -152,9 +153,10 @@ class DenseBlock(Block):
             return None
         held = self.rows[0] if self.gram is None else self.gram
         dual, dtype = self.gram is None, solver_dtype(held.dtype)
-        # Pivots that are zero but for rounding were seen at up to 14 eps for widths up to 1024.
+        # Pivots that are zero but for rounding were seen at up to 14 eps for widths up to 1024. A Gram sum carries
+        # rounding of its own, which fp64 cannot undo: beside the least pivot it may be a fiftieth. Rows are exact.
         noise = 10 + len(held) ** 0.5
-        # A Gram sum in fp32 carries rounding of its own that fp64 cannot undo; rows are exact.
+        noise = noise if dual else max(noise, _PIVOT)
         attempts = [(torch.float64, noise * torch.finfo(torch.float64 if dual else dtype).eps)]
         if dtype != torch.float64:
             attempts.insert(0, (dtype, max(len(held), _KEPT if dual else noise) * torch.finfo(dtype).eps))
