@@ -37,6 +37,25 @@ def rolled(batch: Any, n: int, cu: Tensor | None, others: Collection[int]) -> An
     return turned if moved else None
 
 
+def changed(batch: Any, n: int, others: Collection[int]) -> Any:
+    """Return the batch with another first sample: numbers one larger, ids in another order; None where none changes."""
+    place, differs = -1, False
+
+    def change(t: Tensor) -> Tensor:
+        nonlocal place, differs
+        place += 1
+        if place in others or not t.ndim or len(t) != n or t.dtype == torch.bool:
+            return t
+        first = t[:1] + 1 if t.is_floating_point() else t[:1].flip(-1) if t.ndim > 1 else t[:1]
+        if torch.equal(first, t[:1]) and t.ndim > 1 and int(t[:1].max()) > 1:
+            first = torch.zeros_like(first)  # one id, again and again
+        differs = differs or not torch.equal(first, t[:1])
+        return torch.cat([first.to(t.dtype), t[1:]])
+
+    found = map_tensors(change, batch)
+    return found if differs else None
+
+
 def constant(
     outputs: Callable[[Any], Mapping[str, list[Tensor]]],
     batch: Any,
@@ -44,12 +63,14 @@ def constant(
     cu: Tensor | None,
     others: Collection[int],
 ) -> set[str]:
-    """Return the names whose ``outputs`` of a batch are the same where its samples trade places.
+    """Return the names whose ``outputs`` of a batch are the same where its samples trade places, or one is another.
 
     They then depend on no sample, as a table of positions does. None is returned where that cannot be tried.
     """
     try:
         turned = rolled(batch, n, cu, others)
+        if turned is None and cu is None:  # all samples are alike
+            turned = changed(batch, n, others)
         if turned is None:
             return set()
         before, after = outputs(batch), outputs(turned)
