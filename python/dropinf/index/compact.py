@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def sweep_merged(folder: Path, manifest: Manifest) -> None:
             if read_shard_header(folder / SHARDS / match[0]).run in gone:
                 (folder / SHARDS / match[0]).unlink()
     sync_folder(folder / SHARDS)
+
+
+@contextmanager
+def merges_told(folder: Path, manifest: Manifest, shard: ShardEntry) -> Iterator[None]:
+    """Raise ValueError that says so where a shard cannot be read inside because it was merged since it was known."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        now = Manifest.load(folder).shards
+        if shard in now or now == manifest.shards:
+            raise
+        raise ValueError(f"{folder}: its shards were merged since it was opened; open it again") from None
 
 
 def _groups(manifest: Manifest) -> list[range]:

@@ -142,9 +142,13 @@ class Finished:
             raise ValueError(f"{path}: damaged, and deleted; run it again to make it again")
         return safetensors.torch.load(data), read_shard_header(path)
 
-    def check_rows(self, b: int, flat: Tensor) -> None:
-        """Raise ValueError where a finished batch, computed again, has other rows than are stored."""
-        kept, codec = self.rows(b), self.plan.manifest.codec
+    def check_rows(self, b: int, flat: Tensor, kept: Tensor | None = None) -> None:
+        """Raise ValueError where a finished batch, computed again, has other rows than are stored.
+
+        ``kept``: the stored rows, where they were read before; nothing is read then.
+        """
+        codec = self.plan.manifest.codec
+        kept = self.rows(b) if kept is None else kept
         encoded = codec.encode(flat)
         now = codec.decode(encoded["gradients"], encoded.get("scale"))
         what = apart(self.plan.manifest.shapes, now, kept, flat.dtype, encoded["gradients"].dtype)

@@ -241,13 +241,11 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
             f"{path}: missing, or damaged: its bytes do not match their checksum; run the call that made the "
             "index again, which writes it, or restore it from a copy"
         )
-    plan = next(plans_of(folder, manifest))
-    finished = Finished(plan)
-    if 0 not in finished:
+    first = _first_rows(folder, manifest)
+    if first is None:
         return
-    finished.check_bytes(0)
-    finished.rows(0)  # or say why they cannot be read
-    found = _computed(source, data, like, path, plan.began.first)
+    finished, kept = first
+    found = _computed(source, data, like, path, finished.plan.began.first)
     if found is None:
         warnings.warn(
             f"{folder}: the first batch that it keeps could not be compared with what the model and the loss now give, "
@@ -257,7 +255,7 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
         return
     batch, rows = found
     try:
-        finished.check_rows(0, rows)
+        finished.check_rows(0, rows, kept)
     except ValueError as error:
         if distance(rows, finished.rows(0)) <= _OFTEN * distance(rows, rows_of(source, batch)):
             return  # as they differ from run to run
@@ -265,6 +263,32 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
             f"loss_fn, or the model: of the first batch of {folder}, which it keeps, they now give others than "
             "the gradients it holds; use the loss and the model's code of then, or name another folder"
         ) from error
+
+
+def _first_rows(folder: Path, manifest: Manifest) -> tuple[Finished, Tensor] | None:
+    """Return the finished batches of an index's first call, and the rows of the first; None where it is not finished.
+
+    Where shards were merged meanwhile, as nothing keeps others out of the folder, they are read where they now are.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    while True:
+        failed: Exception | None = None
+        try:
+            finished = Finished(next(plans_of(folder, manifest)))
+            if 0 in finished:
+                finished.check_bytes(0)
+                return finished, finished.rows(0)
+        except (ValueError, FileNotFoundError) as error:
+            failed = error
+        now = Manifest.load(folder)
+        if now.shards != manifest.shards and now.files.get(PROBE) == manifest.files[PROBE]:
+            manifest = now
+        elif failed is None:
+            return None
+        else:
+            raise failed
 
 
 def _computed(source: Source, data: bytes, like: Any, path: Path, first: str) -> tuple[Any, Tensor] | None:

@@ -7,6 +7,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from ..gradients import At, Gradients, Rows, Shapes, check_rows, positions_of
 from ..origin import Origin
 from ..ranks import Ranks
 from .ahead import Piece, pieces_of, read_ahead, smaller
-from .compact import compact
+from .compact import compact, merges_told
 from .discard import discard
 from .export import Export, White, check_out
 from .folder import locked, shard_path
@@ -80,6 +81,7 @@ class Index:
         order: Tensor | None = None,
     ) -> None:
         self.path, self.manifest, self._codec = folder, manifest, manifest.codec
+        self._told = partial(merges_told, folder, manifest)
         least = 32 * self._codec.width * self._codec.decoded.itemsize
         if memory_bytes < least:
             raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
@@ -196,12 +198,10 @@ class Index:
             (i, first, count), row = pieces[0], self._codec.row_bytes
             if many and count * row > SMALL_BYTES:
                 stamp, layout = self._checked(i)
-                with self._files[i].mapped(layout, first, count, stamp) as stored:
+                file, at = self._files[i], self._at(self._starts[i] + first, count)
+                with self._told(self._entries[i]), file.mapped(layout, first, count, stamp) as stored:
                     if stored is not None:
-                        yield (
-                            self._at(self._starts[i] + first, count),
-                            Stored(stored.values, self._codec.scales(*stored)),
-                        )
+                        yield at, Stored(stored.values, self._codec.scales(*stored))
                         del stored
                         self._check_again(pieces)
                         continue
@@ -224,7 +224,7 @@ class Index:
         for row in self._stored_rows(chosen).tolist():
             i = bisect.bisect_right(self._starts, row) - 1
             if i not in texts:
-                texts[i] = self._files[i].texts(self._checked(i)[1])
+                texts[i] = self._texts(i)
             found.append(texts[i][row - self._starts[i]])
         return found
 
@@ -235,8 +235,8 @@ class Index:
         if self._order is not None:
             yield from self.ids()
             return
-        for i, file in enumerate(self._files):
-            yield from file.texts(self._checked(i)[1])
+        for i in range(len(self._files)):
+            yield from self._texts(i)
 
     def fisher(self) -> Fisher:
         """Return the Fisher matrix that was built with the index, or saved by `save_fisher`.
@@ -319,7 +319,7 @@ class Index:
             "path": str(self.path),
             "samples": len(self),
             "bytes_per_sample": self.bytes_per_sample,
-            "bytes": sum(file.path.stat().st_size for file in self._files if file.path.exists()),
+            "bytes": sum(map(self._bytes, range(len(self._files)))),
             "dtype": self.manifest.dtype,
             "shards": len(self._files),
             "layers": {layer.name: list(layer.shape) for layer in self.manifest.layers},
@@ -345,17 +345,20 @@ class Index:
 
     def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
         """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
-        try:
+        with self._told(self._entries[i]):
             stamp = self._files[i].stamp()
             if i not in self._layouts or self._layouts[i][0] != stamp:
                 self._files[i].verify(self._entries[i].checksum)
                 self._layouts[i] = stamp, self._files[i].layout()
-        except (ValueError, FileNotFoundError):
-            now = Manifest.load(self.path).shards
-            if self._entries[i] in now or now == self.manifest.shards:
-                raise
-            raise ValueError(f"{self.path}: its shards were merged since it was opened; open it again") from None
         return self._layouts[i]
+
+    def _texts(self, i: int) -> list[str]:
+        with self._told(self._entries[i]):
+            return self._files[i].texts(self._checked(i)[1])
+
+    def _bytes(self, i: int) -> int:
+        with self._told(self._entries[i]):
+            return self._files[i].stamp()[1]
 
     def _check_again(self, pieces: list[Piece]) -> None:
         """Raise ValueError where a shard was changed while its rows were used."""
@@ -386,11 +389,8 @@ class Index:
         parts = ({name: x.split(counts)[k] for name, x in found.items()} for k in range(len(pieces)))
         for (i, windows), into in zip(pieces, parts, strict=True):
             stamp, layout = self._checked(i)
-            try:
+            with self._told(self._entries[i]):
                 self._files[i].read(layout, windows, stamp, into)
-            except FileNotFoundError:
-                self._checked(i)  # which says why it is gone
-                raise
         return Stored(found["gradients"], found.get("scale"))
 
     def _pieces(self, rows: int) -> Iterator[list[Piece]]:

@@ -80,6 +80,12 @@ class ShardFile:
     def _missing(self) -> ValueError:
         return ValueError(f"{self.path}: missing; restore it, or run the same compress again to make it")
 
+    def _open(self) -> FileIO:
+        try:
+            return open(self.path, "rb", buffering=0)
+        except FileNotFoundError:
+            raise self._missing() from None
+
     def verify(self, expected: str) -> None:
         """Raise ValueError unless the file's bytes have this checksum."""
         try:
@@ -94,7 +100,10 @@ class ShardFile:
 
     def layout(self) -> dict[str, tuple[int, int]]:
         """Return tensor name -> where its bytes start in the file, and how many there are."""
-        header, start, size = _read_header(self.path)
+        try:
+            header, start, size = _read_header(self.path)
+        except FileNotFoundError:
+            raise self._missing() from None
         need = {name: (_TAGS[dtype], [self.rows, *shape]) for name, (dtype, shape) in self.codec.tensors.items()}
         for name, (tag, shape) in need.items():
             entry = header.get(name)
@@ -143,7 +152,7 @@ class ShardFile:
         Raises:
             ValueError: the file is no longer what it was at `stamp`, or is cut meanwhile.
         """
-        with open(self.path, "rb", buffering=0) as file:
+        with self._open() as file:
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
             for name, out in into.items():
@@ -167,7 +176,7 @@ class ShardFile:
         Raises:
             ValueError: the file is no longer what it was at `stamp`.
         """
-        with open(self.path, "rb", buffering=0) as file, leased(file) as held:
+        with self._open() as file, leased(file) as held:
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise ValueError(f"{self.path}: it changed while it was read; see index.verify()")
             if not held:
@@ -184,7 +193,7 @@ class ShardFile:
 
     def texts(self, layout: Mapping[str, tuple[int, int]]) -> list[str]:
         """Return the ids of the rows."""
-        with open(self.path, "rb", buffering=0) as file:
+        with self._open() as file:
             parts = []
             for name, dtype in (("ids", torch.uint8), ("id_offsets", torch.int64)):
                 if name not in layout:
