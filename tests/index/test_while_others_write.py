@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import dropinf
-from dropinf.index import probe
+from dropinf.index import discard, kept, probe
 from dropinf.index.finished import Finished
 from dropinf.index.shards import ShardFile
 from tests.index.small import loss_fn, make_batches, make_compressor, make_model, names
@@ -97,3 +99,63 @@ def test_mapped_shards_say_that_they_were_merged(appended, monkeypatch):
     first_only(monkeypatch, ShardFile, "mapped", dropinf.Index.open(appended.path).compact)
     with pytest.raises(ValueError, match=MERGED):
         list(appended.stored_blocks(reuse=True))
+
+
+# Fisher matrices that are saved meanwhile.
+
+
+@pytest.fixture
+def unsettled(appended):
+    """An index whose matrix still stands beside its place, as while it is saved; and what puts it there."""
+    appended.save_fisher(dropinf.build_fisher(appended))
+    place = appended.path / "fisher.safetensors"
+    beside = kept.fisher_paths(appended.path, appended.manifest.files[place.name])[0]
+    os.replace(place, beside)
+    return appended, lambda: os.replace(beside, place)
+
+
+@pytest.mark.parametrize("name", ["_stamp", "file_checksum", "load"])
+def test_a_fisher_that_is_put_in_place_while_it_is_read(name, unsettled, monkeypatch):
+    index, settle = unsettled
+
+    def gone(*_):
+        """Fail as the reader of the format does, where a file goes between its two looks at it."""
+        settle()
+        raise RuntimeError("unable to open file in read-only mode: No such file or directory")
+
+    first_only(monkeypatch, kept.Fisher if name == "load" else kept, name, gone if name == "load" else settle)
+    assert index.fisher().count == len(index)
+    assert (index.path / "fisher.safetensors").exists()
+
+
+def test_a_fisher_that_is_put_in_place_while_it_is_verified(unsettled, monkeypatch):
+    index, settle = unsettled
+    is_file = discard.Path.is_file
+
+    def late(path):
+        found = is_file(path)
+        if found and path.name.startswith("fisher-"):
+            settle()
+        return found
+
+    monkeypatch.setattr(discard.Path, "is_file", late)
+    assert index.verify() == []
+    assert (index.path / "fisher.safetensors").exists()
+
+
+def test_a_fisher_that_is_saved_again_while_it_is_read(appended, monkeypatch):
+    fisher = dropinf.build_fisher(appended)
+    appended.save_fisher(fisher)
+    first_only(monkeypatch, kept.Fisher, "load", lambda: dropinf.Index.open(appended.path).save_fisher(fisher))
+    assert appended.fisher().count == len(appended)
+
+
+def test_a_fisher_that_cannot_be_read_says_why(appended, monkeypatch):
+    appended.save_fisher(dropinf.build_fisher(appended))
+
+    def fails(_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(kept.Fisher, "load", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        appended.fisher()

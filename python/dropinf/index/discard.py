@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
         return manifest
     if manifest.shards:
         return discard(folder, manifest)
-    own = [name for name in (SKETCH, PROBE, PASSAGES) if manifest.files.get(name) == _checksum_of(folder / name)]
+    own = [name for name in (SKETCH, PROBE, PASSAGES) if manifest.files.get(name) == checksum_of(folder / name)]
     for name in (NAME, *own):  # the manifest first: it names the others
         (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
@@ -78,8 +79,11 @@ def has_more_passages(folder: Path, manifest: Manifest) -> bool:
     return left is not None and left != (folder / PASSAGES).read_bytes()
 
 
-def _checksum_of(path: Path) -> str | None:
-    return file_checksum(path) if path.is_file() else None
+def checksum_of(path: Path) -> str | None:
+    """Return the checksum of a file, None where there is none: a Fisher matrix may be renamed as it is looked for."""
+    with suppress(FileNotFoundError):
+        return file_checksum(path) if path.is_file() else None
+    return None
 
 
 def _passages_left(folder: Path, manifest: Manifest) -> bytes | None:

@@ -64,6 +64,8 @@ def load_fisher(index: _Kept) -> Fisher:
     if FISHER not in index.manifest.files:
         raise FileNotFoundError(f"{index.path}: no Fisher matrix in it; use build_fisher(index), or save_fisher")
     path, fisher = index.path / FISHER, _load(index)
+    if fisher is None and Manifest.load(index.path) == index.manifest:
+        fisher = _load(index)  # where the same matrix was saved again meanwhile
     if fisher is None:
         if Manifest.load(index.path) != index.manifest:
             raise ValueError(f"{path}: replaced since this index was opened; open it again")
@@ -87,12 +89,22 @@ def _load(index: _Kept) -> Fisher | None:
     expected = index.manifest.files[FISHER]
     for path in fisher_paths(index.path, expected):
         with suppress(FileNotFoundError):
-            before = path.stat()
+            before = _stamp(path)
             if file_checksum(path) == expected:
-                fisher, after = Fisher.load(path), path.stat()
-                if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):  # or else it was replaced
+                try:
+                    fisher = Fisher.load(path)
+                except (OSError, RuntimeError, ValueError):  # the reader of its format says so in its own way
+                    if _stamp(path) == before:
+                        raise
+                    continue
+                if _stamp(path) == before:  # or else it was replaced
                     return fisher
     return None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def check_its_fisher(index: _Kept, fisher: Fisher) -> None:

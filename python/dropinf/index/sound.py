@@ -6,8 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from ..files import file_checksum
-from .discard import has_more_passages
+from .discard import checksum_of, has_more_passages
 from .folder import FISHER, PASSAGES, shard_path
 from .kept import fisher_paths
 from .manifest import Manifest
@@ -32,8 +31,8 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         problems.append(f"{folder}: not finished; run the same compress again, which goes on where it stopped")
     for name, expected in manifest.files.items():
         paths = fisher_paths(folder, expected) if name == FISHER else [folder / name]
-        found = [file_checksum(path) for path in paths if path.is_file()]
-        if not found:
+        found = list(map(checksum_of, paths))
+        if not any(found):
             problems.append(f"{folder / name}: missing")
         elif name == PASSAGES and not manifest.unfinished and has_more_passages(folder, manifest):
             problems.append(
