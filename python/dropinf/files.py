@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,25 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
+def write_whole(path: Path, data: bytes | memoryview, check: Callable[[], None] | None = None) -> None:
     """Write a file atomically: under a temporary name, renamed once its bytes are on disk.
+
+    ``check``: raises an error where it must not be written. It is asked before anything is, and before the file gets
+    its name.
 
     Raises:
         OSError: the disk is full, or a limit on file sizes is reached; nothing is left under either name.
     """
     temporary = _temporary(path)
+    if check is not None:
+        check()
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check()
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritten(error, path, ": it goes on from here") from error

@@ -26,7 +26,7 @@ from ..index.choice import choose_run
 from ..index.codec import DTYPES, Codec
 from ..index.discard import discard as give_up
 from ..index.discard import drop_unbegun, has_more_passages, settle_passages
-from ..index.folder import PASSAGES, SKETCH, check_free, locked
+from ..index.folder import PASSAGES, SKETCH, check_free, check_here, locked
 from ..index.manifest import Manifest
 from ..index.reader import Index
 from ..index.runs import Plan
@@ -293,7 +293,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
 
 def _take_passages_back(out: Path) -> None:
     """Take out the passages of an append that was refused before it began."""
-    with locked(out, Ranks(None), make=False), contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError), locked(out, Ranks(None), make=False):
         settle_passages(out, Manifest.load(out))
 
 
@@ -322,7 +322,12 @@ def _draw(source: Source, path: Path, ranks: Ranks, progress: bool) -> None:
     compressor = Compressor(work.model, sketch, work.loss_fn, layers=recipe.layers, cu_seqlens=work.cu_seqlens)
     if recipe.calibration is not None:
         compressor.calibrate(work.batches, progress=progress)
-    ranks.first(lambda: compressor.save(path))
+
+    def save() -> None:
+        check_here(path)
+        compressor.save(path)
+
+    ranks.first(save)
 
 
 def _draw_again(source: Source, path: Path, manifest: Manifest, ranks: Ranks, progress: bool) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from ..files import checksum, serialize, sync_folder, write_whole
-from .folder import SHARD_NAME, SHARDS, names, shard_path
+from ..files import checksum, serialize, sync_folder
+from .folder import SHARD_NAME, SHARDS, is_here, names, remove, shard_path, write_whole
 from .manifest import Call, Manifest, Run, ShardEntry
 from .runs import Plan
 from .shards import SHARD_BYTES, ShardFile, ShardHeader, join_rows, read_shard_header
@@ -46,7 +46,7 @@ def compact(folder: Path, manifest: Manifest) -> Manifest:
             runs[group.start : group.stop] = [run, *[None] * (len(group) - 1)]
             number += len(run.shards or ())
     except BaseException:
-        for path in made:
+        for path in made if is_here(folder) else ():
             path.unlink(missing_ok=True)
         raise
     manifest = replace(manifest, runs=tuple(run for run in runs if run is not None))
@@ -75,7 +75,7 @@ def sweep_merged(folder: Path, manifest: Manifest) -> None:
     for match in others:
         with suppress(ValueError):  # of something else
             if read_shard_header(folder / SHARDS / match[0]).run in gone:
-                (folder / SHARDS / match[0]).unlink()
+                remove(folder / SHARDS / match[0])
     sync_folder(folder / SHARDS)
 
 

@@ -6,8 +6,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import checksum, file_checksum, sync_folder, write_whole
-from .folder import PART_NAME, PARTS, PASSAGES, PROBE, SHARD_NAME, SHARDS, SKETCH, names, shard_path
+from ..files import checksum, file_checksum, sync_folder
+from .folder import (
+    PART_NAME,
+    PARTS,
+    PASSAGES,
+    PROBE,
+    SHARD_NAME,
+    SHARDS,
+    SKETCH,
+    names,
+    remove,
+    shard_path,
+    write_whole,
+)
 from .kept import settle_fisher
 from .manifest import NAME, Manifest
 from .order import remove_others
@@ -29,7 +41,7 @@ def discard(folder: Path, manifest: Manifest) -> Manifest:
         for place, pattern in ((folder / SHARDS, SHARD_NAME), (folder / PARTS, PART_NAME)):
             for match in names(place, pattern):
                 if match[0] not in kept:
-                    (place / match[0]).unlink()
+                    remove(place / match[0])
             if place.is_dir():
                 sync_folder(place)
         manifest = replace(manifest, runs=manifest.runs[:-1])
@@ -58,7 +70,7 @@ def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
         return discard(folder, manifest)
     own = [name for name in (SKETCH, PROBE, PASSAGES) if manifest.files.get(name) == checksum_of(folder / name)]
     for name in (NAME, *own):  # the manifest first: it names the others
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
     sync_folder(folder)
     return None
 

@@ -9,7 +9,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..files import checksum
-from .folder import PARTS, shard_path
+from .folder import PARTS, remove, shard_path
 from .manifest import ShardEntry
 from .reader import Index
 from .rows_alike import apart
@@ -138,7 +138,7 @@ class Finished:
         path = self.folder / PARTS / self.parts[b]
         data = path.read_bytes()
         if checksum(data) not in self.parts[b]:
-            path.unlink()
+            remove(path)
             raise ValueError(f"{path}: damaged, and deleted; run it again to make it again")
         return safetensors.torch.load(data), read_shard_header(path)
 

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from ..files import SUFFIX, checksum, file_checksum, sync_folder, write_whole
+from ..files import SUFFIX, checksum, file_checksum, sync_folder
 from ..fisher.compared import mean_squares
 from ..fisher.fisher import Fisher
 from ..gradients import GradientSource
 from ..loss_name import is_same_loss
 from ..origin import Origin, check_one_model
 from ..ranks import Ranks
-from .folder import FISHER, locked, names
+from .folder import FISHER, check_here, locked, names, remove, write_whole
 from .manifest import Manifest
 
 _SAME_SQUARES = 2e-2  # of a Fisher matrix beside rows that are stored in less than it was made of
@@ -53,9 +53,10 @@ def settle_fisher(folder: Path, manifest: Manifest) -> None:
     """Put the matrix that the manifest names in place of the one before; remove one that it came not to name."""
     for match in names(folder, NEW_FISHER):
         if match[1] == manifest.files.get(FISHER):
+            check_here(folder)
             os.replace(folder / match[0], folder / FISHER)
         else:
-            (folder / match[0]).unlink(missing_ok=True)
+            remove(folder / match[0])
         sync_folder(folder)
 
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import checksum, is_checksum, whole_number, write_whole
+from ..files import checksum, is_checksum, whole_number
 from ..origin import is_same_code
 from .codec import DTYPES, Codec
-from .folder import FISHER, PASSAGES, PROBE, SKETCH
+from .folder import FISHER, PASSAGES, PROBE, SKETCH, write_whole
 
 NAME = "manifest.json"
 FUNCTIONS = "functions"  # of a model's classes, in what is known of its code

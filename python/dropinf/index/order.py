@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..files import SUFFIX, checksum, serialize, write_whole
+from ..files import SUFFIX, checksum, serialize
 from ..workload import check_order
-from .folder import names
+from .folder import names, remove, write_whole
 from .manifest import Manifest
 
 ORDER_NAME = re.compile(r"order-([0-9a-f]{32})" + re.escape(SUFFIX))
@@ -125,7 +125,7 @@ def remove_others(folder: Path, kept: str | None) -> None:
     """Remove the orders of before."""
     for match in names(folder, ORDER_NAME):
         if match[1] != kept:
-            (folder / match[0]).unlink(missing_ok=True)
+            remove(folder / match[0])
 
 
 def opened(folder: Path) -> tuple[Manifest, Tensor | None]:

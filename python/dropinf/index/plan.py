@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import TEMPORARY, checksum, file_checksum, is_whole, make_folder, replacing, write_whole
+from ..files import TEMPORARY, checksum, file_checksum, is_whole, replacing
 from ..loss_name import is_same_loss
 from ..origin import Origin, difference, is_same_code
 from ..ranks import Ranks
@@ -22,7 +22,19 @@ from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
 from .discard import drop_unbegun
-from .folder import _STRAY, PARTS, PASSAGES, PROBE, SHARDS, SKETCH, check_free
+from .folder import (
+    _STRAY,
+    PARTS,
+    PASSAGES,
+    PROBE,
+    SHARDS,
+    SKETCH,
+    check_free,
+    check_here,
+    make_place,
+    remove,
+    write_whole,
+)
 from .manifest import FUNCTIONS, LayerEntry, Manifest, check_code
 from .parts import Share
 from .probe import check_first_batch, freeze, keep_again, rows_of
@@ -95,6 +107,7 @@ class Opening:
 
     def _begin(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan | None:
         """Return the run to go on with, or None for a new index. Rank 0 alone."""
+        check_here(self.folder)
         try:
             manifest = Manifest.load(self.folder)
         except FileNotFoundError:
@@ -138,7 +151,7 @@ class Opening:
         alike = isinstance(self.batches, Iterator) and runs_alike(self.folder, manifest, self.batches, first)
         manifest = manifest.begun(found, self.count, self._shard_batches(last.shard_batches))
         manifest.save(self.folder)
-        make_folder(self.folder / PARTS)
+        make_place(self.folder / PARTS)
         return Plan(self.folder, manifest, len(manifest.runs) - 1, undecided=bool(alike))
 
     def _going_on(self, plan: Plan, first: Any, changed: bool, code: Mapping[str, str]) -> Plan:
@@ -156,7 +169,7 @@ class Opening:
         if other is not None:
             warnings.warn(f"{other}: unless both give the same, name another folder", stacklevel=3)
         self._check_something_left(plan, other, manifest, code)
-        make_folder(self.folder / PARTS)
+        make_place(self.folder / PARTS)
         if not unfinished or (other is None and not changed):
             return plan
         return replace(plan, manifest=manifest.going_on(self.source.origin(), code), every=True, going_on=True)
@@ -226,7 +239,7 @@ class Opening:
         for folder in (self.folder, self.folder / SHARDS, self.folder / PARTS):
             for stray in folder.glob(f".*{TEMPORARY}"):
                 if _STRAY.fullmatch(stray.name):
-                    stray.unlink(missing_ok=True)
+                    remove(stray)
 
     def _check_same(self, manifest: Manifest, dtype: torch.dtype | None, code: Mapping[str, str]) -> bool:
         """Raise ValueError where the index is of another sketch, model or dtype. Return whether the model may compute
@@ -286,6 +299,7 @@ class Opening:
 
     def _write_first(self, first: Any, found: str, flat: Tensor | None, dtype: torch.dtype | None) -> Manifest:
         assert flat is not None
+        check_here(self.folder)  # to compute the rows may have taken a while
         name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
         shapes = self.source.shapes
         digest = self.source.digest()
@@ -305,8 +319,8 @@ class Opening:
         for kept in (SKETCH, PASSAGES):
             if (self.folder / kept).exists():
                 manifest = manifest.with_file(kept, file_checksum(self.folder / kept))
-        make_folder(self.folder / SHARDS)
-        make_folder(self.folder / PARTS)
+        make_place(self.folder / SHARDS)
+        make_place(self.folder / PARTS)
         manifest = manifest.begun(found, self.count, a_shard)
         manifest.save(self.folder)
         return manifest

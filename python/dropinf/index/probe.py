@@ -23,12 +23,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import checksum, is_whole, read_header, serialize, write_whole
+from ..files import checksum, is_whole, read_header, serialize
 from ..loss_name import is_same_loss
 from ..workload import check_batches
 from .fingerprint import fingerprint
 from .finished import Finished
-from .folder import PROBE
+from .folder import PROBE, write_whole
 from .manifest import Manifest
 from .rows_alike import distance
 from .runs import plans_of

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import SUFFIX, checksum, serialize, write_whole
+from ..files import SUFFIX, checksum, serialize
 from ..fisher.fisher import Fisher, FisherKind
 from ..outflow import Outflow
 from ..ranks import Ranks
@@ -39,7 +39,7 @@ from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
 from .finished import Finished
-from .folder import FISHER, PARTS, locked, remove_parts, shard_path
+from .folder import FISHER, PARTS, know, locked, remove, remove_parts, shard_path, write_whole
 from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
@@ -147,7 +147,7 @@ class Writer:
             self.version = self.source.version()
             return
         for path in self.made:
-            path.unlink(missing_ok=True)
+            remove(path)
         raise ValueError(
             f"model: its weights changed while its batches were compressed into {self.folder}; rows of this call are "
             "taken back: compress with the weights of then, and train a copy (copy.deepcopy(model))"
@@ -234,7 +234,7 @@ class Writer:
         self.done[shard] = entry
         self.finished.move(shard, dict(zip(batches, counts, strict=True)))
         for b in batches:
-            (self.folder / PARTS / self.parts[b]).unlink()
+            remove(self.folder / PARTS / self.parts[b])
 
     def _finish(self) -> None:
         if self.ranks.world > 1:
@@ -377,6 +377,7 @@ def write_index(
         folder, places = Path(path).absolute(), order_of(batches, order)
         stack.enter_context(locked(folder, ranks))
         check_one_folder(ranks, folder)
+        know(folder)
         first, batches = _first(batches, ranks, places)
         mine = found = fingerprint(first, named=ids is not None)
         if isinstance(batches, Share):
