@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import dropinf
 from dropinf.index.codec import NOISE
@@ -66,6 +67,70 @@ def test_a_stream_has_no_length(tmp_path):
     assert torch.equal(index[:].flat, compressor().compress(loader).flat)
     with pytest.raises(TypeError, match="loader is DataLoader of a stream"):
         dropinf.Parts(loader)
+
+
+class Mixing:
+    """Numbers of samples, no subclass of torch's Sampler, of which a few are mixed anew each time."""
+
+    def __init__(self, count, size, last=None):
+        self.count, self.size, self.last, self.times = count, size, last, 0
+
+    def __iter__(self):
+        self.times += 1
+        start = 0 if self.last is None else self.count - self.last
+        mine = list(range(start, self.count))
+        random.Random(self.times).shuffle(mine)
+        mine = [*range(start), *mine]
+        return iter([mine[i : i + self.size] for i in range(0, self.count, self.size)] if self.size else mine)
+
+    def __len__(self):
+        return -(-self.count // (self.size or 1))
+
+
+class Fixed(Mixing):
+    """Numbers in an order that is none of theirs, and the same each time."""
+
+    def __iter__(self):
+        self.times = 0
+        return super().__iter__()
+
+
+X, Y = (torch.cat(parts) for parts in zip(*make_batches(), strict=True))
+
+
+def loader_of(sampler):
+    options = {"batch_sampler": sampler} if getattr(sampler, "size", 1) else {"sampler": sampler, "batch_size": 4}
+    return dropinf.Parts(DataLoader(TensorDataset(X[:24], Y[:24]), **options))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [
+        (Mixing(24, 4), "Mixing"),
+        (Mixing(24, 12), "Mixing"),
+        (Mixing(24, 1, last=2), "Mixing"),
+        (Mixing(24, 0), "Mixing"),
+        (iter([[*range(12)], [*range(12, 24)]]), "list_iterator"),
+    ],
+)
+def test_parts_of_a_sampler_that_mixes_anew_are_refused(sampler, name, tmp_path):
+    made = compressor()
+    state = random.getstate(), torch.get_rng_state()
+    message = f"batches: their sampler {name} gives other numbers of samples when it is read again"
+    with pytest.raises(ValueError, match=message):
+        made.compress(loader_of(sampler), out=tmp_path / "idx")
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+
+
+@pytest.mark.parametrize("sampler", [Fixed(24, 4), Fixed(24, 0), list(Fixed(24, 5)), range(23, -1, -1)])
+def test_parts_of_a_fixed_sampler_stand_in_the_order_of_the_data(sampler, tmp_path):
+    if isinstance(sampler, range):
+        loader = dropinf.Parts(DataLoader(TensorDataset(X[:24], Y[:24]), 4, sampler=sampler))
+    else:
+        loader = loader_of(sampler)
+    index = compressor().compress(loader, out=tmp_path / "idx")
+    torch.testing.assert_close(index[:].flat, compressor().compress([(X[:24], Y[:24])]).flat)
 
 
 def test_a_first_batch_that_is_the_largest_asks_for_no_more_memory_than_there_is():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from ..ranks import Ranks
-from ..workload import sampler_of_ranks
+from ..workload import sampler_of_ranks, untouched_random
+
+_FEW, _FEW_TIMES = 10_000, 20  # few samples may stand alike by chance, and are soon read
 
 
 class Parts:
@@ -42,13 +44,40 @@ class Parts:
         return len(self.loader)
 
 
+def _numbers(loader: DataLoader[Any]) -> list[list[int]]:
+    """Return the numbers of the samples of each batch.
+
+    The loader reads its batch sampler once more for the batches, so it must give the same each time.
+    """
+    sampler: Iterable[Iterable[int]] = () if loader.batch_sampler is None else loader.batch_sampler
+    with untouched_random():
+        found = [list(map(int, batch)) for batch in sampler]
+        if type(sampler) is BatchSampler and type(sampler.sampler) in (SequentialSampler, DistributedSampler):
+            return found
+        for _ in range(_FEW_TIMES if sum(map(len, found)) <= _FEW else 1):
+            if [list(map(int, batch)) for batch in sampler] != found:
+                raise ValueError(
+                    f"batches: {_name(loader)} gives other numbers of samples when it is read again, and they are read "
+                    "before the batches are; it must give the same each time: pass a list, such as "
+                    "DataLoader(data, batch_sampler=list(sampler))"
+                )
+    return found
+
+
+def _name(loader: DataLoader[Any]) -> str:
+    """Return what the order of a loader comes from."""
+    own = type(loader.batch_sampler) is BatchSampler
+    return f"their sampler {type(loader.sampler if own else loader.batch_sampler).__name__}"
+
+
 class Share(Iterator[Any]):
     """The batches of one rank, as they come; its length is that of all ranks' batches, which stand rank by rank.
 
     ``order``: the number of each sample in the data, of all ranks.
 
     Raises:
-        ValueError: the sampler is for other ranks, or a sample comes twice, or a rank has more batches than another.
+        ValueError: the sampler is for other ranks, or gives another order each time, or a sample comes twice, or a rank
+            has more batches than another.
     """
 
     def __init__(self, parts: Parts, ranks: Ranks) -> None:
@@ -58,8 +87,7 @@ class Share(Iterator[Any]):
                 f"batches: their {sampler_of_ranks(parts.loader)} makes {replicas} parts, and group= has {ranks.world} "
                 "ranks; make it with num_replicas and rank of the group"
             )
-        sampler = parts.loader.batch_sampler
-        numbers = [[int(i) for i in batch] for batch in (() if sampler is None else sampler)]
+        numbers = _numbers(parts.loader)
         mine = torch.tensor([i for batch in numbers for i in batch], dtype=torch.int64, device="cpu")
         every: list[tuple[int, Tensor]] = ranks.everyone((len(numbers), mine))
         self.each, self.rank, self.world = len(numbers), ranks.rank, ranks.world
