@@ -40,6 +40,7 @@ from .workload import (
     check_loss,
     check_model,
     check_order,
+    check_order_before,
     count_of,
     order_of,
     unwrap,
@@ -255,6 +256,8 @@ class Compressor:
                 "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
             )
         warn_shuffled(batches)
+        places = None if order is None else order_of(batches, order)
+        check_order_before(places, batches, self.cu_seqlens)
         if self._index is not None:
             folder, self._index = self._index, None  # as the comparison compresses too
             try:
@@ -262,7 +265,6 @@ class Compressor:
             except BaseException:
                 self._index = folder
                 raise
-        places = None if order is None else order_of(batches, order)
         with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
             origin, number = self.origin(), count_of(batches) or 1
             found = collect(model, bar, self.shapes, self.digest(), number, device or "cpu", origin)

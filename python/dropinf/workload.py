@@ -23,6 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from .files import checksum
@@ -285,10 +286,47 @@ def order_of(batches: object, order: Sequence[int] | Tensor | None = None) -> Te
     return places
 
 
-def check_order(order: Tensor, rows: int) -> None:
-    """Raise ValueError unless an order is of so many samples."""
-    if len(order) != rows:
-        raise ValueError(f"order: it is of {len(order)} samples, and the batches have {rows}; it needs one number each")
+def check_order(order: Tensor, *rows: int) -> None:
+    """Raise ValueError unless an order is of so many samples, or as many as one of these."""
+    if len(order) not in rows:
+        known = " or ".join(map(str, dict.fromkeys(rows)))
+        raise ValueError(
+            f"order: it is of {len(order)} samples, and the batches have {known}; it needs one number each"
+        )
+
+
+def check_order_before(order: Tensor | None, batches: object, cu_seqlens: CuSeqlens | None) -> None:
+    """Raise ValueError where an order cannot be of the samples of batches, as far as these show how many they are."""
+    if order is None or cu_seqlens is not None:
+        return
+    check_batches(batches)
+    known = _samples_in(batches)
+    if known:
+        check_order(order, *known)
+
+
+def _samples_in(batches: object) -> list[int]:
+    """Return how many samples there are, and how many else there may be; nothing where batches do not show it."""
+    if type(batches) is DataLoader:
+        sampler = batches.batch_sampler
+        if type(sampler) is not BatchSampler or batches.collate_fn is not default_collate:  # which may leave some out
+            return []
+        count = count_of(sampler.sampler) or 0
+        return [count - (count % sampler.batch_size if sampler.drop_last else 0)] if count else []
+    counts = [_samples_of(batch) for batch in batches] if isinstance(batches, list | tuple) else []
+    if any(count[:2] == (None, None) for count in counts):
+        return []
+    return [sum(c for c in column if c is not None) for column in zip(*counts, strict=True) if None not in column]
+
+
+def _samples_of(batch: Any) -> tuple[int | None, int | None, int | None]:
+    """Return how many samples a batch may have: as a list of them, as its tensors are long, and as its sequences have
+    in their second dimension, where time stands first."""
+    found = [t for t in tensors(batch) if t.ndim]
+    first, second = {len(t) for t in found}, {t.shape[1] for t in found if t.ndim > 1}
+    if any(t.ndim == 2 and t.is_floating_point() for t in found):  # no sequences
+        second = set()
+    return samples_of(batch), first.pop() if len(first) == 1 else None, second.pop() if len(second) == 1 else None
 
 
 def count_of(batches: object) -> int | None:

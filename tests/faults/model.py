@@ -77,6 +77,7 @@ class Source:
     """Rows of two layers that are made of the batch: a compressor without a model."""
 
     is_sharded = False
+    cu_seqlens = None
 
     def __init__(self, fails_at: int | None) -> None:
         self.shapes, self.fails_at = SHAPES, fails_at

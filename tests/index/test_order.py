@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dropinf
 from dropinf.files import checksum, serialize
@@ -180,6 +181,55 @@ def test_an_order_that_is_none(order, error, message, tmp_path):
     for options in ({}, {"out": tmp_path / "idx"}):
         with pytest.raises(error, match=message):
             make_compressor().compress([SAMPLES], order=order, **options)
+
+
+X, Y = SAMPLES
+DATA = TensorDataset(X, Y)
+
+
+def few(batch):
+    """Leave every second sample of a batch out."""
+    return default_collate(batch[::2])
+
+
+@pytest.mark.parametrize("count", [5, 52, 54])
+@pytest.mark.parametrize("out", [True, False], ids=["index", "memory"])
+@pytest.mark.parametrize("of", ["tensors", "samples", "loader", "loader that drops"])
+def test_an_order_of_another_length_is_refused_before_anything_is_computed(count, out, of, tmp_path):
+    size = 4 if of.endswith("drops") else 5
+    batches = {
+        "tensors": [(X[:30], Y[:30]), {"x": X[30:], "y": Y[30:]}],
+        "samples": [[(X[i, :k], Y[i]) for k, i in enumerate(range(30), 1)], [{"x": X[i, :i]} for i in range(30, 53)]],
+    }.get(of) or DataLoader(DATA, size, drop_last=of.endswith("drops"))
+    computed = []
+
+    def counted(model, batch):
+        computed.append(batch)
+        return loss_fn(model, batch)
+
+    if of.endswith("drops") and count == 52:
+        count = 53  # as many as there are before some are dropped
+    options = {"out": tmp_path / "idx"} if out else {}
+    compressor = dropinf.Compressor(make_model(), dropinf.Dropout(6), counted)
+    message = f"order: it is of {count} samples, and the batches have {52 if of.endswith('drops') else 53}; "
+    with pytest.raises(ValueError, match=message):
+        compressor.compress(batches, order=range(count), **options)
+    assert not computed
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_order_is_not_refused_where_the_number_of_samples_is_not_known_before():
+    """Some that a loader leaves out, those of a batch sampler and of a stream, where time stands first, and packed."""
+    assert len(make_compressor().compress(DataLoader(DATA, 10, collate_fn=few), order=range(27))) == 27
+    assert len(make_compressor().compress(DataLoader(DATA, batch_sampler=[[1, 2], [5]]), order=range(3))) == 3
+    assert len(make_compressor().compress(iter([SAMPLES]), order=range(53))) == 53
+    assert len(make_compressor().compress(DataLoader(DATA, 10, drop_last=True), order=range(50))) == 50
+    turned = X[:36].reshape(3, 12, 12)
+    first, packed = (lambda m, b: m(b[0]).sum((0, 2))), (lambda m, b: m(b[0]).sum(1).view(-1, 3).sum(1))
+    edges = torch.arange(0, 37, 3, dtype=torch.int32)
+    for loss, batch, options in ((first, turned, {}), (packed, X[:36], {"cu_seqlens": lambda _: edges})):
+        compressor = dropinf.Compressor(make_model(), dropinf.Dropout(6), loss, **options)
+        assert len(compressor.compress([(batch,)], order=range(12))) == 12
 
 
 def test_a_damaged_order_is_an_error(tmp_path):

@@ -17,7 +17,7 @@ from ..files import TEMPORARY, checksum, file_checksum, is_whole, replacing
 from ..loss_name import is_same_loss
 from ..origin import Origin, difference, is_same_code
 from ..ranks import Ranks
-from ..workload import Ids, check_ids_stay, count_of
+from ..workload import CuSeqlens, Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
 from .codec import DTYPES
 from .compact import sweep_merged
@@ -51,6 +51,8 @@ class RowSource(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
     @property
     def is_sharded(self) -> bool: ...
+    @property
+    def cu_seqlens(self) -> CuSeqlens | None: ...
 
     def digest(self) -> Mapping[str, str]: ...
     def fingerprint(self) -> str: ...

@@ -28,6 +28,7 @@ from ..workload import (
     check_ids,
     check_ids_stay,
     check_order,
+    check_order_before,
     first_batch,
     order_of,
     sampler_of_ranks,
@@ -375,6 +376,7 @@ def write_index(
     with ranks.watched(), contextlib.ExitStack() as stack:  # the others wait for a rank whose arguments are refused
         fisher = _check_options(batches, path, dtype, fisher, ids)
         folder, places = Path(path).absolute(), order_of(batches, order)
+        check_order_before(places, batches, source.cu_seqlens)
         stack.enter_context(locked(folder, ranks))
         check_one_folder(ranks, folder)
         know(folder)
