@@ -175,6 +175,8 @@ def test_info(made):
     numbers = sum(int(np.prod(shape)) for shape in found["layers"].values())
     assert f"50 x {numbers:,} numbers of {len(found['layers'])} layers, float32" in shown
     assert re.search(r"^max tokens +32$", shown, re.M)
+    for name, value in found["about"].items():
+        assert re.search(rf"^{name.replace('_', ' ')} +{re.escape(value)}$", shown, re.M), name
 
 
 def test_the_model_of_a_query(made, folders, tmp_path):

@@ -26,6 +26,7 @@ def test_info_of_an_index_that_is_not_finished(loader, monkeypatch):
     assert "loader           my_model:load" in shown
     found = json.loads(run("info", "idx", "--json").stdout)
     assert (found["finished"], found["batches_done"], found["batches"]) == (False, 5, 12)
+    assert f"\nclasses and constants {found['about']['classes and constants']}\n" in shown
     assert "not finished" in error_of("self-influence", "idx")
     my_model.STALLS_AT = 1000
     run("index", "--loader", "my_model:load", "--out", "idx")

@@ -203,7 +203,7 @@ def info(index: IndexFolder, as_json: AsJson = False) -> None:
         **{name.replace("_", " "): value for name, value in found["about"].items()},
     }
     for name, value in rows.items():
-        print(plain(f"{name:<17}{value}"))
+        print(plain(f"{name:<16} {value}"))
 
 
 def _show_begun(index: Path, manifest: Manifest, as_json: bool) -> None:
@@ -232,7 +232,7 @@ def _show_begun(index: Path, manifest: Manifest, as_json: bool) -> None:
         **{name.replace("_", " "): value for name, value in manifest.code.items()},
     }
     for name, value in rows.items():
-        print(plain(f"{name:<17}{value}"))
+        print(plain(f"{name:<16} {value}"))
 
 
 def export(
