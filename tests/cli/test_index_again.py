@@ -154,8 +154,8 @@ def test_appended_passages_in_merged_shards(common, named, tmp_path):
     run("index", *options, "--out", folder)
     run("index", *options, *second, "--out", folder)
     index = dropinf.Index.open(folder)
-    before = index.ids(), index[:].flat
-    assert run("compact", folder).stderr == f"{folder}: {index.info()['shards']} shards, now 1\n"
+    before, shards = (index.ids(), index[:].flat), index.info()["shards"]
+    assert run("compact", folder).stderr == f"{folder}: {shards} shards, now 1\n"
     merged = dropinf.Index.open(folder)
     assert merged.ids() == before[0]
     assert torch.equal(merged[:].flat, before[1])
