@@ -234,3 +234,41 @@ def test_buffers_are_put_back_where_a_batch_fails():
     with pytest.raises(RuntimeError, match="this batch fails"):
         dropinf.Compressor(model, dropinf.Identity(), loss).compress([torch.randn(n, 3, 8) for n in (4, 4, 3)])
     assert not model[1].running_mean.any()
+
+
+def test_a_batch_that_is_written_through_numpy_is_refused_and_put_back():
+    model, batches = nn.Linear(3, 2), [(torch.randn(4, 3), factor) for factor in (1.0, 1.0, 0.5)]
+    before = [x.clone() for x, _ in batches]
+
+    def loss(m, batch):
+        x, factor = batch
+        view = x.numpy()
+        out = m(x)
+        view *= factor
+        return out.square().sum(1)
+
+    rows = dropinf.Compressor(model, dropinf.Identity(), loss).compress(batches[:2])
+    assert len(rows) == 8
+    with pytest.raises(ValueError, match="it writes to the batch through NumPy"):
+        dropinf.Compressor(model, dropinf.Identity(), loss).compress(batches)
+    assert all(torch.equal(x, was) for (x, _), was in zip(batches, before, strict=True))
+
+
+@pytest.mark.parametrize("audit", ["auto", "every"])
+@pytest.mark.parametrize("held", [None, 3.0])
+def test_leaves_of_the_batch_and_of_attributes_keep_their_grad(held, audit):
+    model = nn.Linear(3, 2)
+    model.scale, model.held = torch.ones(2, requires_grad=True), [torch.zeros(2, requires_grad=True)]
+    x = torch.randn(4, 3, requires_grad=True)
+    leaves = x, model.scale, model.held[0], model.weight
+    for leaf in leaves:
+        leaf.grad = None if held is None else torch.full_like(leaf, held)
+    grads = [leaf.grad for leaf in leaves]
+
+    def loss(m, x):
+        return (m(x) * m.scale + m.held[0]).square().sum(1)
+
+    dropinf.Compressor(model, dropinf.Identity(), loss, audit=audit).compress([x, x])
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert leaf.grad is grad
+        assert grad is None or bool((grad == held).all())

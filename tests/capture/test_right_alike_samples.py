@@ -73,3 +73,14 @@ def test_samples_that_meet_are_refused_though_they_are_alike(row):
         dropinf.Compressor(model, dropinf.Identity(), centred, layers=["tokens", "head"]).compress(
             [torch.tensor([row] * 4), torch.randint(7, (4, 3))]
         )
+
+
+def test_a_row_that_all_samples_take_from_one_is_refused_though_all_are_alike():
+    model = Positions("plain")
+
+    def taken(m, x):
+        return (m.scale(x) * m.scale(x[-1:])).sum(1)
+
+    for batches in ([torch.ones(4, 4)], [torch.ones(4, 4), torch.randn(4, 4)]):
+        with pytest.raises(dropinf.AttributionError):
+            dropinf.Compressor(model, dropinf.Identity(), taken, layers=["scale"]).compress(batches)

@@ -274,6 +274,33 @@ def function_of_raw_data_and_a_weight():
     return Raw(), squares, [torch.randn(n, 6, 3) for n in SIZES]
 
 
+# Old signatures, with a factor among the arguments: it is 1 in the first batch.
+FACTORS = {
+    "add": lambda h, c, w, _: torch.add(h, c, w),
+    "add_method": lambda h, c, w, _: h.add(c, w),
+    "add_computed": lambda h, c, w, _: torch.add(h, c, w * 2),
+    "sub": lambda h, c, w, _: torch.sub(h, w, alpha=c),
+    "add_in_place": lambda h, c, w, _: (h * 1).add_(w, alpha=c),
+    "baddbmm": lambda h, c, _, v: torch.baddbmm(1.0, h, c, h, v.expand(len(h), -1, -1)),
+    "baddbmm_method": lambda h, c, _, v: h.baddbmm(1.0, c, h, v.expand(len(h), -1, -1)),
+    "baddbmm_matrices": lambda h, c, _, v: torch.baddbmm(
+        1.0, h.transpose(0, 1), c, h.transpose(0, 1), v.expand(6, -1, -1)
+    ).transpose(0, 1),
+}  # fmt: skip
+for name, op in FACTORS.items():
+
+    def scaled(op=op):
+        def loss(m, batch):
+            m.op = lambda h, w, v: op(h, batch[1], w, v)
+            return squares(m, batch[0])
+
+        factors = (1.0, 1.0, 2.0, 1.0, 0.5)
+        return Op(None, 4, (4, 4)), loss, [(torch.randn(4, 6, 3), factor) for factor in factors]
+
+    scaled.__name__ = f"factor_{name}"
+    CASES.add()(scaled)
+
+
 @runs
 @CASES.parametrize()
 def test_right_or_refused(build, options, sketch, backwards):

@@ -204,3 +204,77 @@ def test_what_the_first_forward_makes_is_refused_and_taken_out(what, count):
     w = model.a.weight
     want = [torch.autograd.grad(one, w, retain_graph=True)[0] for x in batches for one in loss(model, x)]
     torch.testing.assert_close(rows["a"], torch.stack(want))
+
+
+class Bank(nn.Module):
+    """What a layer gives, behind some rows of a bank and before all of them: where it begins, only their number says."""
+
+    def __init__(self, take, tracked):
+        super().__init__()
+        self.a, self.b, self.take = nn.Linear(5, 6), nn.Linear(6, 1), take
+        self.register_buffer("bank", torch.randn(40, 6))
+        self.w = nn.Parameter(torch.randn(6)) if tracked else None
+
+    def forward(self, x, k):
+        h = torch.tanh(self.a(x))
+        h = h if self.w is None else h * self.w
+        rows = torch.cat([self.take(self.bank, k), h, self.bank])
+        return self.b(rows[20 : 20 + len(x)]).squeeze(-1) ** 2
+
+
+TAKES = {
+    "mask": lambda bank, k: bank[torch.arange(40) < torch.tensor(float(k))],
+    "nonzero": lambda bank, k: bank[(torch.arange(40) < torch.tensor(float(k))).nonzero().squeeze(1)],
+    "masked_select": lambda bank, k: bank.masked_select((torch.arange(40) < torch.tensor(float(k)))[:, None]).view(
+        -1, 6
+    ),
+    "repeat_interleave": lambda bank, k: bank[:1].repeat_interleave(torch.tensor([k]), 0),
+    "array": lambda bank, k: torch.as_tensor(np.ones((k, 6))),
+    "range": lambda bank, k: bank[torch.tensor(range(k))],
+    "arange": lambda bank, k: bank[torch.arange(0.0, float(k)).long()],
+    "interpolate": lambda bank, k: F.interpolate(bank[:10].t()[None], scale_factor=k / 10)[0].t(),
+}
+BANKS = Cases()
+for name, take in TAKES.items():
+    for tracked in (False, True):
+
+        def rows_of_a_bank(take=take, tracked=tracked):
+            def loss(m, batch):
+                return m(batch[0], int(batch[1]))
+
+            data = [(torch.randn(16, 5), np.array(k)) for k in (20, 20, 23, 20, 22)]
+            return Bank(take, tracked), loss, data
+
+        rows_of_a_bank.__name__ = f"{name}_{'tracked' if tracked else 'given'}"
+        BANKS.add()(rows_of_a_bank)
+
+
+@BANKS.parametrize()
+@runs
+def test_where_rows_begin_is_in_no_shape_of_the_batch(build, options, sketch, backwards):
+    check(build, sketch, backwards, **options)
+
+
+def test_a_bank_that_is_longer_in_the_next_call():
+    torch.manual_seed(0)
+    model = Bank(lambda bank, _: bank[:-20], tracked=False)
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x, 0))
+    for length in (40, 43, 40, 42):
+        model.bank, x = torch.randn(length, 6), torch.randn(16, 5)
+        got = compressor.compress([x])["a"]
+        want = [torch.autograd.grad(one, model.a.weight, retain_graph=True)[0] for one in model(x, 0)]
+        torch.testing.assert_close(got, torch.stack(want))
+
+
+def test_cu_seqlens_that_begin_to_contradict_the_loss():
+    torch.manual_seed(0)
+    model, windows = nn.Linear(3, 2), torch.tensor([0, 4, 8, 12, 16])
+    other = torch.tensor([0, 3, 8, 12, 16])
+    batches = [(torch.randn(16, 3), windows), (torch.randn(16, 3), other), (torch.randn(16, 3), windows)]
+
+    def loss(m, batch):
+        return m(batch[0]).square().view(4, -1).sum(1)
+
+    rows = dropinf.Compressor(model, dropinf.Identity(), loss, cu_seqlens=lambda b: b[1]).compress(batches)["weight"]
+    want = [torch.autograd.grad(one, model.weight, retain_graph=True)[0] for b in batches for one in loss(model, b)]
+    torch.testing.assert_close(rows.flatten(1), torch.stack(want).flatten(1))

@@ -74,6 +74,7 @@ class Attempts:
         self.unforeseen: str | None = None  # why it is to be audited, whatever it looks like
         self.random = False  # the model draws random numbers
         self.movement: int | None = None  # of its forward, by which it looks like earlier ones
+        self.sizes = 0  # of the tensors in it
         self.trusting = True  # samples are taken to stand where they did in all batches, and looked at afterwards
         self.coloured = False  # the samples of its rows were found anew
         self.attempts, self.proving = 0, 3
@@ -88,6 +89,15 @@ class Attempts:
         anchor = torch.zeros((), device=self.hooked.attributes.parameters[0].device, requires_grad=True)
         recorder = self.hooked.recorder(self.hooked.layers)
         return Pass(recorder, Samples(self.n, self.cu), anchor, place=self.proof.place, trusting=self.trusting)
+
+    def _alike(self, current: Pass) -> Any:
+        """Return by what a batch is like others, as to whose rows are whose.
+
+        What a number, an array or a text of the batch decides is in no shape of its tensors, and in no path.
+        """
+        shapes = tuple(leaf.shape for leaf in tensors(self.batch)), frozenset(current.shapes.items())
+        cu = None if self.cu is None else tuple(self.cu.tolist())
+        return self.movement, self.sizes, self.n, shapes, cu
 
     def _parameters(self) -> list[nn.Parameter]:
         return [target.tensor for target in self.known.targets.values()]

@@ -113,7 +113,15 @@ def _places(entries: Tensor, d: Tensor) -> tuple[Tensor, list[Tensor]] | None:
 Handler = Callable[[Sequence[Any], dict[str, Any], Tensor, Tensor, Samples, list[Tensor]], Tensor | None]
 
 
+def is_plain_call(function: Any, args: Sequence[Any]) -> bool:
+    """Return whether a sum or product has no factor among its arguments, as old signatures have: ``add(x, 2, y)``."""
+    given = 3 if function in ADDED else 2
+    return len(args) == given and (given == 2 or all(isinstance(x, Tensor) for x in args))
+
+
 def _handler(function: Any, args: Sequence[Any], kwargs: dict[str, Any], d: Tensor) -> Handler | None:
+    if (function in BATCHED or function in SUMS or function in PRODUCTS) and not is_plain_call(function, args):
+        return None
     if function is F.linear and len(args) > 1:
         return _linear if args[1] is d else _bias
     if function in MATMULS and not kwargs and args[1] is d and d.ndim == 2:

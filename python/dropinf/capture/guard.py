@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..workload import tensor_bytes
 from . import sharded
 from .hooks import Capture
 from .inside import OPENED, run_inside
+from .ladder import AttributionError
 from .movement import Movement
 from .op_calls import DERIVED
 from .outside import Outside
@@ -47,6 +49,7 @@ class UseGuard(TorchFunctionMode):
         self.writes = False  # statistics were computed, and perhaps kept in buffers
         self.counted: set[int] = set()  # weights whose gradient is scaled by how often ids stand in the batch
         self._gathered: dict[int, int] = {}
+        self._lent: list[tuple[Tensor, Tensor]] = []  # given tensors whose memory was reached for, and what it held
 
     def __enter__(self) -> UseGuard:
         _SETTING.enter(self)
@@ -56,6 +59,15 @@ class UseGuard(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         _SETTING.leave(self)
+        written = [(x, before) for x, before in self._lent if tensor_bytes(x) != tensor_bytes(before)]
+        with torch.no_grad():
+            for x, before in written:
+                x.data.copy_(before)
+        if written and error[0] is None:
+            raise AttributionError(
+                "loss_fn, or the model: it writes to the batch through NumPy or another view of its memory, which no "
+                "tensor counts; have it write to a copy (x.numpy().copy(), say)"
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKS:
@@ -137,7 +149,13 @@ class UseGuard(TorchFunctionMode):
 
     def _reach(self, args: Any, _kwargs: Any) -> None:
         """Note who reaches for the memory of an activation, to write to it, or asks what it says of itself."""
-        if isinstance(args[0], Tensor) and args[0].is_floating_point() and not self.movement.is_given(args[0]):
+        x = args[0]
+        if not isinstance(x, Tensor):
+            return
+        if x.device.type == "cpu" and self.movement.is_leaf(x):  # to read it, as a rule
+            with torch._C.DisableTorchFunction():
+                self._lent.append((x, x.detach().clone()))
+        elif x.is_floating_point() and not self.movement.is_given(x):
             self.unforeseen, self.writes = "its forward reaches for a tensor's memory", True
 
     def _flag(self, args: Any, _kwargs: Any) -> None:

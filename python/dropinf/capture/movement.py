@@ -39,14 +39,20 @@ class Movement:
         self._named: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # tensors that no node of autograd tells apart
         self.foreign = False  # whether it takes what an autograd Function of its user's made
         self._items: list[Any] = []
+        self._shapes: list[tuple[int, ...]] = []  # of all that functions take
         self._count = 0
         self._path: int | None = None
+        self.sizes = 0  # of tensors, which data, arrays and numbers that are in no path may decide
         self._functions: set[int] = set()
         self._base = _node_number(torch.zeros((), requires_grad=True).view(())) - _FAR  # of autograd's nodes so far
 
     def is_given(self, x: Tensor) -> bool:
         """Return whether a tensor is one of the batch, or a parameter or buffer."""
         return id(x) in self._known
+
+    def is_leaf(self, x: Tensor) -> bool:
+        """Return whether a tensor is one of the batch."""
+        return self._known.get(id(x), "").startswith("leaf")
 
     def fingerprint(self) -> int | None:
         """Return what tells this forward from others once it has ended, or None where nothing can."""
@@ -80,8 +86,9 @@ class Movement:
     def end(self, losses: Tensor) -> None:
         """Take the losses: a forward may return some of several that it computed."""
         self._add((losses,), [])
-        self._path = hash(tuple(self._items))
+        self._path, self.sizes = hash(tuple(self._items)), hash(tuple(self._shapes))
         self._items.clear()
+        self._shapes.clear()
 
     def _name(self, x: Tensor, name: Any) -> Any:
         """Return what a tensor is known by, which is this name where it has none."""
@@ -96,6 +103,8 @@ class Movement:
         for v in values:
             if isinstance(v, Tensor):
                 found.append(v)
+                if not v.is_nested:
+                    self._shapes.append(v.shape)
                 known = self._known.get(id(v))
                 if known is not None:
                     items.append(known)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .direct import MATMULS, PRODUCTS, SUMS, direct
+from .direct import MATMULS, PRODUCTS, SUMS, direct, is_plain_call
 from .layer import Layer
 from .modules import Use
 from .passes import Call
@@ -158,7 +158,7 @@ class OpCall(Call):
         """Return the gradients [len(g), *d.shape] of samples from ``first`` on; g [samples, parts, *out.shape[1:]]."""
         wide = torch.promote_types(g.dtype, torch.float32)
         others = [t for t in tensors_of(self.args) if t is not d]
-        if self.function in SUMS and not self.kwargs and len(others) <= 1:
+        if self.function in SUMS and not self.kwargs and is_plain_call(self.function, self.args):
             sign = SUMS[self.function] if self.args and len(self.args) > 1 and self.args[1] is d else 1
             return _reduced(g.to(wide) * sign if sign != 1 else g.to(wide), d)
         if self.function in BROADCASTS:

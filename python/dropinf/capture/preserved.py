@@ -185,6 +185,8 @@ class Start:
         self._batch = [(x, _version(x), x.detach().clone() if copied else None) for x in self._given.tensors]
         self._parameters, self._large = attributes.versions(), attributes.large()
         self.was_written = False  # the batch was, and put back
+        leaves = [x for x in (*self._given.tensors, *attributes.held) if x.requires_grad and x.is_leaf]
+        self._grads = [(x, x.grad, None if x.grad is None else x.grad.detach().clone()) for x in leaves]
         self._sums: list[str] | None = None  # of the parameters, where something may write to them without a trace
         self.random = RandomState(attributes.devices)
 
@@ -230,6 +232,10 @@ class Start:
         self._given.refill()
         torch.clear_autocast_cache()  # which would outlive what its user writes to weights
         with torch.no_grad():
+            for leaf, grad, held in self._grads:
+                leaf.grad = grad
+                if grad is not None and held is not None:
+                    grad.copy_(held)
             for weight, before in self._changed.values():
                 weight.copy_(before)
             for buffer, before, version in self._buffers:

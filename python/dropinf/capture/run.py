@@ -95,7 +95,7 @@ class Run(Sharing):
                 self.unforeseen = self.unforeseen or "a parameter is of a class of its own"
             if guard.writes:
                 self.start.distrust()
-            self.movement = guard.movement.fingerprint()
+            self.movement, self.sizes = guard.movement.fingerprint(), guard.movement.sizes
             self.coloured = False
             plan, look = self._backward(current, losses, guard.movement.functions)
             if current.chains and (self.coloured or len({id(x) for x in current.chains}) < len(current.chains)):
@@ -315,13 +315,13 @@ class Run(Sharing):
 
     def _keep_apart(self, current: Pass, plan: Plan, look: Any) -> None:
         """Look whether samples stay apart in batches like this one. Where they may meet, each batch is looked at."""
-        movement = self.movement
-        # What a number or a text of the batch decides is in no shape of its tensors, and in no path.
-        alike = movement, self.n, tuple(leaf.shape for leaf in tensors(self.batch)), frozenset(current.shapes.items())
-        if self.n == 1 or plan.follow or alike in plan.apart:
+        if self.n == 1 or plan.follow:
             return
-        if movement is not None and self._stay_apart(current):
-            plan.movements.add(movement)
+        alike = self._alike(current)
+        if alike in plan.apart:
+            return
+        if self.movement is not None and self._stay_apart(current):
+            plan.movements.add(self.movement)
             plan.apart.add(alike)
             return
         plan.follow = plan.unclear = True

@@ -38,7 +38,7 @@ def rolled(batch: Any, n: int, cu: Tensor | None, others: Collection[int]) -> An
 
 
 def changed(batch: Any, n: int, others: Collection[int]) -> Any:
-    """Return the batch with another first sample: numbers one larger, ids in another order; None where none changes."""
+    """Return the batch with other samples: numbers one larger, ids in another order; None where nothing changes."""
     place, differs = -1, False
 
     def change(t: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ def changed(batch: Any, n: int, others: Collection[int]) -> Any:
         place += 1
         if place in others or not t.ndim or len(t) != n or t.dtype == torch.bool:
             return t
-        first = t[:1] + 1 if t.is_floating_point() else t[:1].flip(-1) if t.ndim > 1 else t[:1]
-        if torch.equal(first, t[:1]) and t.ndim > 1 and int(t[:1].max()) > 1:
-            first = torch.zeros_like(first)  # one id, again and again
-        differs = differs or not torch.equal(first, t[:1])
-        return torch.cat([first.to(t.dtype), t[1:]])
+        other = t + 1 if t.is_floating_point() else t.flip(-1) if t.ndim > 1 else t
+        if torch.equal(other, t) and t.ndim > 1 and int(t.max()) > 1:
+            other = torch.zeros_like(t)  # one id, again and again
+        differs = differs or not torch.equal(other, t)
+        return other
 
     found = map_tensors(change, batch)
     return found if differs else None
@@ -63,7 +63,7 @@ def constant(
     cu: Tensor | None,
     others: Collection[int],
 ) -> set[str]:
-    """Return the names whose ``outputs`` of a batch are the same where its samples trade places, or one is another.
+    """Return the names whose ``outputs`` of a batch are the same where its samples trade places, or all are others.
 
     They then depend on no sample, as a table of positions does. None is returned where that cannot be tried.
     """

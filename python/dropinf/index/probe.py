@@ -257,7 +257,7 @@ def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: An
     try:
         finished.check_rows(0, rows, kept)
     except ValueError as error:
-        if distance(rows, finished.rows(0)) <= _OFTEN * distance(rows, rows_of(source, batch)):
+        if distance(rows, kept) <= _OFTEN * distance(rows, rows_of(source, batch)):
             return  # as they differ from run to run
         raise ValueError(
             f"loss_fn, or the model: of the first batch of {folder}, which it keeps, they now give others than "
