@@ -11,6 +11,7 @@ from torch import nn
 import dropinf
 from dropinf.index.codec import by_layers
 from dropinf.index.products import Products, Stored
+from dropinf.outflow import Outflow
 from dropinf.score import ScoreKind
 from tests.gpu_like.helpers import near, on_gpu, on_hooks, ways
 from tests.gpu_like.pretend import move
@@ -96,6 +97,27 @@ def test_indices(gpu, tmp_path, dtype):
 
 def exact_mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     return out.copy_(a.long() @ b.long())
+
+
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
+
+
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+def test_rows_are_converted_before_they_leave(gpu, tmp_path, dtype, monkeypatch):
+    model, sent, put = move(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))), [], Outflow.put
+
+    def noted(out, rows, take):
+        sent.append(rows)
+        put(out, rows, take)
+
+    monkeypatch.setattr(Outflow, "put", noted)
+    compressor = dropinf.Compressor(model, dropinf.Dropout(32), lambda m, x: m(x).square().sum(1))
+    index = compressor.compress(on_gpu([torch.randn(4, 64)] * 2), out=tmp_path / "idx", dtype=dtype)
+    assert len(sent) == 2  # one copy a batch
+    least = 4 * index.manifest.codec.row_bytes
+    for rows in sent:
+        assert rows.is_cuda
+        assert least <= rows.numel() * rows.element_size() <= 1.05 * least
 
 
 def test_products_of_many_queries_with_integers(gpu, monkeypatch):

@@ -35,6 +35,32 @@ def _of_batch(row: int) -> str:
     return f"sample {row}"
 
 
+class Converted(NamedTuple):
+    """Rows as they are stored, and what tells whether that holds them."""
+
+    kept: dict[str, Tensor]
+    dtype: torch.dtype  # of the rows that were converted
+    largest: Tensor | None = None  # absolute value of each row and layer, [n, layers]; None: any value is held
+    least: float | Tensor = 0.0  # that is held, of each row and layer
+    most: float = math.inf
+
+    def packed(self) -> tuple[Tensor, Callable[[Tensor], Converted]]:
+        """Return all tensors as one piece of memory, and what makes these of a copy of it."""
+        found = {**self.kept, "largest": self.largest, "least": self.least}
+        named = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+        order = sorted(named, key=lambda name: -named[name].dtype.itemsize)  # so that each is aligned
+        parts = [named[name].contiguous().view(-1).view(torch.uint8) for name in order]
+        sizes, about = [len(part) for part in parts], {name: (named[name].dtype, named[name].shape) for name in order}
+
+        def unpacked(data: Tensor) -> Converted:
+            pieces = zip(about.items(), data.split(sizes), strict=True)
+            back = {name: piece.view(dtype).view(shape) for (name, (dtype, shape)), piece in pieces}
+            kept = {name: back[name] for name in self.kept}
+            return self._replace(kept=kept, largest=back.get("largest"), least=back.get("least", self.least))
+
+        return parts[0] if len(parts) == 1 else torch.cat(parts), unpacked
+
+
 @dataclass(frozen=True)
 class Codec:
     """How rows are stored: their dtype, and the layers that they are of.
@@ -101,18 +127,28 @@ class Codec:
         Raises:
             ValueError: values that the dtype cannot hold; it names sample and layer, the sample by `where`.
         """
-        if flat.dtype == DTYPES[self.dtype]:
-            return self._scaled_half(flat, where) if self.dtype == "float16" else {"gradients": flat}
+        converted = self.convert(flat)
+        self.check(converted, where)
+        return converted.kept
+
+    def convert(self, flat: Tensor) -> Converted:
+        """Return what is stored of the rows [n, K], where they are, and what tells whether the dtype holds them.
+
+        The host waits for nothing.
+        """
         if self.dtype == "float16":
-            return self._scaled_half(flat, where)
+            return self._scaled_half(flat)
+        if flat.dtype == DTYPES[self.dtype]:
+            return Converted({"gradients": flat}, flat.dtype)
         if self.by_layer:
-            return self._by_layer(flat, where)
+            return self._by_layer(flat)
         if self.dtype == "int8":
-            return self._by_row(flat, where)
-        limits = torch.finfo(DTYPES[self.dtype])
-        if limits.max < torch.finfo(flat.dtype).max:
-            self._check(flat, self._largest(flat), _BITS * limits.smallest_normal * limits.eps, limits.max, where)
-        return {"gradients": flat.to(DTYPES[self.dtype])}
+            return self._by_row(flat)
+        limits, kept = torch.finfo(DTYPES[self.dtype]), {"gradients": flat.to(DTYPES[self.dtype])}
+        if limits.max >= torch.finfo(flat.dtype).max:
+            return Converted(kept, flat.dtype)
+        least = _BITS * limits.smallest_normal * limits.eps
+        return Converted(kept, flat.dtype, self._largest(flat), least, limits.max)
 
     def decode(self, values: Tensor, scale: Tensor | None) -> Tensor:
         """Return rows [n, K] in `decoded`; `scale` as it is stored."""
@@ -171,13 +207,16 @@ class Codec:
         ]
         return torch.cat(found, 1)
 
-    def _check(self, flat: Tensor, largest: Tensor, least: float | Tensor, most: float, where: Where) -> None:
-        """Raise ValueError for the first layer whose largest number lies below `least`, or above `most`.
+    def check(self, converted: Converted, where: Where = _of_batch) -> None:
+        """Raise ValueError for the first layer whose largest number lies below what the dtype holds, or above.
 
         What is below the normal numbers of the dtype that it was computed in counts as zero. Where layers share a
         scale, so does what is rounding beside the row's largest: the gradient of queries for a passage of one token.
         """
-        limits = torch.finfo(flat.dtype)
+        _, dtype, largest, least, most = converted
+        if largest is None:
+            return
+        limits = torch.finfo(dtype)
         small = (largest < least) & (largest >= limits.smallest_normal)
         if isinstance(least, Tensor):
             small &= largest > NOISE * limits.eps * largest.amax(1, keepdim=True)
@@ -186,52 +225,62 @@ class Codec:
             row, layer = bad[0].tolist()
             value, beside = float(largest[row, layer]), float(largest[row].max())
             why = f", beside {beside:.2g} in other layers" if isinstance(least, Tensor) and value < most else ""
-            ways = "float32, bfloat16 or int8" if value < most and flat.dtype != torch.float64 else "float64"
+            ways = "float32, bfloat16 or int8" if value < most and dtype != torch.float64 else "float64"
             raise ValueError(
                 f"dtype: {self.dtype} cannot hold the gradient of {where(row)} in layer {self.names[layer]!r}, whose "
                 f"largest number is {value:.2g}{why}; store another dtype, {ways}, or scale the loss"
             )
 
-    def _by_layer(self, flat: Tensor, where: Where) -> dict[str, Tensor]:
+    def _by_layer(self, flat: Tensor) -> Converted:
         largest = self._largest(flat)
-        self._check(flat, largest, _BITS * 2.0**-133, _MOST, where)
         # A bfloat16 is the upper half of a float32; rounded up, no value is beyond 127 steps.
         codes = ((largest.double() / 127).float().view(torch.int32) + 0xFFFF) >> 16
         scales = (codes << 16).view(torch.float32)
         rows = by_layers(
             flat.to(torch.float32, copy=True), torch.where(scales > 0, scales, 1.0), self.widths, divide=True
         )
-        carried = rows.index_select(1, self._carrying) if self._within else None
+        within, beside, carrying, places = self._columns(flat.device)
+        carried = rows.index_select(1, carrying) if self._within else None
         kept = {"gradients": rows.round_().clamp_(-127, 127).to(torch.int8)}
         if carried is not None:
-            halves = codes[:, self._within].to(torch.int16).view(torch.uint8).numpy()
-            bits = torch.from_numpy(np.unpackbits(halves, axis=1, bitorder="little"))
+            bits = (codes.index_select(1, within).unsqueeze(2) >> places & 1).flatten(1).to(torch.int8)
             even = carried.sub_(bits).div_(2).round_().clamp_(-64, 63).to(torch.int8)
-            kept["gradients"].index_copy_(1, self._carrying, even.mul_(2).add_(bits))
+            kept["gradients"].index_copy_(1, carrying, even.mul_(2).add_(bits))
         if self._beside:
-            kept["scale"] = codes[:, self._beside].to(torch.int16).view(torch.bfloat16)
-        return kept
+            kept["scale"] = codes.index_select(1, beside).to(torch.int16).view(torch.bfloat16)
+        return Converted(kept, flat.dtype, largest, _BITS * 2.0**-133, _MOST)
 
-    def _by_row(self, flat: Tensor, where: Where) -> dict[str, Tensor]:
+    def _columns(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return, there, the layers whose scales lie within and beside, the columns that carry, the places of bits."""
+        if device not in self._held:
+            made = (torch.tensor(layers, dtype=torch.int64, device="cpu") for layers in (self._within, self._beside))
+            carrying = self._carrying if self._within else torch.empty(0, dtype=torch.int64, device="cpu")
+            every = (*made, carrying, torch.arange(CARRIERS, dtype=torch.int32, device="cpu"))
+            within, beside, carrying, places = (x.to(device) for x in every)
+            self._held[device] = within, beside, carrying, places
+        return self._held[device]
+
+    @cached_property
+    def _held(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        return {}
+
+    def _by_row(self, flat: Tensor) -> Converted:
         """Return int8 rows of the first format version: one scale a row, after each layer was divided by its size."""
         assert self.sizes is not None
         largest = self._largest(flat)
-        shares = largest.double() / torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
-        least = (
-            shares.amax(1, keepdim=True) / 254 * torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
-        )  # rounded to 0
-        self._check(flat, largest, least, _MOST, where)
+        sizes = torch.tensor(self.sizes, dtype=torch.float64, device="cpu").to(flat.device)
+        least = (largest.double() / sizes).amax(1, keepdim=True) / 254 * sizes  # rounded to 0
         factors = self.factors()
         assert factors is not None
         values, scale = quantize_rows(flat / factors.to(flat))
-        return {"gradients": values.contiguous(), "scale": scale}
+        return Converted({"gradients": values.contiguous(), "scale": scale}, flat.dtype, largest, least, _MOST)
 
-    def _scaled_half(self, flat: Tensor, where: Where) -> dict[str, Tensor]:
+    def _scaled_half(self, flat: Tensor) -> Converted:
         layers = self._largest(flat)
         largest = layers.amax(1).float()
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-        self._check(flat, layers, (scale * (_BITS * 2.0**-24)).unsqueeze(1), _MOST, where)
-        return {"gradients": (flat / scale.to(flat).unsqueeze(1)).half(), "scale": scale}
+        kept = {"gradients": (flat / scale.to(flat).unsqueeze(1)).half(), "scale": scale}
+        return Converted(kept, flat.dtype, layers, (scale * (_BITS * 2.0**-24)).unsqueeze(1), _MOST)
 
 
 def _carriers(values: Tensor, column: int, count: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

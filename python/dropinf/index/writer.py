@@ -35,7 +35,7 @@ from ..workload import (
     shuffles,
 )
 from .agreement import agree, agree_on_rows, check_one_folder, compare_batches, facts_of
-from .codec import DTYPES
+from .codec import DTYPES, Converted
 from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
@@ -74,8 +74,7 @@ class Writer:
         self.version = source.version()
         self.finished = Finished(plan)
         self.done, self.parts = self.finished.shards, self.finished.parts
-        # The next shard of this rank. Those of other runs are read for the Fisher matrix alone.
-        self.next = self._next(plan.base if fisher is None or plan.undecided else 0)
+        self.next = self._next(plan.base if fisher is None or plan.undecided else 0)  # else all are read, for it
         self.work = self._work(first)
 
     def write(self, progress: bool) -> None:
@@ -169,20 +168,26 @@ class Writer:
             self.outflow.put(flat, partial(self.finished.check_rows, b))
             return
         texts = {} if self.ids is None else self._ids_of(self.work.batch, len(flat))
-        self.outflow.put(flat, partial(self._keep, b, self.work.print, texts))
+        converted, keep = self.codec.convert(flat), partial(self._keep, b, self.work.print, texts)
+        if flat.device.type == "cpu":
+            keep(converted)
+        else:
+            data, unpacked = converted.packed()
+            self.outflow.put(data, lambda host: keep(unpacked(host)))
 
-    def _keep(self, b: int, found: str, texts: dict[str, Tensor], flat: Tensor) -> None:
+    def _keep(self, b: int, found: str, texts: dict[str, Tensor], converted: Converted) -> None:
         """Keep the rows of a batch of this fingerprint."""
-        kept = self.codec.encode(flat, lambda row: f"sample {row} of batch {b}") | texts
+        self.codec.check(converted, lambda row: f"sample {row} of batch {b}")
+        count, kept = len(converted.kept["gradients"]), converted.kept | texts
         if self.plan.going_on and not self.made:
             self.plan.manifest.save(self.folder)  # the same bytes by every rank
-        data = serialize(kept, ShardHeader((len(flat),), (found,), self.plan.run.key).plain())
+        data = serialize(kept, ShardHeader((count,), (found,), self.plan.run.key).plain())
         name = f"{self.plan.first_part + b:09d}-{checksum(data)}{SUFFIX}"
         write_whole(self.folder / PARTS / name, data)
         self.made.append(self.folder / PARTS / name)
         self.parts[b] = name
         if self.wrote is not None:
-            self.wrote(len(flat))
+            self.wrote(count)
         self._advance()
 
     def _ids_of(self, batch: Any, count: int) -> dict[str, Tensor]:
