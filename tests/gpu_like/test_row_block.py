@@ -138,3 +138,18 @@ def test_what_is_no_block_is_copied(gpu):
     whole = builder.side_by_side(block.split([1, 3, 2], 1))
     assert whole.data_ptr() == block.data_ptr()
     assert torch.equal(whole.cpu(), block.cpu())
+
+
+def test_memory_that_a_loss_reaches_for(gpu):
+    """Lengths that stay on the CPU are read by NumPy; a tensor on the GPU is shown."""
+
+    def loss(m, batch):
+        x, lengths = batch
+        assert repr(x)
+        return m(x).square().flatten(1).sum(1) * torch.as_tensor(1.0 + lengths.numpy().astype("float32")).to(x.device)
+
+    plain = [(x, torch.arange(len(x))) for x in batches()]
+    moved = [(on_gpu(x), lengths) for x, lengths in plain]
+    here = dropinf.Compressor(Model("plain"), dropinf.Dropout(4), loss).compress(plain)
+    there = dropinf.Compressor(move(Model("plain")), dropinf.Dropout(4), loss).compress(moved)
+    near(there.flat, here.flat, 10)

@@ -149,14 +149,15 @@ class UseGuard(TorchFunctionMode):
 
     def _reach(self, args: Any, _kwargs: Any) -> None:
         """Note who reaches for the memory of an activation, to write to it, or asks what it says of itself."""
-        x = args[0]
-        if not isinstance(x, Tensor):
-            return
-        if x.device.type == "cpu" and self.movement.is_leaf(x):  # to read it, as a rule
-            with torch._C.DisableTorchFunction():
-                self._lent.append((x, x.detach().clone()))
-        elif x.is_floating_point() and not self.movement.is_given(x):
+        if isinstance(args[0], Tensor) and args[0].is_floating_point() and not self.movement.is_given(args[0]):
             self.unforeseen, self.writes = "its forward reaches for a tensor's memory", True
+
+    def _lend(self, args: Any, kwargs: Any) -> None:
+        """Keep a copy of a tensor of the batch whose memory NumPy gets: to read it, as a rule."""
+        if isinstance(args[0], Tensor) and self.movement.is_leaf(args[0]):
+            with torch._C.DisableTorchFunction():
+                self._lent.append((args[0], args[0].detach().clone()))
+        self._reach(args, kwargs)
 
     def _flag(self, args: Any, _kwargs: Any) -> None:
         if isinstance(args[0], nn.Parameter):
@@ -246,7 +247,7 @@ _ASKS = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
 }
 _REACHES = (
-    "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr", "retain_grad", "__repr__",
+    "__dlpack__", "untyped_storage", "storage", "data_ptr", "retain_grad", "__repr__",
     "__format__", "__deepcopy__",
 )  # fmt: skip
 _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
@@ -258,6 +259,7 @@ _LOOKED_AT: dict[Any, Callable[[UseGuard, Any, Any], None]] = {
     **dict.fromkeys((_TENSOR["data"].__get__, _TENSOR["data"].__set__), UseGuard._data),  # which nobody sees written
     Tensor.requires_grad_: UseGuard._flag,
     **dict.fromkeys((getattr(Tensor, name) for name in _REACHES), UseGuard._reach),
+    **dict.fromkeys((Tensor.numpy, Tensor.__array__), UseGuard._lend),
     Tensor.to: UseGuard._cast,
     Tensor.type: UseGuard._cast,
     Tensor.type_as: UseGuard._cast,
