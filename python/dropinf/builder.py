@@ -106,7 +106,7 @@ def collect(
         for batch in batches:
             layers, n = compress(batch)
             if builder is None:
-                dtype, capacity = _kind_of(layers)[0], n * number
+                dtype, capacity = _dtype_of(layers), n * number
                 builder = GradientsBuilder(shapes, digest, capacity=capacity, dtype=dtype, device=device, origin=origin)
             builder.append(layers, outflow)
     if builder is None:
@@ -114,10 +114,9 @@ def collect(
     return builder.finish()
 
 
-def _kind_of(layers: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
-    """Return the dtype and device of a batch's gradients; no name for one of them would keep it alive."""
-    first = next(iter(layers.values()))
-    return first.dtype, first.device
+def _dtype_of(layers: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype of a batch's gradients, of which no name keeps one alive."""
+    return next(iter(layers.values())).dtype
 
 
 def rows_of(shapes: Shapes, digest: Mapping[str, str], layers: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,16 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checksum_of(path: Path) -> str | None:
+    """Return the checksum of a file, None where there is none: it may be renamed as it is looked for."""
+    with suppress(FileNotFoundError):
+        return file_checksum(path) if path.is_file() else None
+    return None
+
+
 def is_whole(path: Path, expected: str | None) -> bool:
     """Return whether a file is there and has the checksum that is expected of it, if any is."""
-    return expected is None or (path.is_file() and file_checksum(path) == expected)
+    return expected is None or checksum_of(path) == expected
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
         owner = getattr(loss_fn, "__self__", loss_fn)
         called = getattr(loss_fn, "__func__", None) or getattr(type(loss_fn), "__call__", None)  # noqa: B004
         counts, writes = _counts(type(owner))
-        held = {name: x for name, x in held_by(owner).items() if name not in counts}
+        held = {name: x for name, x in _held_by(owner).items() if name not in counts}
         mine = {name: x for name, x in held.items() if not (writes and isinstance(x, _CONTAINERS))}
         return mine | (_globals(called) if inspect.isfunction(called) else {})
     code = loss_fn.__code__
@@ -270,7 +270,7 @@ def _bound(loss_fn: Any) -> Mapping[str, Any]:
     return {k: x for k, x in bound.items() if k not in written or not isinstance(x, _CONTAINERS)}
 
 
-def held_by(value: Any) -> dict[str, Any]:
+def _held_by(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots too."""
     slots = [vars(base).get("__slots__", ()) for base in type(value).__mro__]
     names = sorted({name for each in slots for name in ([each] if isinstance(each, str) else each) if name[:2] != "__"})
@@ -309,7 +309,7 @@ def _read_of(value: Any, code: types.CodeType) -> Any:
     plain = inspect.isroutine(value) or isinstance(value, type | nn.Module | enum.Enum)
     if not module and (plain or is_of_a_library(about)):
         return value
-    own = {} if is_of_a_library(about) else held_by(value)
+    own = {} if is_of_a_library(about) else _held_by(value)
     names = _attributes(code, "LOAD_ATTR", "LOAD_METHOD") - _attributes(code, "STORE_ATTR")
     read = {part: own[part] for part in sorted(names & own.keys())}
     if module:

@@ -14,7 +14,6 @@ from tests.interpreter.helpers import assert_close
 from tests.reference.helpers import make_table
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WRITES = ("gram_update", "compress_linear_into")  # their first argument
 KINDS = {"scattered": (1, 1), "runs-8": (8, 1), "runs-16": (16, 1), "fold": (1, 4)}  # group, fan_in
 WINDOW = ([3, 3], [1, 1], [1, 1], [1, 1])
 

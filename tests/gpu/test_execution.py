@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import dropinf_kernels as ops
-from tests.gpu.problems import NAMES, WRITES, Problem, check, problems, results
-from tests.reference.helpers import make_table
+from tests.gpu.problems import NAMES, Problem, check, problems, results
+from tests.reference.helpers import WRITES, make_table
 
 CYCLES = 100_000_000  # a twentieth of a second
 every_problem = pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+WRITES = ("gram_update", "compress_linear_into")  # the ops that write to their first argument
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # cu_seqlens of twelve rows, with documents that are empty, one row long, or all there is.
 CUTS = [[0, 3, 3, 8, 12], [0, 0, 12], [0, 12, 12], [0, 1, 2, 12]]

@@ -159,7 +159,7 @@ class OpCall(Call):
         wide = torch.promote_types(g.dtype, torch.float32)
         others = [t for t in tensors_of(self.args) if t is not d]
         if self.function in SUMS and not self.kwargs and is_plain_call(self.function, self.args):
-            sign = SUMS[self.function] if self.args and len(self.args) > 1 and self.args[1] is d else 1
+            sign = SUMS[self.function] if self.args[1] is d else 1
             return _reduced(g.to(wide) * sign if sign != 1 else g.to(wide), d)
         if self.function in BROADCASTS:
             return _reduced(g.to(wide), d)

@@ -40,10 +40,12 @@ class RowBlock:
 
     def filled(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a batch's rows [N, *stored_shape] by layer, all moved into the block if some are there."""
-        others = {name: x for name, x in rows.items() if x is not self._rooms.get(name)}
-        room = [self._rooms[name] for name in others if self._rooms]
-        is_like = all(x.dtype == to.dtype and x.shape == to.shape for x, to in zip(others.values(), room, strict=False))
-        if not room or not is_like:
+        if not self._rooms:
             return rows
-        torch._foreach_copy_(room, list(others.values()))  # at once, as a launch for each takes longer
+        others = [(self._rooms[name], x) for name, x in rows.items() if x is not self._rooms[name]]
+        if any(x.dtype != room.dtype or x.shape != room.shape for room, x in others):
+            return rows
+        if others:
+            # At once, as a launch for each takes longer.
+            torch._foreach_copy_([room for room, _ in others], [x for _, x in others])
         return {name: self._rooms[name] for name in rows}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import checksum, file_checksum, sync_folder
+from ..files import checksum, checksum_of, sync_folder
 from .folder import (
     PART_NAME,
     PARTS,
@@ -89,13 +88,6 @@ def has_more_passages(folder: Path, manifest: Manifest) -> bool:
     """Return whether passages of an append stand there that was ended before its run began."""
     left = _passages_left(folder, manifest)
     return left is not None and left != (folder / PASSAGES).read_bytes()
-
-
-def checksum_of(path: Path) -> str | None:
-    """Return the checksum of a file, None where there is none: a Fisher matrix may be renamed as it is looked for."""
-    with suppress(FileNotFoundError):
-        return file_checksum(path) if path.is_file() else None
-    return None
 
 
 def _passages_left(folder: Path, manifest: Manifest) -> bytes | None:

@@ -6,7 +6,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from .discard import checksum_of, has_more_passages
+from ..files import checksum_of
+from .discard import has_more_passages
 from .folder import FISHER, PASSAGES, shard_path
 from .kept import fisher_paths
 from .manifest import Manifest
