@@ -18,6 +18,7 @@ from .index import Index
 from .index.parts import Parts
 from .one_call import compress
 from .readonly import ReadOnly
+from .recording import Run, StepScores, record
 from .score import TopK, score, self_influence
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
 
@@ -39,11 +40,14 @@ __all__ = [
     "Layer",
     "Parts",
     "Rademacher",
+    "Run",
     "Sketch",
+    "StepScores",
     "TopK",
     "build_fisher",
     "choose",
     "compress",
+    "record",
     "score",
     "self_influence",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from .index.products import Products, Stored
 from .index.reader import Index
 from .origin import check_one_model
 from .ranks import Ranks
+from .recording import Run, RunKind, StepScores, score_run
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
 
@@ -72,23 +73,38 @@ def score(
 ) -> TopK: ...
 
 
+@overload
 def score(
     query: GradientSource,
-    train: GradientSource,
+    train: Run,
+    *,
+    kind: RunKind,
+    curvature: bool = ...,
+    gamma: float = ...,
+    window: int = ...,
+    other_model: bool = ...,
+) -> StepScores: ...
+
+
+def score(
+    query: GradientSource,
+    train: GradientSource | Run,
     fisher: Fisher | None = None,
     *,
-    kind: ScoreKind = "influence",
+    kind: ScoreKind | RunKind = "influence",
     top: int | None = None,
     largest: bool = True,
     out: str | os.PathLike[str] | None = None,
     group: dist.ProcessGroup | None = None,
     other_model: bool = False,
-) -> Tensor | TopK:
+    **of_run: Any,
+) -> Tensor | TopK | StepScores:
     """Score every training sample for every query. Positive: training on the sample lowers the query's loss.
 
     Args:
         query: gradients of Q samples.
-        train: gradients of N samples, read by row blocks.
+        train: gradients of N samples, read by row blocks; or a recorded run, of which each sample's part of each step
+            is scored: see `dropinf.recording.score_run` for its kinds "adamw" and "tracin", and their options.
         fisher: needed by "influence" and "relative"; the other kinds do not read it.
         kind: "influence" is `c_q^T (F + lambda I)^{-1} c_n`; "dot" is `c_q^T c_n`; "cosine" divides that by
             both norms; "relative" divides influence by the square root of the training sample's
@@ -112,6 +128,13 @@ def score(
         ValueError: unknown kind, missing fisher, `top` below 1, gradients or Fisher of different sketches,
             gradients or a Fisher of different models, or a Fisher matrix that is singular with its damping.
     """
+    if isinstance(train, Run):
+        if not (fisher is None and top is None and out is None and group is None):
+            raise ValueError("train is a recorded run, which takes no fisher, top, out or group; see kind")
+        return score_run(query, train, cast("RunKind", kind), other_model=other_model, **of_run)
+    if of_run:
+        raise TypeError(f"score got {', '.join(of_run)}, which are of recorded runs, and train is {train!r}")
+    kind = cast("ScoreKind", kind)
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None):
         raise ValueError("out is for the whole matrix from one process; pass neither top nor group with it")

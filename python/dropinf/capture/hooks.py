@@ -86,19 +86,24 @@ class Capture:
     def running(self, current: Pass, *, hides: bool = False) -> Iterator[None]:
         """Have the hooks feed ``current`` inside. ``hides``: forwards use what is tracked without a graph to it."""
         self.hides = hides
-        self.active.clear()
-        self.own = 0
-        self._unwatched.clear()
         for use in self.uses.values():
-            use.doubts.clear()
             use.refresh()
-        self._pass = current
+        self.begin(current)
         try:
             yield
         finally:
             self._pass = None
             for use in self.uses.values():
                 use.unhide()
+
+    def begin(self, current: Pass) -> None:
+        """Have the hooks feed ``current`` from now on."""
+        self.active.clear()
+        self.own = 0
+        self._unwatched.clear()
+        for use in self.uses.values():
+            use.doubts.clear()
+        self._pass = current
 
     def _enter(self, use: Use, module: nn.Module, _: Any) -> None:
         # A backward of ours runs checkpoints in threads of autograd.

@@ -111,26 +111,11 @@ class Knowledge:
     @contextmanager
     def capturing(self, layers: Mapping[str, Layer]) -> Iterator[Capture]:
         """Have hooks on the modules inside."""
-        capture = Capture(self.model, self._uses(layers))
+        tracked = {id(self.targets[n].tensor): layers[n] for n in self.ladder.on("hook")}
+        capture = Capture(self.model, uses_of(self.model, tracked))
         capture.shared = self.shared
         with capture.attached():
             yield capture
-
-    def _uses(self, layers: Mapping[str, Layer]) -> dict[str, Use]:
-        """Return the hooked modules, with the plans of their weight and bias."""
-        by_parameter = {id(self.targets[n].tensor): layers[n] for n in self.ladder.on("hook")}
-        uses = {}
-        for full_name, module in self.model.named_modules():
-            kind = module_kind(module)
-            if kind is None:
-                continue
-            # named_parameters, not attributes: reading a parametrized weight may update its buffers.
-            own = {name: by_parameter.get(id(p)) for name, p in module.named_parameters(recurse=False)}
-            weight, bias = own.get("weight"), own.get("bias")
-            if weight is not None or bias is not None:
-                name = clean_name(full_name) or type(module).__name__
-                uses[name] = USES[kind](name, module, weight, bias)
-        return uses
 
     def size_hint(self, batch: Any) -> int | None:
         """Return the number of a batch's samples by the size of its tensors, or None."""
@@ -179,3 +164,22 @@ class Knowledge:
                 "noisy; call model.eval() for reproducible influence",
                 stacklevel=5,
             )
+
+
+def uses_of(model: nn.Module, tracked: Mapping[int, Layer]) -> dict[str, Use]:
+    """Return the modules that hooks can capture, by name, with the plans of their weight and bias.
+
+    ``tracked``: the plans by the ids of their parameters.
+    """
+    uses = {}
+    for full_name, module in model.named_modules():
+        kind = module_kind(module)
+        if kind is None:
+            continue
+        # named_parameters, not attributes: reading a parametrized weight may update its buffers.
+        own = {name: tracked.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is not None or bias is not None:
+            name = clean_name(full_name) or type(module).__name__
+            uses[name] = USES[kind](name, module, weight, bias)
+    return uses

@@ -311,7 +311,10 @@ class NormUse(Use):
         if isinstance(m, nn.GroupNorm):
             x = F.group_norm(x, m.num_groups, None, None, m.eps)
         elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-            x = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
+            if m.training or m.running_mean is None:
+                x = F.batch_norm(x, None, None, None, None, True, 0.0, m.eps)
+            else:
+                x = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
         elif isinstance(m, nn.LayerNorm):
             x = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
         elif isinstance(m, nn.RMSNorm):

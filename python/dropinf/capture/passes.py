@@ -189,9 +189,12 @@ class Pass:
             listen(*waiting)
         self._waiting.clear()
         try:
-            losses.backward(weights, retain_graph=retain)
+            self._differentiate(losses, weights, retain=retain)
         finally:
             self.running = False
+
+    def _differentiate(self, losses: Tensor, weights: Tensor, *, retain: bool) -> None:
+        losses.backward(weights, retain_graph=retain)
 
     def _record(self, call: Call, key: Key, g: Tensor) -> None:
         if key in self.blank:

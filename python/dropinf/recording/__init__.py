@@ -1,0 +1,7 @@
+"""Training runs that are recorded: each sample's part of every step's gradient, and what the steps did with it."""
+
+from .recording import Recording, record
+from .run import Run
+from .tracing import RunKind, StepScores, score_run
+
+__all__ = ["Recording", "Run", "RunKind", "StepScores", "record", "score_run"]

@@ -1,0 +1,69 @@
+"""The gradients of the tracked parameters on the mask, as a backward leaves them and as the optimizer finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..capture.audit import sketched
+from ..capture.layer import Layer
+from ..capture.targets import Target
+
+
+class Gathered:
+    """Takes the gradient of each tracked parameter on the mask whenever a backward has added to it."""
+
+    def __init__(self, targets: Mapping[str, Target], layers: Mapping[str, Layer]) -> None:
+        self._parameters = {name: target.tensor for name, target in targets.items()}
+        self._layers = layers
+        self._entries = {n: x.entries.to(self._parameters[n].device) for n, x in layers.items() if x.is_gather}
+        self._found: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
+        self._handles = [
+            p.register_post_accumulate_grad_hook(partial(self._take, name)) for name, p in self._parameters.items()
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._found[name] = self.on_mask(name, parameter.grad)
+        self._versions[name] = id(parameter.grad), parameter.grad._version
+
+    @torch.no_grad()
+    def on_mask(self, name: str, x: Tensor) -> Tensor:
+        """Return what the mask keeps of a tensor of a parameter's shape, [k]."""
+        x = x.detach().to_dense() if x.is_sparse else x.detach()
+        if name in self._entries:
+            found = x.reshape(-1).index_select(0, self._entries[name])
+            return found.to(torch.promote_types(x.dtype, torch.float32))
+        return sketched(self._layers[name], x).flatten()
+
+    def clear(self) -> None:
+        """Forget what was taken: the optimizer has made its step."""
+        self._found.clear()
+        self._versions.clear()
+
+    @property
+    def reached(self) -> set[str]:
+        """The layers that got a gradient since the last step."""
+        return set(self._found)
+
+    def before(self, name: str) -> Tensor | None:
+        """Return a layer's gradient as the last backward left it [k], None where it got none."""
+        return self._found.get(name)
+
+    def after(self, name: str) -> Tensor | None:
+        """Return a layer's gradient as it is now [k]; the very one of `before` where nothing wrote to it."""
+        grad = self._parameters[name].grad
+        if grad is None:
+            return None
+        if self._versions.get(name) == (id(grad), grad._version):
+            return self._found[name]
+        return self.on_mask(name, grad)

@@ -1,0 +1,283 @@
+"""Recording a training loop: each sample's part of every step's gradient, taken from the loop's own backward."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import masks
+from ..capture.checks import check_surroundings
+from ..capture.hooks import Capture
+from ..capture.identity import identity
+from ..capture.knowledge import uses_of
+from ..capture.layer import Layer
+from ..capture.preserved import claimed
+from ..capture.taps import overrides
+from ..capture.targets import LayerFilter, Target, axis_statistics, find_targets, make_layer, no_parameters
+from ..files import make_folder, write_whole
+from ..sketch.sketch import Sketch
+from ..workload import check_model, unwrap
+from .checks import check_eager, shown
+from .optimizers import kind_of
+from .run import ABOUT, END, FORMAT, MASKS, Run
+from .taking import Loop, Taking
+
+
+@runtime_checkable
+class Masked(Protocol):
+    """What has masks already, as a `Compressor` does."""
+
+    @property
+    def layers(self) -> Mapping[str, Layer]: ...
+
+
+def record(
+    model: nn.Module,
+    sketch: Sketch | Masked,
+    optimizer: torch.optim.Optimizer,
+    *,
+    out: str | os.PathLike[str],
+    layers: LayerFilter = None,
+    scaler: torch.amp.GradScaler | None = None,
+    mixing: bool = False,
+    step: int | None = None,
+) -> Recording:
+    """Return what records the training inside: ``with dropinf.record(model, sketch, optimizer, out="run") as run: ...``.
+
+    The loop stays as it is, and so do its weights, bit for bit; before each forward it says whose it is:
+    ``run.samples(ids)``. Rows are each sample's part of the step's gradient, whatever the loss: mean, sum, weighted.
+    Every step, their sum is compared with the gradient that the optimizer gets.
+
+    Args:
+        model: the model that is trained. DistributedDataParallel's wrapper is looked through.
+        sketch: a mask (`Dropout`), the same for all samples and steps, or a compressor whose masks are taken, as those
+            that are drawn from statistics of the data. About 600 numbers a sample or more. Other sketches give rows,
+            and no trajectory of the optimizer.
+        optimizer: AdamW, Adam or SGD; of others there are rows alone.
+        out: the folder to write. It may hold the same run, cut short: load the model and the optimizer of a checkpoint,
+            and recording goes on behind its step.
+        layers: name patterns or module types, as in `Compressor`.
+        scaler: the GradScaler that scales the loss.
+        mixing: let samples meet in the model, as in a BatchNorm in train mode.
+        step: how many steps the optimizer has taken; None: as Adam's state says.
+
+    Raises:
+        ValueError: a parameter that is not in the optimizer; a model compiled as a whole; a folder that holds another
+            run.
+    """
+    return Recording(model, sketch, optimizer, out, layers=layers, scaler=scaler, mixing=mixing, step=step)
+
+
+class Recording(Run):
+    """A run that is being recorded; afterwards, the run. See `record`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sketch: Sketch | Masked,
+        optimizer: torch.optim.Optimizer,
+        out: str | os.PathLike[str],
+        *,
+        layers: LayerFilter,
+        scaler: torch.amp.GradScaler | None,
+        mixing: bool,
+        step: int | None,
+    ) -> None:
+        check_model(model)
+        check_eager(model)
+        self.model, self.optimizer, self.scaler = unwrap(model), _plain(optimizer), scaler
+        self._world = _world(model)
+        self._targets, self._layers, self.skipped = _tracked(self.model, sketch, layers)
+        groups = _groups(self._targets, self.optimizer)
+        kind, why = kind_of(self.optimizer)
+        is_mask = all(layer.is_gather for layer in self._layers.values())
+        if kind is not None and not is_mask:
+            kind, why = None, f"{sketch!r} mixes coordinates, and the optimizer acts on each alone; record on a Dropout"
+        about = {
+            "format": FORMAT,
+            "ranks": self._world[1],
+            "kind": kind,
+            "rows_alone": why,
+            "optimizer": type(self.optimizer).__name__,
+            "shapes": {name: list(layer.stored_shape) for name, layer in self._layers.items()},
+            "digest": {name: masks.layer_digest(layer) for name, layer in self._layers.items()},
+            "sizes": [target.tensor.numel() for target in self._targets.values()],
+            "groups": groups,
+            "is_mask": is_mask,
+            "begun": _steps_taken(self.optimizer, self._targets, kind, step),
+        }
+        begun = self._prepare(Path(out), about)
+        super().__init__(out)
+        self._go_on(begun)
+        self._mixing = mixing
+        self._taking: Taking | None = None
+
+    def _prepare(self, folder: Path, about: dict[str, Any]) -> int:
+        """Make the folder, or see that it holds this very run; return how many steps the optimizer has taken."""
+        begun: int = about["begun"]
+        make_folder(folder)
+        path = folder / ABOUT
+        if path.exists():
+            before = Run(folder)._about
+            about["begun"] = before["begun"]
+            if before != about:
+                what = next(key for key in about if before.get(key) != about[key])
+                raise ValueError(
+                    f"out: {folder} holds a run with another {what}; name a new folder, or remove that one"
+                )
+            return begun
+        if self._world[0] == 0:
+            masks.save_masks(self._layers, folder / MASKS, {}, 0)
+            write_whole(path, json.dumps(about).encode())
+        if self._world[1] > 1:
+            torch.distributed.barrier()
+        return begun
+
+    def _go_on(self, begun: int) -> None:
+        """Remove what was recorded behind the optimizer's step."""
+        keep = begun - self._about["begun"]
+        if not 0 <= keep <= len(self) or (keep == 0 and len(self) > 0):
+            raise ValueError(
+                f"out: {self.path} holds steps {self._about['begun']} to {self._about['begun'] + len(self)}, and the "
+                f"optimizer has taken {begun}; load a checkpoint of the optimizer from between them (of SGD, say step= "
+                "too), name a new folder, or remove that one"
+            )
+        self._files[self._world[0]].cut(keep)
+        (self.path / END).unlink(missing_ok=True)
+
+    def __enter__(self) -> Recording:
+        check_surroundings()
+        self._claim = claimed(self.model)
+        self._claim.__enter__()
+        tracked = {id(target.tensor): self._layers[name] for name, target in self._targets.items()}
+        capture = Capture(self.model, uses_of(self.model, tracked))
+        loop = Loop(self.model, self.optimizer, self.scaler, *self._world)
+        self._taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing)
+        self._taking.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        taking, self._taking = self._taking, None
+        assert taking is not None
+        try:
+            taking.end()
+            if kind is None:
+                taking.check_settled()
+            if self._world[0] == 0:
+                self.save_end(identity(self.model))
+        finally:
+            self._claim.__exit__(kind, error, trace)
+        for file in self._files:
+            file.refresh()
+
+    def samples(
+        self,
+        ids: Iterable[object],
+        *,
+        cu_seqlens: Tensor | None = None,
+        share: Sequence[float] | Tensor | float | None = None,
+        labels: Sequence[float] | Tensor | float = 1.0,
+    ) -> None:
+        """Say whose the next forward is: the id of each of its samples, in their order.
+
+        ``cu_seqlens``: where the documents of a packed batch start and end, int [n + 1]. ``share``: the weight of each
+        sample's loss in the step's loss, which curvature is measured by; None: one over the step's samples, as in a
+        mean. ``labels``: how many labels each sample's loss is the mean of, such as its tokens.
+        """
+        self._open().name([str(x) for x in ids], cu_seqlens, share, labels)
+
+    def losses(self, losses: Tensor) -> None:
+        """Note the loss of each sample [n] of the last forward, where each has one label: it sharpens the curvature."""
+        self._open().note_losses(losses)
+
+    def drawn(self, loss: Tensor) -> None:
+        """Take rows of a loss, as the loop's own but with labels drawn from the model, before the loop's backward.
+
+        They make the curvature of this step and those behind it, up to the next such rows.
+        """
+        self._open().draw(loss)
+
+    def _open(self) -> Taking:
+        if self._taking is None:
+            raise RuntimeError("run: it is not recording; call this inside 'with dropinf.record(...) as run:'")
+        return self._taking
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside a wrapper, as accelerate's."""
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _world(model: nn.Module) -> tuple[int, int]:
+    """Return the rank of this process and their number, of a model that several train together."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return 0, 1
+    return torch.distributed.get_rank(model.process_group), torch.distributed.get_world_size(model.process_group)
+
+
+def _tracked(
+    model: nn.Module, sketch: Sketch | Masked, layers: LayerFilter
+) -> tuple[dict[str, Target], dict[str, Layer], dict[str, str]]:
+    """Return what is recorded and how, and why the rest is not."""
+    targets, skipped = find_targets(model, layers)
+    for name, target in list(targets.items()):
+        if not target.tensor.requires_grad:
+            why = "it is not trained"
+        elif target.route == "exact" or overrides(type(target.tensor)):
+            why = "no hook covers its kind of module, and a recording has no slower way"
+        elif isinstance(sketch, Masked) and name not in sketch.layers:
+            why = "the compressor does not track it"
+        else:
+            continue
+        skipped[name] = why
+        del targets[name]
+    if not targets:
+        raise ValueError(f"model: nothing to record; {skipped or no_parameters(model)}")
+    if isinstance(sketch, Masked):
+        plans = {name: sketch.layers[name] for name in targets}
+    elif isinstance(sketch, Sketch):
+        needing = [name for name, target in targets.items() if axis_statistics(target, sketch)]
+        if needing:
+            raise ValueError(
+                f"sketch: {sketch!r} is drawn from statistics of the data; calibrate a Compressor with it, and pass "
+                "that"
+            )
+        plans = {name: make_layer(target, sketch, {}) for name, target in targets.items()}
+    else:
+        raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(24), or a Compressor, got {sketch!r}")
+    return targets, {name: plan.to(targets[name].tensor.device) for name, plan in plans.items()}, skipped
+
+
+def _groups(targets: Mapping[str, Target], optimizer: torch.optim.Optimizer) -> list[int]:
+    """Return the parameter group of each layer. Raises ValueError where the optimizer does not have its parameter."""
+    of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    missing = [name for name, target in targets.items() if id(target.tensor) not in of]
+    if missing:
+        raise ValueError(
+            f"optimizer: it does not have the parameters of {shown(missing)}; give it all that are trained, or name "
+            "the layers to record in layers="
+        )
+    return [of[id(target.tensor)] for target in targets.values()]
+
+
+def _steps_taken(
+    optimizer: torch.optim.Optimizer, targets: Mapping[str, Target], kind: str | None, step: int | None
+) -> int:
+    """Return how many steps an optimizer has taken."""
+    if step is not None:
+        return step
+    counts = [optimizer.state[t.tensor].get("step", 0) for t in targets.values() if t.tensor in optimizer.state]
+    return max((int(x) for x in counts), default=0) if kind == "adam" else 0
