@@ -49,7 +49,7 @@ def record(
     mixing: bool = False,
     step: int | None = None,
 ) -> Recording:
-    """Return what records the training inside: ``with dropinf.record(model, sketch, optimizer, out="run") as run: ...``.
+    """Return what records the training inside: ``with dropinf.record(model, sketch, optimizer, out="run") as run:``.
 
     The loop stays as it is, and so do its weights, bit for bit; before each forward it says whose it is:
     ``run.samples(ids)``. Rows are each sample's part of the step's gradient, whatever the loss: mean, sum, weighted.

@@ -83,6 +83,9 @@ class Taking:
         self._counts = self._counts_so_far()
         self._drawn_at = run.drawn_at(len(run))
 
+    def __deepcopy__(self, _memo: Any) -> Taking:
+        return self  # of a model that is copied while it is recorded: the hooks do nothing for the copy
+
     def _counts_so_far(self) -> list[int]:
         """Return by how many steps each layer was changed before."""
         found = []
@@ -165,6 +168,8 @@ class Taking:
     # The forward.
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self.model:
+            return
         self.capture._pass = None
         named, self._named = (
             self._named if torch.is_grad_enabled() else None,
@@ -202,8 +207,8 @@ class Taking:
             )
         self._owed = None
 
-    def _after_forward(self, _model: nn.Module, _args: Any, out: Any) -> None:
-        if not self._pending or self.capture._pass is not self._pending[-1].current:
+    def _after_forward(self, model: nn.Module, _args: Any, out: Any) -> None:
+        if model is not self.model or not self._pending or self.capture._pass is not self._pending[-1].current:
             return
         current = self._pending[-1].current
         assert current is not None
