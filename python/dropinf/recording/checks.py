@@ -44,13 +44,28 @@ def mixed(current: Pass) -> AttributionError:
 
 
 def wrong_layers(errors: Mapping[str, float]) -> AttributionError:
-    """Return the error for rows that do not sum to what plain autograd gives."""
-    name = max(errors, key=errors.__getitem__)
-    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    """Return the error for rows whose weighted sums are not what plain autograd gives."""
     return AttributionError(
-        f"layer {name}{others}: weighted sums of its rows differ from plain autograd's gradient by "
-        f"{errors[name]:.2g}; does something else than its module use the parameter? {_ALONE}"
+        f"{_worst(errors)}: weighted sums of its rows differ from plain autograd's gradient; does something else than "
+        f"its module use the parameter? {_ALONE}"
     )
+
+
+def unlike_step(errors: Mapping[str, float]) -> AttributionError:
+    """Return the error for rows that do not sum to the gradient that the optimizer gets."""
+    return AttributionError(
+        f"{_worst(errors)}: its rows do not sum to the gradient that the optimizer gets. Is there a forward that "
+        "run.samples(ids) did not name, a gradient of the step before (optimizer.zero_grad()), a term of the loss "
+        "beside the model's outputs (a penalty on weights), or a use of the parameter beside its module? Without that "
+        "layer in layers= others may be recorded"
+    )
+
+
+def _worst(errors: Mapping[str, float]) -> str:
+    """Return the layer that is furthest off, by how much, and how many others are."""
+    name = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    others = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return f"layer {name} (off by {errors[name]:.2g}{others})"
 
 
 def of_samples(out: Any, samples: Samples) -> Tensor:

@@ -138,7 +138,8 @@ class Prover:
         if current.several:
             return None
         check_layouts(current)
-        self._audit(current, losses)
+        if not self.mixing:  # else a sample's weight is in others' rows too
+            self._audit(current, losses)
         return Proven(dict(current.layouts), set(current.proven), set(current.blank), set(current.calls))
 
     def _share(

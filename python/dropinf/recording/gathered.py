@@ -21,7 +21,6 @@ class Gathered:
         self._layers = layers
         self._entries = {n: x.entries.to(self._parameters[n].device) for n, x in layers.items() if x.is_gather}
         self._found: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
         self._handles = [
             p.register_post_accumulate_grad_hook(partial(self._take, name)) for name, p in self._parameters.items()
         ]
@@ -34,7 +33,6 @@ class Gathered:
     def _take(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._found[name] = self.on_mask(name, parameter.grad)
-        self._versions[name] = id(parameter.grad), parameter.grad._version
 
     @torch.no_grad()
     def on_mask(self, name: str, x: Tensor) -> Tensor:
@@ -48,22 +46,12 @@ class Gathered:
     def clear(self) -> None:
         """Forget what was taken: the optimizer has made its step."""
         self._found.clear()
-        self._versions.clear()
-
-    @property
-    def reached(self) -> set[str]:
-        """The layers that got a gradient since the last step."""
-        return set(self._found)
 
     def before(self, name: str) -> Tensor | None:
         """Return a layer's gradient as the last backward left it [k], None where it got none."""
         return self._found.get(name)
 
     def after(self, name: str) -> Tensor | None:
-        """Return a layer's gradient as it is now [k]; the very one of `before` where nothing wrote to it."""
+        """Return a layer's gradient as it is now [k]; not every write to it counts its version up."""
         grad = self._parameters[name].grad
-        if grad is None:
-            return None
-        if self._versions.get(name) == (id(grad), grad._version):
-            return self._found[name]
-        return self.on_mask(name, grad)
+        return None if grad is None else self.on_mask(name, grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,9 @@ from ..workload import check_model, unwrap
 from .checks import check_eager, shown
 from .optimizers import kind_of
 from .run import ABOUT, END, FORMAT, MASKS, Run
-from .taking import Loop, Taking
+from .taking import Loop, Taking, World
+
+_NO_HOOK = "no hook covers its kind of module, and a recording has no slower way"
 
 
 @runtime_checkable
@@ -102,7 +105,7 @@ class Recording(Run):
             kind, why = None, f"{sketch!r} mixes coordinates, and the optimizer acts on each alone; record on a Dropout"
         about = {
             "format": FORMAT,
-            "ranks": self._world[1],
+            "ranks": self._world.ranks,
             "kind": kind,
             "rows_alone": why,
             "optimizer": type(self.optimizer).__name__,
@@ -122,23 +125,31 @@ class Recording(Run):
     def _prepare(self, folder: Path, about: dict[str, Any]) -> int:
         """Make the folder, or see that it holds this very run; return how many steps the optimizer has taken."""
         begun: int = about["begun"]
+        outcome: list[str | None] = [None]  # of the first rank, which all hear
+        if self._world.rank == 0:
+            try:
+                self._make(folder, about)
+            except ValueError as error:
+                outcome = [str(error)]
+        if self._world.ranks > 1:
+            torch.distributed.broadcast_object_list(outcome, group=self._world.group, group_src=0)
+        if outcome[0] is not None:
+            raise ValueError(outcome[0])
+        return begun
+
+    def _make(self, folder: Path, about: dict[str, Any]) -> None:
         make_folder(folder)
         path = folder / ABOUT
-        if path.exists():
-            before = Run(folder)._about
-            about["begun"] = before["begun"]
-            if before != about:
-                what = next(key for key in about if before.get(key) != about[key])
-                raise ValueError(
-                    f"out: {folder} holds a run with another {what}; name a new folder, or remove that one"
-                )
-            return begun
-        if self._world[0] == 0:
+        if not path.exists():
             masks.save_masks(self._layers, folder / MASKS, {}, 0)
             write_whole(path, json.dumps(about).encode())
-        if self._world[1] > 1:
-            torch.distributed.barrier()
-        return begun
+            return
+        before = Run(folder)._about
+        different = [key for key in about if key != "begun" and before.get(key) != about[key]]
+        if different:
+            raise ValueError(
+                f"out: {folder} holds a run with another {different[0]}; name a new folder, or remove that one"
+            )
 
     def _go_on(self, begun: int) -> None:
         """Remove what was recorded behind the optimizer's step."""
@@ -149,7 +160,7 @@ class Recording(Run):
                 f"optimizer has taken {begun}; load a checkpoint of the optimizer from between them (of SGD, say step= "
                 "too), name a new folder, or remove that one"
             )
-        self._files[self._world[0]].cut(keep)
+        self._files[self._world.rank].cut(keep)
         (self.path / END).unlink(missing_ok=True)
 
     def __enter__(self) -> Recording:
@@ -158,7 +169,7 @@ class Recording(Run):
         self._claim.__enter__()
         tracked = {id(target.tensor): self._layers[name] for name, target in self._targets.items()}
         capture = Capture(self.model, uses_of(self.model, tracked))
-        loop = Loop(self.model, self.optimizer, self.scaler, *self._world)
+        loop = Loop(self.model, self.optimizer, self.scaler, self._world)
         self._taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing)
         self._taking.begin()
         return self
@@ -172,7 +183,7 @@ class Recording(Run):
             taking.end()
             if kind is None:
                 taking.check_settled()
-            if self._world[0] == 0:
+            if self._world.rank == 0:
                 self.save_end(identity(self.model))
         finally:
             self._claim.__exit__(kind, error, trace)
@@ -221,11 +232,12 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _world(model: nn.Module) -> tuple[int, int]:
-    """Return the rank of this process and their number, of a model that several train together."""
+def _world(model: nn.Module) -> World:
+    """Return the ranks that train a model together."""
     if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return 0, 1
-    return torch.distributed.get_rank(model.process_group), torch.distributed.get_world_size(model.process_group)
+        return World(0, 1, None)
+    group = model.process_group
+    return World(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group)
 
 
 def _tracked(
@@ -237,13 +249,16 @@ def _tracked(
         if not target.tensor.requires_grad:
             why = "it is not trained"
         elif target.route == "exact" or overrides(type(target.tensor)):
-            why = "no hook covers its kind of module, and a recording has no slower way"
+            why = _NO_HOOK
         elif isinstance(sketch, Masked) and name not in sketch.layers:
             why = "the compressor does not track it"
         else:
             continue
         skipped[name] = why
         del targets[name]
+    left = [name for name, why in skipped.items() if why == _NO_HOOK]
+    if left and targets:
+        warnings.warn(f"model: {shown(left)} are not recorded: {_NO_HOOK}; run.skipped has all", stacklevel=5)
     if not targets:
         raise ValueError(f"model: nothing to record; {skipped or no_parameters(model)}")
     if isinstance(sketch, Masked):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..capture.audit import FLOOR, FLOOR_OF_SUMS, TOLERANCE, coarsest, is_due
+from ..capture.audit import coarsest, is_due
 from ..capture.hooks import Capture
 from ..capture.ladder import AttributionError
 from ..capture.layer import Layer
@@ -17,14 +17,13 @@ from ..capture.recorders import Compression
 from ..capture.samples import Samples
 from ..capture.taps import any_true
 from ..capture.targets import Target
-from .checks import check_failed, in_scaler, wrong_layers
+from .balance import Balance
+from .checks import check_failed, in_scaler
 from .forward import Proven, Prover, TrainingPass, look_of
 from .gathered import Gathered
 from .optimizers import UPDATES, settings_of
 from .run import SEGMENT, Run
 from .steps import Step
-
-_UNCHANGED = 1e-3  # from one, a factor is rounding's
 
 
 @dataclass
@@ -45,6 +44,14 @@ class Named:
         return len(self.ids)
 
 
+class World(NamedTuple):
+    """This process among those that train a model together."""
+
+    rank: int
+    ranks: int
+    group: Any
+
+
 @dataclass(frozen=True)
 class Loop:
     """What trains: the model, its optimizer and scaler, on one of several ranks."""
@@ -52,8 +59,15 @@ class Loop:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
-    rank: int
-    ranks: int
+    world: World
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean of a tensor over the ranks."""
+        if self.world.ranks == 1:
+            return x
+        x = x.clone()
+        torch.distributed.all_reduce(x, group=self.world.group)
+        return x / self.world.ranks
 
 
 class Taking:
@@ -73,6 +87,7 @@ class Taking:
         self.prover = Prover(self.model, capture, layers, {n: t.tensor for n, t in targets.items()}, mixing)
         self.gathered = Gathered(targets, layers)
         self.widths = run.columns.widths
+        self.balance = Balance(layers, self.widths)
         self._named: Named | None = None  # whose forward is to come
         self._pending: list[Named] = []  # forwards since the last step
         self._proven: dict[Any, Proven] = {}
@@ -242,16 +257,18 @@ class Taking:
             )
         scale = self._scale()
         rows, before = [self._rows(named) for named in given], self._joined(self.gathered.before)
-        rows, given = self._of_step(rows, given, before)
-        after = self._joined(self.gathered.after)
-        clipped = self._factor(before, after, scale)
+        dtypes = {d for named in given if named.current is not None for d in named.current.dtypes}
+        begin = self.balance.begin(rows, before, coarsest(dtypes | {before.dtype}))
+        rows, given = rows[begin:], given[begin:]
+        after, fused = self._joined(self.gathered.after), getattr(self.optimizer, "grad_scale", None)
+        clipped = self.balance.clipped(self.loop.mean(before), after, scale if fused is None else 1.0)
         if scale != 1:
             rows = [x / scale for x in rows]
             for named in given:
                 named.drawn = None if named.drawn is None else named.drawn / scale
-        fused = float(getattr(self.optimizer, "grad_scale", None) or 1)  # which the optimizer divides by itself
+        gradient = after if fused is None else after / float(fused)  # which the optimizer divides by itself
         self._owe(given)
-        self._append(given, [x / self.loop.ranks for x in rows], after / fused, clipped)
+        self._append(given, [x / self.loop.world.ranks for x in rows], gradient, clipped)
         self._pending.clear()
         self.gathered.clear()
 
@@ -269,77 +286,6 @@ class Taking:
             raise ValueError("scaler: a GradScaler makes the step; pass it: dropinf.record(..., scaler=scaler)")
         return 1.0
 
-    def _of_step(self, rows: list[Tensor], given: list[Named], want: Tensor) -> tuple[list[Tensor], list[Named]]:
-        """Return the rows that sum to the gradient, with whose they are: all, or those behind a step that was skipped.
-
-        Raises AttributionError where none do.
-        """
-        first: dict[str, float] | None = None
-        for begin in range(len(rows)):
-            wrong = self._differ(rows[begin:], given[begin:], want)
-            if not wrong:
-                return rows[begin:], given[begin:]
-            first = wrong if first is None else first
-        assert first is not None
-        if len(first) == len(self.gathered.reached):
-            raise AttributionError(
-                "run: no layer's rows sum to the gradient that the optimizer gets; is there a forward that "
-                "run.samples(ids) did not name, a gradient of the step before (optimizer.zero_grad()), or a term of "
-                "the loss that does not come from the model's outputs (a penalty on weights)?"
-            )
-        raise wrong_layers(first)
-
-    def _differ(self, rows: list[Tensor], given: list[Named], want: Tensor) -> dict[str, float]:
-        """Return the layers whose rows do not sum to the gradient, with how far they are off."""
-        dtypes = {d for named in given if named.current is not None for d in named.current.dtypes}
-        dtype = coarsest(dtypes | {want.dtype})
-        missing = torch.stack([x.sum(0) for x in rows]).sum(0) - want
-        apart = torch.stack(torch._foreach_norm(missing.split(list(self.widths)))).double()
-        by_layer = zip(*(x.split(list(self.widths), 1) for x in rows), strict=True)
-        sizes = torch.stack(torch._foreach_norm([torch.cat(parts).flatten() for parts in by_layer])).double()
-        floors = [(FLOOR if len(layer.shape) > 1 else FLOOR_OF_SUMS)[dtype] for layer in self.layers.values()]
-        floor = torch.tensor(floors, dtype=torch.float64).to(sizes) * sizes.max()
-        errors = apart / (sizes + floor).clamp(min=torch.finfo(torch.float64).tiny)
-        if not bool((errors > TOLERANCE[dtype]).any() | errors.isnan().any()):
-            return {}
-        found = dict(zip(self.layers, errors.tolist(), strict=True))
-        return {name: error for name, error in found.items() if not error <= TOLERANCE[dtype]}
-
-    def _factor(self, before: Tensor, after: Tensor, scale: float) -> float:
-        """Return the factor by which gradients were clipped between backward and step; 1 where they were not.
-
-        ``scale``: of the loss, which was divided out of them. Raises AttributionError where it is no one factor.
-        """
-        if self.loop.ranks > 1:
-            torch.distributed.all_reduce(before)
-            before = before / self.loop.ranks
-        elif before is after or torch.equal(before, after):
-            return 1.0
-        wide, found = before.double(), after.double()
-        factor = float(wide @ found / (wide @ wide).clamp(min=torch.finfo(torch.float64).tiny))
-        parts = zip(
-            self.layers, (found - factor * wide).split(list(self.widths)), found.split(list(self.widths)), strict=True
-        )
-        slack = TOLERANCE[coarsest({p.dtype for p in self._parameters})] * 10
-        for name, apart, size in parts:
-            if float(apart.norm()) > slack * float(size.norm()):
-                raise AttributionError(
-                    f"layer {name}: its gradient was changed between backward and optimizer.step(), and not by the one "
-                    "factor that clipping all to a norm is; take that out, or record it with another optimizer's loop"
-                )
-        fused = getattr(self.optimizer, "grad_scale", None) is not None
-        clipped = factor if fused else factor * scale
-        if clipped > 1 + _UNCHANGED:
-            raise AttributionError(
-                f"run: gradients were multiplied by {clipped:.3g} between backward and optimizer.step(); clipping "
-                "makes them smaller. Scale the loss instead, or pass scaler="
-            )
-        return 1.0 if abs(clipped - 1) < _UNCHANGED else clipped
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [target.tensor for target in self.targets.values()]
-
     def _owe(self, given: list[Named]) -> None:
         """Note where rows were taken to stand as samples do, and no proof has seen them."""
         for named in given:
@@ -354,8 +300,8 @@ class Taking:
         changed = [target.tensor.grad is not None for target in self.targets.values()]
         self._counts = [count + here for count, here in zip(self._counts, changed, strict=True)]
         groups = [settings_of(self.run.kind, self.optimizer, group) for group in self.optimizer.param_groups]
-        file = self.run._files[self.loop.rank]
-        n = sum(named.n for named in given) * self.loop.ranks
+        file = self.run._files[self.loop.world.rank]
+        n = sum(named.n for named in given) * self.loop.world.ranks
         decays = any(g.get("weight_decay", 0.0) and not g.get("decoupled", 0.0) for g in groups)
         losses = [named.losses for named in given]
         shares = [_each(named.share, named, 1 / n) / _each(named.labels, named, 1.0) for named in given]
@@ -372,7 +318,7 @@ class Taking:
                 [count if here else 0 for count, here in zip(self._counts, changed, strict=True)],
                 share=torch.cat(shares),
                 losses=None if any(x is None for x in losses) else torch.cat(losses),  # type: ignore[arg-type]
-                drawn=torch.cat([x for x, _ in drawn]) / self.loop.ranks if drawn else None,
+                drawn=torch.cat([x for x, _ in drawn]) / self.loop.world.ranks if drawn else None,
                 drawn_share=torch.cat([share for _, share in drawn]) * part if drawn else None,
                 drawn_at=self._drawn_at,
                 state=self._state() if self.run.kind is not None and len(file) % SEGMENT == 0 else (),
