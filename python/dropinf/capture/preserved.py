@@ -359,7 +359,7 @@ def claimed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _lock:
-            del _in_use[model]
+            _in_use.pop(model, None)  # a recording that is never ended may outlive its model
 
 
 @contextlib.contextmanager

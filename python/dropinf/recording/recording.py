@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -95,7 +96,8 @@ class Recording(Run):
     ) -> None:
         check_model(model)
         check_eager(model)
-        self.model, self.optimizer, self.scaler = unwrap(model), _plain(optimizer), scaler
+        self.model, self.optimizer = unwrap(model), _plain(optimizer)
+        self.scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler  # accelerate's has its own
         self._world = _world(model)
         self._targets, self._layers, self.skipped = _tracked(self.model, sketch, layers)
         groups = _groups(self._targets, self.optimizer)
@@ -132,7 +134,8 @@ class Recording(Run):
             except ValueError as error:
                 outcome = [str(error)]
         if self._world.ranks > 1:
-            torch.distributed.broadcast_object_list(outcome, group=self._world.group, group_src=0)
+            first = torch.distributed.get_global_rank(self._world.group, 0)
+            torch.distributed.broadcast_object_list(outcome, first, self._world.group)
         if outcome[0] is not None:
             raise ValueError(outcome[0])
         return begun
@@ -165,28 +168,36 @@ class Recording(Run):
 
     def __enter__(self) -> Recording:
         check_surroundings()
-        self._claim = claimed(self.model)
-        self._claim.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(claimed(self.model))
+            self._taking = self._hooked()
+            stack.callback(self._taking.end)
+            self._exits = stack.pop_all()
+        return self
+
+    def _hooked(self) -> Taking:
+        """Hook the model and the optimizer."""
         tracked = {id(target.tensor): self._layers[name] for name, target in self._targets.items()}
         capture = Capture(self.model, uses_of(self.model, tracked))
         loop = Loop(self.model, self.optimizer, self.scaler, self._world)
-        self._taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing)
-        self._taking.begin()
-        return self
+        taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing)
+        taking.begin()
+        return taking
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         taking, self._taking = self._taking, None
         assert taking is not None
-        try:
+        with self._exits:
             taking.end()
             if kind is None:
                 taking.check_settled()
             if self._world.rank == 0:
                 self.save_end(identity(self.model))
-        finally:
-            self._claim.__exit__(kind, error, trace)
         for file in self._files:
             file.refresh()
 
@@ -225,7 +236,7 @@ class Recording(Run):
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer inside a wrapper, as accelerate's."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

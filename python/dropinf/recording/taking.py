@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -112,8 +113,8 @@ class Taking:
 
     def begin(self) -> None:
         """Hook the model and the optimizer."""
-        self._attached = self.capture.attached()
-        self._attached.__enter__()
+        self._exits = contextlib.ExitStack()
+        self._exits.enter_context(self.capture.attached())
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._after_forward),
@@ -121,11 +122,12 @@ class Taking:
         ]
 
     def end(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, if they are on."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         self.gathered.remove()
-        self._attached.__exit__(None, None, None)
+        self._exits.close()
 
     def check_settled(self) -> None:
         """Raise AttributionError where the last step's rows were not proven."""
