@@ -18,7 +18,7 @@ from .index import Index
 from .index.parts import Parts
 from .one_call import compress
 from .readonly import ReadOnly
-from .recording import Run, StepScores, record
+from .recording import Recording, Run, StepScores, record
 from .score import TopK, score, self_influence
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
 
@@ -40,6 +40,7 @@ __all__ = [
     "Layer",
     "Parts",
     "Rademacher",
+    "Recording",
     "Run",
     "Sketch",
     "StepScores",

@@ -1,0 +1,1 @@
+"""Recorded runs: how true their scores are, and what recording costs."""
