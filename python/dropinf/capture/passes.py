@@ -92,7 +92,7 @@ class Pass:
         if self.chaining:
             self.failed[name] = "what it computes depends on parameters alone"
             return
-        key = name, self.emitted[name]
+        key = self._key(call)
         self.emitted[name] += 1
         self.shapes[key] = g.shape
         try:
@@ -101,6 +101,9 @@ class Pass:
             raise
         except FAILURES as error:
             self.failed[name] = reason(error)
+
+    def _key(self, call: Call) -> Key:
+        return call.use.name, self.emitted[call.use.name]
 
     def listen_later(self, node: Node, output: int, call: Call) -> None:
         """Have a call take the gradient of a node's output, behind all hooks that the forward puts on the node."""
@@ -289,6 +292,7 @@ class Call:
     saved: Tensor | None
     version: int | None
     signature: Signature
+    number: int = field(default=0, kw_only=True)  # among the module's calls in this forward
 
     def __call__(self, g: Tensor) -> None:
         self.current.emit(self, g)
@@ -309,6 +313,7 @@ def tap(current: Pass, call: Call, out: Tensor, *, new: bool = False) -> Tensor:
     current.dtypes.add(out.dtype)
     current.uses[call.use.name] = call.use
     current.unforeseen = current.unforeseen or unforeseen(current.modes)
+    call.number = current.called[call.use.name]
     current.called[call.use.name] += 1
     # Modified in place, a view loses its node to a new history; any other output keeps it.
     if out.grad_fn is None or new or out._is_view():

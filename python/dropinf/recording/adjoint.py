@@ -51,7 +51,7 @@ def through_clipping(gradient: Tensor, clipped: float, after: Tensor, scale: Ten
 
     ``scale`` [K]: how many of the weights each column stands for.
     """
-    if clipped >= 1:
+    if clipped >= 1 or clipped == 0:
         return gradient * clipped
     before = after / clipped
     size = float((before * before * scale).sum().sqrt())

@@ -21,6 +21,7 @@ class Balance:
 
     def __init__(self, layers: Mapping[str, Layer], widths: Sequence[int]) -> None:
         self._layers, self._widths = layers, list(widths)
+        self._norm: float | None = None  # that gradients are clipped to
 
     def begin(self, rows: list[Tensor], want: Tensor, dtype: torch.dtype) -> int:
         """Return from which on the rows [n, K] of several backwards sum to the gradient [K].
@@ -72,9 +73,24 @@ class Balance:
                     "factor that clipping all to a norm is; take that out, or clip all by clip_grad_norm_"
                 )
         clipped = factor * scale
+        if clipped < 0:
+            raise AttributionError("run: the gradient's sign was changed between backward and optimizer.step()")
         if clipped > 1 + _UNCHANGED:
             raise AttributionError(
                 f"run: gradients were multiplied by {clipped:.3g} between backward and optimizer.step(); clipping "
-                "makes them smaller. Scale the loss instead, or pass scaler="
+                "makes them smaller. Scale the loss instead, or pass scaler= where a GradScaler does (and only there)"
             )
         return 1.0 if abs(clipped - 1) < _UNCHANGED else clipped
+
+    def check_norm(self, gradients: list[Tensor]) -> None:
+        """Raise AttributionError where gradients that are smaller than backward made them are not clipped to one norm.
+
+        A factor of another kind does not depend on the gradients, and the pass backwards would be wrong by that.
+        """
+        norm = float(torch.stack([x.norm().double().cpu() for x in gradients]).norm())
+        before, self._norm = self._norm, norm
+        if before is not None and abs(norm - before) > _OTHERWISE * before:
+            raise AttributionError(
+                f"run: gradients were made smaller between backward and optimizer.step(), to a norm of {norm:.4g} now "
+                f"and of {before:.4g} before, which clipping to one norm does not do; divide the loss instead"
+            )

@@ -74,7 +74,7 @@ def of_samples(out: Any, samples: Samples) -> Tensor:
     Raises AttributionError where no output has the samples in front.
     """
     n, found = samples.n, []
-    for i, x in enumerate(x for x in tensors(_plain(out)) if x.is_floating_point() and x.requires_grad and x.ndim):
+    for i, x in enumerate(x for x in outputs_in(out) if x.is_floating_point() and x.requires_grad and x.ndim):
         generator = torch.Generator().manual_seed(i)
         last = torch.randn(x.shape[-1], generator=generator, device="cpu") / x.shape[-1] ** 0.5
         if x.ndim == 1:
@@ -106,9 +106,9 @@ def of_samples(out: Any, samples: Samples) -> Tensor:
     return torch.stack(found).sum(0)
 
 
-def _plain(out: Any) -> Any:
-    """Return the members of an output, also of the dataclasses that transformers returns."""
-    return dict(out.items()) if hasattr(out, "items") else out
+def outputs_in(out: Any) -> list[Tensor]:
+    """Return the tensors of an output, also of the dataclasses that transformers returns."""
+    return tensors(dict(out.items()) if hasattr(out, "items") else out)
 
 
 def check_eager(model: nn.Module) -> None:

@@ -6,8 +6,9 @@ outputs, each row of a gradient names its sample, and random sums of rows are co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ from torch import Tensor, nn
 
 from ..capture.audit import TOLERANCE, Expected, coarsest, sketched
 from ..capture.colours import Key
+from ..capture.dependence import stay_apart
+from ..capture.followed import Shown, settled
 from ..capture.hooks import Capture
+from ..capture.labels import Labels
+from ..capture.ladder import AttributionError
 from ..capture.layer import Layer
-from ..capture.passes import Pass
+from ..capture.passes import Call, Pass
 from ..capture.preserved import Attributes, Start
 from ..capture.recorders import Compression
 from ..capture.samples import Layout, Samples
 from ..capture.shared import constant, outputs_of
-from ..capture.taps import listen
+from ..capture.taps import any_true, listen, signature_of
 from ..workload import tensors
 from .checks import check_failed, check_layouts, mixed, of_samples, wrong_layers
 
@@ -31,13 +36,29 @@ _ATTEMPTS = 8  # of a proof: each finds at least one more call whose output all 
 
 @dataclass
 class TrainingPass(Pass):
-    """A pass whose backward is its user's own. ``parameters``: what is trained of what is tracked."""
+    """A pass whose backward is its user's own, and may come in parts. ``parameters``: what is recorded."""
 
     parameters: Sequence[Tensor] = ()
 
+    def _key(self, call: Call) -> Key:
+        return call.use.name, call.number  # not by order of emission, which is of each loss
+
+    @property
+    def emitted_keys(self) -> list[Key]:
+        """The gradients that were emitted."""
+        return [key for key in self.shapes if self.emitted[key[0]]]
+
     def _differentiate(self, losses: Tensor, weights: Tensor, *, retain: bool) -> None:  # noqa: ARG002
         # No gradient is added to a parameter's own, and no hook of DistributedDataParallel's runs.
-        torch.autograd.grad(losses, self.parameters, weights, retain_graph=True, allow_unused=True)
+        try:
+            torch.autograd.grad(losses, self.parameters, weights, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "heckpoint" not in str(error):
+                raise
+            raise AttributionError(
+                "model: it has reentrant checkpoints, through which no gradient of a part can be asked for; pass "
+                "use_reentrant=False to torch.utils.checkpoint"
+            ) from error
 
     def open_to_user(self, recorder: Compression) -> None:
         """Have what its user backpropagates from now on go to a recorder."""
@@ -47,30 +68,34 @@ class TrainingPass(Pass):
             listen(node, output, call)
         self._waiting.clear()
 
+    def check_proven(self) -> None:
+        """Raise AttributionError where a gradient came that no proof saw."""
+        names = [name for name, _ in self.unproven]
+        if not names and any_true(self._surprises):
+            names = sorted({name for name, _ in self.blank})
+        if names:
+            raise AttributionError(
+                f"layer {names[0]}: a gradient reaches it otherwise than through what the model returns, so that "
+                "nothing shows which rows are whose; return what the loss is made of, call the model and not its "
+                "parts, or leave the layer out with layers="
+            )
+
 
 @dataclass
 class Proven:
-    """What was proven of forwards that look alike: whose rows are whose, and the calls that were seen."""
+    """Of a forward, whose rows are whose: layouts, and for which gradients they are proven or were zero."""
 
-    layouts: dict[Key, Layout] = field(default_factory=dict)
-    proven: set[Key] = field(default_factory=set)
-    blank: set[Key] = field(default_factory=set)
-    calls: set[Any] = field(default_factory=set)
+    layouts: dict[Key, Layout]
+    proven: set[Key]
+    blank: set[Key]
 
     def lend(self, current: Pass) -> None:
         """Have a pass know it."""
         current.layouts, current.proven, current.blank = self.layouts, self.proven, self.blank
 
-    def merge(self, other: Proven) -> None:
-        """Add what another proof found."""
-        self.layouts |= other.layouts
-        self.proven |= other.proven
-        self.blank = (self.blank | other.blank) - self.proven
-        self.calls |= other.calls
-
 
 class Prover:
-    """Finds and proves whose rows are whose, in a forward of its own beside the user's.
+    """Finds and proves whose rows are whose.
 
     ``mixing``: rows may be of several samples' outputs, as behind a BatchNorm in train mode; they are then taken to
     stand as samples do.
@@ -92,55 +117,98 @@ class Prover:
         """Return a pass of some samples."""
         return TrainingPass(Compression(self.layers), samples, self._anchor, parameters=list(self.parameters.values()))
 
-    def prove(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples, place: int) -> Proven:
-        """Return what is proven of a forward with these inputs.
+    def discover(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples) -> None:
+        """Find the outputs that all samples share, in forwards of its own beside the user's.
 
         Raises:
-            AttributionError: samples meet in a layer, or its rows are not what plain autograd gives.
+            AttributionError: samples meet in a layer, or share an output in a way that cannot be expanded.
         """
-        attributes = Attributes(self.model)
-        start = Start(attributes, (args, kwargs), copied=True)
-        try:
-            for _ in range(_ATTEMPTS):
-                current = self.new_pass(samples)
-                current.place = place
+        if self.mixing or samples.n == 1:
+            return
+        start = Start(Attributes(self.model), (args, kwargs), copied=True)
+        plain: Tensor | None = None
+        for _ in range(_ATTEMPTS):
+            current = self.new_pass(samples)
+            try:
                 with torch.enable_grad(), self.capture.running(current):
-                    out = self.model.forward(*args, **kwargs)
-                found = self._look(current, out)
+                    losses = of_samples(self.model.forward(*args, **kwargs), samples)
+                check_failed(current)
+                plain = losses.detach() if plain is None else plain
+                same = torch.allclose(plain, losses, rtol=1e-2, atol=1e-2 * float(plain.abs().max()), equal_nan=True)
+                if same:
+                    current.coloured_backward(losses, follow=False)
+            except AttributionError:
+                raise
+            except (RuntimeError, IndexError, ValueError):
+                if plain is None:
+                    raise
+                same = False
+            finally:
                 start.restore()
-                if found is not None:
-                    return found
+            if not same or (current.several and self.capture.shared.issuperset(current.several.values())):
+                self._lay_otherwise()
+            elif not current.several:
+                return
+            else:
                 self._share(current, args, kwargs, samples, start)
-        finally:
-            start.restore()
         raise mixed(current)
 
     def look(self, current: TrainingPass, out: Any) -> Proven:
-        """Return what is proven of the forward that its user ran.
-
-        Raises AttributionError as `prove`, and where a layer's output is all samples': it was not expanded.
-        """
-        found = self._look(current, out)
-        if found is None:
-            raise mixed(current)
-        return found
-
-    def _look(self, current: TrainingPass, out: Any) -> Proven | None:
-        """Return what is proven of a forward, None where rows belong to several samples."""
-        check_failed(current)
+        """Return what is proven of the forward that its user ran. Raises AttributionError where rows are no "
+        "sample's."""
         losses = of_samples(out, current.samples)
+        if not bool(losses.isfinite().all()):
+            raise AttributionError("run: what the model returns is not finite, so nothing can be proven of its rows")
         if self.mixing or current.samples.n == 1:
             current.backward(losses)
             current.proven = set(current.emitted_keys)
+            current.unproven.clear()
         else:
             current.coloured_backward(losses, follow=False)
         check_failed(current)
         if current.several:
-            return None
+            raise mixed(current)
         check_layouts(current)
         if not self.mixing:  # else a sample's weight is in others' rows too
             self._audit(current, losses)
-        return Proven(dict(current.layouts), set(current.proven), set(current.blank), set(current.calls))
+        return Proven(dict(current.layouts), set(current.proven), set(current.blank))
+
+    def stays_apart(self, current: TrainingPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether samples stay apart in each forward that runs these ops on these sizes, whatever the data."""
+        samples = current.samples
+        if self.mixing or samples.n == 1:
+            return True
+        start = Start(Attributes(self.model), (args, kwargs), copied=True)
+        uses = {name: use for name, use in self.capture.uses.items() if use.plans}
+
+        def shown(labels: Labels) -> Shown:
+            return Shown(labels, uses, current.emitted, partial(settled, current), self._is_shared(samples.n))
+
+        def losses() -> Tensor:
+            return of_samples(self.model.forward(*args, **kwargs), samples)
+
+        try:
+            with self.capture.removed(), torch.enable_grad():
+                return stay_apart(self.model, losses, (args, kwargs), samples.n, samples.cu_seqlens, shown)
+        except (AttributionError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            return False  # a forward that differentiates, say, for which nothing was kept
+        finally:
+            start.restore()
+
+    def _is_shared(self, n: int) -> Callable[[str, Any, Tensor], bool]:
+        return lambda name, x, out: isinstance(x, Tensor) and signature_of(name, x, out, n) in self.capture.shared
+
+    def _lay_otherwise(self) -> None:
+        """Have shared outputs of one row be expanded behind it; raise AttributionError where they are."""
+        names = {signature[0] for signature in self.capture.shared}
+        if names <= self.capture.tables:
+            raise AttributionError(
+                f"layer {min(names)}: its output is all samples', and not broadcast to them in front; leave it out "
+                "with layers="
+            )
+        self.capture.tables |= names
 
     def _share(
         self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples, start: Start
@@ -154,16 +222,13 @@ class Prover:
                 self.model.forward(*batch[0], **batch[1])
             start.restore()
 
+        def outputs(batch: Any) -> dict[str, list[Tensor]]:
+            return outputs_of(forward, modules, signatures, samples.n, batch)
+
         if samples.cu_seqlens is not None:
             raise mixed(current)
         with self.capture.removed():
-            same = constant(
-                lambda batch: outputs_of(forward, modules, signatures, samples.n, batch),
-                (args, kwargs),
-                samples.n,
-                None,
-                (),
-            )
+            same = constant(outputs, (args, kwargs), samples.n, None, ())
         if not same:
             raise mixed(current)
         self.capture.shared |= {s for s in signatures if s[0] in same}
@@ -189,4 +254,10 @@ def look_of(model: nn.Module, args: Any, kwargs: Any, n: int) -> Any:
         tuple("n" if s == n else "one" if s == 1 else "multiple" if s % n == 0 else "other" for s in t.shape)
         for t in tensors((args, kwargs))
     ]
-    return n == 1, model.training, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), tuple(sizes)
+    return n == 1, tuple(sizes), modes_of(model)
+
+
+def modes_of(model: nn.Module) -> Any:
+    """Return what a forward runs with that no op of it shows: modes of modules, and autocast."""
+    casts = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return hash(tuple(m.training for m in model.modules())), casts

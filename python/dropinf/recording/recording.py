@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +31,8 @@ from ..workload import check_model, unwrap
 from .checks import check_eager, shown
 from .optimizers import kind_of
 from .run import ABOUT, END, FORMAT, MASKS, Run
-from .taking import Loop, Taking, World
+from .taking import Taking
+from .writing import Loop, World
 
 _NO_HOOK = "no hook covers its kind of module, and a recording has no slower way"
 
@@ -170,6 +173,7 @@ class Recording(Run):
         check_surroundings()
         with contextlib.ExitStack() as stack:
             stack.enter_context(claimed(self.model))
+            stack.enter_context(_locked(self.path / f"rank-{self._world.rank}.lock"))
             self._taking = self._hooked()
             stack.callback(self._taking.end)
             self._exits = stack.pop_all()
@@ -181,6 +185,7 @@ class Recording(Run):
         capture = Capture(self.model, uses_of(self.model, tracked))
         loop = Loop(self.model, self.optimizer, self.scaler, self._world)
         taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing)
+        taking.writer.check_end()  # of a run that goes on
         taking.begin()
         return taking
 
@@ -195,7 +200,7 @@ class Recording(Run):
         with self._exits:
             taking.end()
             if kind is None:
-                taking.check_settled()
+                taking.writer.check_end()
             if self._world.rank == 0:
                 self.save_end(identity(self.model))
         for file in self._files:
@@ -215,7 +220,9 @@ class Recording(Run):
         sample's loss in the step's loss, which curvature is measured by; None: one over the step's samples, as in a
         mean. ``labels``: how many labels each sample's loss is the mean of, such as its tokens.
         """
-        self._open().name([str(x) for x in ids], cu_seqlens, share, labels)
+        listed = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        names = [str(x.item() if isinstance(x, Tensor) else x) for x in listed]
+        self._open().name(names, cu_seqlens, share, labels)
 
     def losses(self, losses: Tensor) -> None:
         """Note the loss of each sample [n] of the last forward, where each has one label: it sharpens the curvature."""
@@ -232,6 +239,18 @@ class Recording(Run):
         if self._taking is None:
             raise RuntimeError("run: it is not recording; call this inside 'with dropinf.record(...) as run:'")
         return self._taking
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file inside. Raises RuntimeError where another recording has it."""
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            message = f"out: another recording writes to {path.parent}; wait for it, or name another"
+            raise RuntimeError(message) from None
+        yield
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -34,6 +34,9 @@ class Run:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._about = _read(self.path / ABOUT)
+        missing = {"ranks", "shapes", "digest", "kind", "groups", "sizes", "is_mask"} - self._about.keys()
+        if missing:
+            raise ValueError(f"{self.path / ABOUT}: it is damaged, {min(missing)} is missing; restore a copy")
         self._files = [StepFile(self.path / steps_name(rank)) for rank in range(self._about["ranks"])]
 
     def __repr__(self) -> str:
@@ -123,11 +126,18 @@ class Run:
             raise IndexError(f"step {i} is out of range for {len(self)} steps")
 
     def state(self, i: int) -> list[Tensor]:
-        """Return the optimizer's state [K] on the mask before step ``i``, or at the end, float64."""
+        """Return the optimizer's state [K] on the mask before step ``i``, or at the end, float64.
+
+        Raises IndexError where there is no such step, ValueError of a run with rows alone, or damaged.
+        """
+        if self.kind is None:
+            raise ValueError(f"run: it has rows alone, and no state: {self.rows_alone}")
+        if not 0 <= i <= len(self) or not len(self):
+            raise IndexError(f"step {i} is out of range for {len(self)} steps")
         begin = i - i % SEGMENT if i < len(self) or i % SEGMENT else i - SEGMENT
         state = self._state_at(begin)
         for at in range(begin, i):
-            state = self._advanced(self._files[0].read(at, ("gradient", "weights")), state)
+            state = self._advanced(self._files[0].read(at), state)
         return state
 
     def _state_at(self, i: int) -> list[Tensor]:

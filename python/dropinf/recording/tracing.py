@@ -163,9 +163,15 @@ def curvature_of(step: Step) -> Curvature:
     A sample's own label makes the model's Fisher matrix of one label where its weight is 1 / (e^loss - 1).
     """
     if step.drawn is not None and step.drawn_share is not None:
-        return Curvature(step.drawn.double(), 1 / step.drawn_share.double())
+        return Curvature(step.drawn.double(), _inverse(step.drawn_share))
     assert step.share is not None
-    each = 1 / step.share.double()
+    each = _inverse(step.share)
     if step.losses is not None:
         each = each * (1 / torch.expm1(step.losses.double())).clamp(max=_CAP)
     return Curvature(step.rows.double(), each)
+
+
+def _inverse(share: Tensor) -> Tensor:
+    """Return one over the weight of each sample's loss; 0 where it has none."""
+    wide = share.double()
+    return torch.where(wide > 0, 1 / wide.clamp(min=torch.finfo(torch.float64).tiny), 0)

@@ -1,0 +1,57 @@
+"""The direction in which an optimizer would go by one sample's gradient, on a mask.
+
+Source: LESS (Xia et al. 2024, arXiv 2402.04333), which takes Adam's update of each training sample's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .layer import Layer
+from .targets import Target
+
+
+def adam_direction(
+    optimizer: torch.optim.Optimizer, targets: Mapping[str, Target], layers: Mapping[str, Layer]
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """Return what makes of a batch's rows [n, *stored_shape], by layer, Adam's updates by them.
+
+    Raises ValueError for another optimizer, for parameters it has no state of, and for sketches that mix coordinates.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise ValueError(
+            f"preconditioner: it is {type(optimizer).__name__}; it must be an Adam or AdamW, whose second moments "
+            "divide"
+        )
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    held = {}
+    for name, layer in layers.items():
+        parameter = targets[name].tensor
+        state = optimizer.state.get(parameter)
+        if not layer.is_gather:
+            raise ValueError(
+                f"preconditioner: the sketch of layer {name} mixes coordinates, and Adam acts on each alone; use a "
+                "Dropout"
+            )
+        if not state or "exp_avg_sq" not in state:
+            raise ValueError(f"preconditioner: the optimizer has no state of layer {name}; let it make a step first")
+        entries = layer.entries.to(parameter.device)
+        moments = [
+            state[x].reshape(-1).index_select(0, entries).view(layer.stored_shape) for x in ("exp_avg", "exp_avg_sq")
+        ]
+        held[name] = (*moments, float(state["step"]) + 1, groups[id(parameter)])
+
+    def directions(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, g in rows.items():
+            m, v, step, group = held[name]
+            (b1, b2), eps = group["betas"], group["eps"]
+            first = (b1 * m.to(g) + (1 - b1) * g) / (1 - b1**step)
+            second = (b2 * v.to(g) + (1 - b2) * g * g) / (1 - b2**step)
+            found[name] = first / (second.sqrt() + eps)
+        return found
+
+    return directions
