@@ -5,6 +5,7 @@ from torch.serialization import add_safe_globals
 from .budget import Choice, choose
 from .capture.ladder import AttributionError
 from .capture.layer import Layer
+from .checkpoints import Checkpoints
 from .compressor import Compressor
 from .fisher import Fisher, build_fisher
 from .fisher.blocks import DiagonalBlock
@@ -20,6 +21,7 @@ from .one_call import compress
 from .readonly import ReadOnly
 from .recording import Recording, Run, StepScores, record
 from .score import TopK, score, self_influence
+from .select import Selection, select
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "SJLT",
     "AttributionError",
     "Axis",
+    "Checkpoints",
     "Choice",
     "Compressor",
     "Dropout",
@@ -42,6 +45,7 @@ __all__ = [
     "Rademacher",
     "Recording",
     "Run",
+    "Selection",
     "Sketch",
     "StepScores",
     "TopK",
@@ -50,6 +54,7 @@ __all__ = [
     "compress",
     "record",
     "score",
+    "select",
     "self_influence",
 ]
 

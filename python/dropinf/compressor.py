@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +19,7 @@ from .capture.identity import check_weights, code_of, fingerprint, identity
 from .capture.ladder import Route
 from .capture.layer import Layer
 from .capture.moments import Moments
+from .capture.preconditioner import Rows, directed, direction_name
 from .capture.recorders import Calibration, Compression
 from .capture.sweep import Sweep, progress_bar
 from .capture.targets import LayerFilter, axis_statistics, find_targets, make_layer, no_parameters
@@ -65,12 +67,14 @@ class Compressor:
     "backward".
     ``mixing``: let losses depend on other samples of their batch; a row is then the derivative of its loss as it
     stands in its batch. Without it, such a loss is an `AttributionError`.
+    ``preconditioner``: an Adam; rows are its updates by each sample's gradient (LESS), and queries have none.
 
     ``layers`` maps the name of each tracked layer to its plan, ``skipped`` the name of each other parameter to the
     reason. The model keeps its train or eval mode; weights, flags, gradients and random state are untouched.
     """
 
     _layers: dict[str, Layer]  # empty until the masks are drawn
+    _optimizer: torch.optim.Optimizer | None = None  # whose update by each sample is taken
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class Compressor:
         audit: When = "auto",
         route: Route | None = None,
         mixing: bool = False,
+        preconditioner: torch.optim.Optimizer | None = None,
     ) -> None:
         check_model(model)
         if not isinstance(sketch, Sketch):
@@ -90,6 +95,7 @@ class Compressor:
         check_loss(loss_fn)
         self.sketch: Sketch | None = sketch
         self._track(model, loss_fn, layers, cu_seqlens, audit=audit, route=route, mixing=mixing)
+        self._optimizer = preconditioner
         self._moments = Moments({n: axis_statistics(t, sketch) for n, t in self._targets.items()})
         if not self.needs_calibration:
             self._layers = {n: make_layer(t, sketch, {}) for n, t in self._targets.items()}
@@ -115,8 +121,6 @@ class Compressor:
         Raises FileNotFoundError where there is no index, ValueError where its masks are damaged, belong to another
         model, or to other weights of this one.
         """
-        check_model(model)
-        check_loss(loss_fn)
         folder = index.path if isinstance(index, Index) else Path(index)
         manifest = Manifest.load(folder)
         if file_checksum(folder / SKETCH) != manifest.files.get(SKETCH):
@@ -265,7 +269,7 @@ class Compressor:
             except BaseException:
                 self._index = folder
                 raise
-        with self._sweep.hooked(self._placed(), Compression) as model, progress_bar(batches, progress) as bar:
+        with self._hooked() as model, progress_bar(batches, progress) as bar:
             origin, number = self.origin(), count_of(batches) or 1
             found = collect(model, bar, self.shapes, self.digest(), number, device or "cpu", origin)
         if places is not None:
@@ -280,14 +284,15 @@ class Compressor:
         progress: bool = False,
         where: Callable[[int], str] | None = None,
     ) -> None:
-        """Call ``take`` with the compressed gradients [n, K] of each batch, where they were computed.
-
-        ``where`` names a sample of the current batch in errors.
-        """
+        """Call ``take`` with each batch's rows [n, K], where they were computed; ``where`` names a sample in errors."""
         shapes, digest = self.shapes, self.digest()
-        with self._sweep.hooked(self._placed(), Compression, where) as model, progress_bar(batches, progress) as bar:
+        with self._hooked(where) as model, progress_bar(batches, progress) as bar:
             for batch in bar:
                 take(rows_of(shapes, digest, model(batch)[0]))
+
+    def _hooked(self, where: Callable[[int], str] | None = None) -> AbstractContextManager[Rows]:
+        placed = self._placed()
+        return directed(self._sweep.hooked(placed, Compression, where), self._optimizer, self._targets, placed)
 
     def _placed(self) -> dict[str, Layer]:
         """Return the plans with their tables where their parameters are."""
@@ -375,7 +380,7 @@ class Compressor:
 
     def loss_name(self) -> str:
         """Return by what losses are told apart: the name of the function, its code, and what it holds."""
-        return name_of_loss(self.loss_fn)
+        return name_of_loss(self.loss_fn) + direction_name(self._optimizer, self._targets)
 
     def digest(self) -> dict[str, str]:
         """Return layer name -> fingerprint of its sketch: gradients with equal digests can be scored together."""

@@ -5,13 +5,54 @@ Source: LESS (Xia et al. 2024, arXiv 2402.04333), which takes Adam's update of e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layer import Layer
 from .targets import Target
+
+Rows = Callable[[Any], tuple[dict[str, Tensor], int]]  # of a batch: rows by layer, and how many
+
+
+@contextmanager
+def directed(
+    hooked: AbstractContextManager[Rows],
+    optimizer: torch.optim.Optimizer | None,
+    targets: Mapping[str, Target],
+    layers: Mapping[str, Layer],
+) -> Iterator[Rows]:
+    """Have what a hooked model gives be the optimizer's updates, if there is one."""
+    directions = None if optimizer is None else adam_direction(optimizer, targets, layers)
+    with hooked as model:
+        if directions is None:
+            yield model
+            return
+
+        def rows(batch: Any) -> tuple[dict[str, Tensor], int]:
+            store, n = model(batch)
+            return directions(store), n
+
+        yield rows
+
+
+def direction_name(optimizer: torch.optim.Optimizer | None, targets: Mapping[str, Target]) -> str:
+    """Return by what updates of an optimizer are told apart: its settings and its second moments."""
+    if optimizer is None:
+        return ""
+    digest = hashlib.sha256(
+        repr([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]).encode()
+    )
+    for target in targets.values():
+        for value in optimizer.state.get(target.tensor, {}).values():
+            digest.update(
+                value.detach().float().cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            )
+    return f" by {type(optimizer).__name__} {digest.hexdigest()[:16]}"
 
 
 def adam_direction(

@@ -48,14 +48,14 @@ class RecordCallback(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        """Begin to record: the model has its optimizer now."""
+        """Start the recording: the model has its optimizer now."""
         model: nn.Module = given["model"]
         self.run = record(model, self._sketch, given["optimizer"], out=self._out, **self._options)
         self.run.__enter__()
         self._hook = unwrap(model).register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        """End the run."""
+        """End the recording."""
         self._hook.remove()
         self.run.__exit__(None, None, None)
 

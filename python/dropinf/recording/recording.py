@@ -243,7 +243,7 @@ class Recording(Run):
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file inside. Raises RuntimeError where another recording has it."""
+    """Have a lock on a file inside. Raises RuntimeError where another recording has it."""
     with open(path, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -154,7 +154,7 @@ class Taking:
         self._guard.__enter__()
 
     def _drop_forgotten(self) -> None:
-        """Drop backwards whose gradients were thrown away before those behind them."""
+        """Forget backwards whose gradients were thrown away before those behind them."""
         if self.gathered.was_reset:
             self._pending = [named for named in self._pending if not named.settled]
         self.gathered.was_reset = False
