@@ -53,7 +53,7 @@ MAY_IMPORT = {
         "transformer": {"text", "workload"},
         "compressor": VERBS,
         "recording": BASE | {"capture"},
-        "score": VERBS | {"recording"},
+        "score": VERBS,
         "budget": VERBS,
         "checkpoints": VERBS,
         "select": VERBS | {"recording"},

@@ -118,6 +118,8 @@ def recorded(training: Training, sketch: Any, losses: bool, drawn: int) -> Itera
         query = dropinf.Compressor.from_masks(run.masks, model, found.loss_fn).compress(found.batches("query"))
         beside = ", own losses" if losses else f", drawn every {drawn}" if drawn else ""
         settings: dict[str, dict[str, Any]] = {f"adamw{beside}": {}}
+        if drawn:
+            settings |= {f"adamw{beside}, gamma 2": {"gamma": 2.0}}
         if not losses and not drawn:
             settings |= {"adamw, window 5": {"window": 5}, "adamw without curvature": {"curvature": False}}
         for name, options in settings.items():
@@ -161,7 +163,10 @@ def sketches(name: str) -> dict[str, dropinf.Sketch]:
     """The masks that are recorded on."""
     k = {"mlp-digits": (16, 32), "mlp-fashion-smooth": (16, 32), "gpt-brown-smooth": (10, 10)}[name]
     flat = {"*bias*": 16, "*norm*": 16, "*": k[0] * k[1]}
-    return {"factorized": dropinf.Dropout(k), "flat": dropinf.Dropout(flat, mode="flat")}
+    found: dict[str, dropinf.Sketch] = {"factorized": dropinf.Dropout(k), "flat": dropinf.Dropout(flat, mode="flat")}
+    if name == "gpt-brown-smooth":  # as many numbers as the last checkpoint's rows have
+        found["factorized, large"] = dropinf.Dropout(32)
+    return found
 
 
 def main() -> None:

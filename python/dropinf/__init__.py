@@ -14,12 +14,12 @@ from .fisher.damping import Damping
 from .fisher.dense import DenseBlock
 from .fisher.kronecker import KroneckerBlock
 from .fisher.ledger import Ledger
-from .gradients import Gradients
+from .gradients import Gradients, StepScores
 from .index import Index
 from .index.parts import Parts
 from .one_call import compress
 from .readonly import ReadOnly
-from .recording import Recording, Run, StepScores, record
+from .recording import Recording, Run, record
 from .score import TopK, score, self_influence
 from .select import Selection, select
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch

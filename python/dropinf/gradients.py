@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,6 +53,31 @@ class Shareable(Protocol):
     """A source that ranks can share: each reads a part of it."""
 
     def share(self, rank: int, world: int) -> GradientSource: ...
+
+
+RunKind = Literal["adamw", "tracin"]
+
+
+class StepScores(NamedTuple):
+    """What each sample did in each step; positive: its part of the step lowered the query's loss."""
+
+    values: Tensor  # [Q, rows]
+    ids: list[str]  # of each row
+    steps: Tensor  # [rows], int64
+
+    def by_id(self) -> tuple[Tensor, list[str]]:
+        """Return the sums over steps of each sample [Q, N], and the samples' ids, in the order of their first step."""
+        place: dict[str, int] = {}
+        at = torch.tensor([place.setdefault(name, len(place)) for name in self.ids], dtype=torch.int64)
+        found = self.values.new_zeros(len(self.values), len(place))
+        return found.index_add_(1, at, self.values), list(place)
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """A recorded training run, whose steps are scored."""
+
+    def score(self, query: GradientSource, kind: RunKind, **options: Any) -> StepScores: ...
 
 
 At = slice | Tensor  # positions of samples

@@ -22,7 +22,10 @@ from .gradients import (
     At,
     Gradients,
     GradientSource,
+    RunKind,
     Sketched,
+    StepScores,
+    Traced,
     block_rows,
     check_same_sketch,
     placed_blocks,
@@ -32,9 +35,9 @@ from .index.products import Products, Stored
 from .index.reader import Index
 from .origin import check_one_model
 from .ranks import Ranks
-from .recording import Run, RunKind, StepScores, score_run
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
+Reduce = Literal["mean", "max"]
 
 
 class TopK(NamedTuple):
@@ -53,6 +56,7 @@ def score(
     kind: ScoreKind = ...,
     top: None = ...,
     largest: bool = ...,
+    reduce: Reduce | None = ...,
     out: str | os.PathLike[str] | None = ...,
     group: dist.ProcessGroup | None = ...,
     other_model: bool = ...,
@@ -76,7 +80,7 @@ def score(
 @overload
 def score(
     query: GradientSource,
-    train: Run,
+    train: Traced,
     *,
     kind: RunKind,
     curvature: bool = ...,
@@ -88,12 +92,13 @@ def score(
 
 def score(
     query: GradientSource,
-    train: GradientSource | Run,
+    train: GradientSource | Traced,
     fisher: Fisher | None = None,
     *,
     kind: ScoreKind | RunKind = "influence",
     top: int | None = None,
     largest: bool = True,
+    reduce: Reduce | None = None,
     out: str | os.PathLike[str] | None = None,
     group: dist.ProcessGroup | None = None,
     other_model: bool = False,
@@ -114,6 +119,8 @@ def score(
             `[Q, N]` is never formed.
         largest: with `top`, whether the best are the proponents (most positive, descending) or the opponents
             (most negative, ascending).
+        reduce: "mean" or "max": one score per sample over all queries, `[N]`, as of a validation set. The matrix is
+            never formed.
         out: write the matrix `[Q, N]` to this .npy file, complete once it has its name, and return it mapped: neither
             it nor `train` need fit in memory.
         group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
@@ -121,23 +128,25 @@ def score(
         other_model: let query, train and fisher be of models with different weights, such as two checkpoints.
 
     Returns:
-        `[Q, N]`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the device of
-        `fisher` where it is read, and of `query` elsewhere.
+        `[Q, N]`, `[N]` with `reduce`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the
+        device of `fisher` where it is read, and of `query` elsewhere.
 
     Raises:
         ValueError: unknown kind, missing fisher, `top` below 1, gradients or Fisher of different sketches,
             gradients or a Fisher of different models, or a Fisher matrix that is singular with its damping.
     """
-    if isinstance(train, Run):
-        if not (fisher is None and top is None and out is None and group is None):
-            raise ValueError("train is a recorded run, which takes no fisher, top, out or group; see kind")
-        return score_run(query, train, cast("RunKind", kind), other_model=other_model, **of_run)
+    if isinstance(train, Traced):
+        if not (fisher is None and top is None and out is None and group is None and reduce is None):
+            raise ValueError("train is a recorded run, which takes no fisher, top, reduce, out or group; see kind")
+        return train.score(query, cast("RunKind", kind), other_model=other_model, **of_run)
     if of_run:
         raise TypeError(f"score got {', '.join(of_run)}, which are of recorded runs, and train is {train!r}")
     kind = cast("ScoreKind", kind)
     _check_arguments(kind, fisher, top, largest)
-    if out is not None and (top is not None or group is not None):
-        raise ValueError("out is for the whole matrix from one process; pass neither top nor group with it")
+    if out is not None and (top is not None or group is not None or reduce is not None):
+        raise ValueError("out is for the whole matrix from one process; pass neither top, reduce nor group with it")
+    if reduce is not None and (reduce not in get_args(Reduce) or top is not None):
+        raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, without top; got {reduce!r}")
     check_same_sketch(query, train, "query and train")
     reads_fisher = kind in ("influence", "relative")
     if not other_model:
@@ -157,6 +166,11 @@ def score(
         best = _stream_top(q if largest else -q, train, fisher, kind, top, ranks)
         values = best.values.to(dtype)
         return TopK(values if largest else -values, best.indices)
+    if reduce is not None:
+        best_of = q.new_zeros(len(train), dtype=dtype)
+        for at, block in _columns(q, train, fisher, kind, ranks):
+            best_of[at] = (block.amax(0) if reduce == "max" else block.mean(0)).to(best_of)
+        return ranks.sum(best_of)
     if out is not None:
         with new_array(out, (len(q), len(train)), dtype) as file:
             for at, block in _columns(q, train, fisher, kind, ranks):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gradients import GradientSource
-from .recording import Run, StepScores, score_run
+from .gradients import GradientSource, StepScores
+from .recording import Run
 
 _NAMED = 3  # queries that a reason names
 
@@ -78,7 +78,7 @@ def _values(
     if isinstance(scores, Run):
         if target is None:
             raise ValueError("target: a recorded run is scored for queries; pass their gradients")
-        scores = score_run(target, scores, "adamw" if scores.kind is not None else "tracin")
+        scores = scores.score(target, "adamw" if scores.kind is not None else "tracin")
     if isinstance(scores, StepScores):
         values, names = scores.by_id()
         if ids is not None:

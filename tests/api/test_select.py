@@ -158,3 +158,48 @@ def test_preconditioned_rows_are_adams_updates(tmp_path) -> None:
         options = {"sketch": sketch} | bad
         with pytest.raises(ValueError, match=message):
             dropinf.Compressor(net, options.pop("sketch"), losses, **options).compress([batch(1)])
+
+
+def test_one_score_a_sample_over_all_queries() -> None:
+    net = model()
+    compressor = dropinf.Compressor(net, dropinf.Dropout(4), losses)
+    train, query = compressor.compress([batch(1), batch(2)]), compressor.compress([batch(3)])
+    fisher = dropinf.build_fisher(train)
+    for kind in ("influence", "dot", "cosine", "relative"):
+        whole = dropinf.score(query, train, fisher, kind=kind)
+        torch.testing.assert_close(dropinf.score(query, train, fisher, kind=kind, reduce="mean"), whole.mean(0))
+        torch.testing.assert_close(dropinf.score(query, train, fisher, kind=kind, reduce="max"), whole.amax(0))
+    for options in ({"reduce": "median"}, {"reduce": "mean", "top": 3}):
+        with pytest.raises(ValueError, match="reduce must be one of mean, max"):
+            dropinf.score(query, train, fisher, **options)
+
+
+def test_the_most_harmful_samples_of_a_step_are_dropped(tmp_path) -> None:
+    """Half of the labels are wrong; what is dropped are mostly these, and the step is of the others."""
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    x, y = batch(0, 64)
+    y = (x[:, 0] > 0).long()
+    wrong = torch.arange(64) % 2 == 0
+    given = torch.where(wrong, 1 - y, y)
+    share = 0
+    with dropinf.record(net, dropinf.Dropout(4), optimizer, out=tmp_path) as run:
+        for _ in range(12):
+            compressor = dropinf.Compressor.from_masks(run.masks, copy.deepcopy(net), losses)
+            target = compressor.compress([(x[32:], y[32:])])
+            optimizer.zero_grad()
+            run.samples(range(64))
+            losses(net, (x, given)).mean().backward()
+            out = run.drop(target, 0.3)
+            kept = torch.ones(64, dtype=torch.bool)
+            kept[out] = False
+            share = float(wrong[out].float().mean()) if len(out) else share
+            optimizer.zero_grad()
+            run.samples(kept.nonzero().flatten())
+            losses(net, (x[kept], given[kept])).mean().backward()
+            optimizer.step()
+        with pytest.raises(ValueError, match=r"part is 1.5"):
+            run.drop(target, 1.5)
+    assert len(run) == 12
+    assert 44 < len(run.ids(11)) < 64
+    assert share > 0.8

@@ -48,7 +48,7 @@ class RecordCallback(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        """Start the recording: the model has its optimizer now."""
+        """Open the recording: the model has its optimizer now."""
         model: nn.Module = given["model"]
         self.run = record(model, self._sketch, given["optimizer"], out=self._out, **self._options)
         self.run.__enter__()

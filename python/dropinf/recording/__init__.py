@@ -2,6 +2,6 @@
 
 from .recording import Recording, record
 from .run import Run
-from .tracing import RunKind, StepScores, score_run
+from .tracing import score_run
 
-__all__ = ["Recording", "Run", "RunKind", "StepScores", "record", "score_run"]
+__all__ = ["Recording", "Run", "record", "score_run"]

@@ -26,6 +26,7 @@ from ..capture.preserved import claimed
 from ..capture.taps import overrides
 from ..capture.targets import LayerFilter, Target, axis_statistics, find_targets, make_layer, no_parameters
 from ..files import make_folder, write_whole
+from ..gradients import GradientSource, check_same_sketch
 from ..sketch.sketch import Sketch
 from ..workload import check_model, unwrap
 from .checks import check_eager, shown
@@ -234,6 +235,20 @@ class Recording(Run):
         They make the curvature of this step and those behind it, up to the next such rows.
         """
         self._open().draw(loss)
+
+    def drop(self, target: GradientSource, part: float) -> Tensor:
+        """Return the places, in the last forward, of its most harmful samples, and forget what it backpropagated.
+
+        Call it between backward and optimizer.step(); then run the others again: ``optimizer.zero_grad()``,
+        ``run.samples(others)``, forward and backward of them alone. ``target``: gradients of queries at about these
+        weights, with this run's masks, whose mean counts. ``part``: of the samples, above 0 and below 1, at most; none
+        is dropped that lowers the target's loss. Samples are judged by what the optimizer makes of their rows at once.
+        """
+        check_same_sketch(target, self, "target and run")
+        if not 0 < part < 1:
+            raise ValueError(f"part is {part}; it must lie between 0 and 1")
+        mean = torch.cat([block.flat.double().cpu() for _, block in target.blocks(4096)]).mean(0)
+        return self._open().drop(mean * self.scale, part)
 
     def _open(self) -> Taking:
         if self._taking is None:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..files import write_whole
+from ..gradients import GradientSource, RunKind, StepScores
 from ..origin import Origin
 from ..readonly import ReadOnly
 from .adjoint import Past
 from .optimizers import UPDATES, Columns, Kind, Update
 from .steps import Step, StepFile
+from .tracing import score_run
 
 FORMAT = "dropinf-run-1"
 ABOUT, MASKS, END = "run.json", "masks.safetensors", "end.json"
@@ -167,6 +169,10 @@ class Run:
                     self._update(step), step.gradient.double(), after, weights, step.clipped, step.rows.double()
                 )
                 yield i, step, past
+
+    def score(self, query: GradientSource, kind: RunKind = "adamw", **options: Any) -> StepScores:
+        """Return the scores of each sample's part of each step; see `dropinf.recording.score_run` for the options."""
+        return score_run(query, self, kind, **options)
 
     def save_end(self, model: str) -> None:
         """Note the model that the run ended with, by its fingerprints."""

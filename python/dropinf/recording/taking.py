@@ -124,6 +124,15 @@ class Taking:
             raise RuntimeError(f"run.{what}: no forward was recorded since the last step; call it behind the forward")
         return self._pending[-1]
 
+    def drop(self, target: Tensor, part: float) -> Tensor:
+        last = self._last("drop")
+        if last.current is None or not last.current.emitted:
+            raise RuntimeError("run.drop: nothing was backpropagated since the forward; call it behind loss.backward()")
+        values = self._rows(last).double().cpu() @ (target * self.writer.direct())  # how much each lowers the loss
+        worst = values.argsort()[: int(part * last.n)]
+        self._pending.remove(last)
+        return worst[values[worst] < 0]
+
     # The forward.
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

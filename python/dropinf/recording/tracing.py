@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..gradients import GradientSource, check_same_sketch
-from ..origin import check_one_model
+from ..gradients import GradientSource, RunKind, StepScores, check_same_sketch
+from ..origin import Origin, check_one_model
 from .adjoint import Curvature, Past, effects
-from .run import Run
+from .optimizers import Columns, Kind
 from .steps import Step
 
-RunKind = Literal["adamw", "tracin"]
 _CAP = 100.0  # of 1 / (e^loss - 1), where a loss is nearly zero
-_DRAWS = 9  # steps whose drawn rows are averaged: one step's alone are noise that repeats
+_DRAWS = 25  # steps whose drawn rows are averaged: few alone are noise that repeats
 
 
-class StepScores(NamedTuple):
-    """What each sample did in each step; positive: its part of the step lowered the query's loss."""
+class TracedRun(Protocol):
+    """What scores are made of: a run, step by step."""
 
-    values: Tensor  # [Q, rows]
-    ids: list[str]  # of each row
-    steps: Tensor  # [rows], int64
+    path: Path
 
-    def by_id(self) -> tuple[Tensor, list[str]]:
-        """Return the sums over steps of each sample [Q, N], and the samples' ids, in the order of their first step."""
-        place: dict[str, int] = {}
-        at = torch.tensor([place.setdefault(name, len(place)) for name in self.ids], dtype=torch.int64)
-        found = self.values.new_zeros(len(self.values), len(place))
-        return found.index_add_(1, at, self.values), list(place)
+    def __len__(self) -> int: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def digest(self) -> Mapping[str, str]: ...
+    @property
+    def kind(self) -> Kind | None: ...
+    @property
+    def rows_alone(self) -> str: ...
+    @property
+    def origin(self) -> Origin | None: ...
+    @property
+    def columns(self) -> Columns: ...
+    @property
+    def scale(self) -> Tensor: ...
+    def step(self, i: int) -> Step: ...
+    def drawn_steps(self) -> list[int]: ...
+    def backwards(self) -> Iterator[tuple[int, Step, Past]]: ...
 
 
 def score_run(
     query: GradientSource,
-    run: Run,
+    run: TracedRun,
     kind: RunKind = "adamw",
     *,
     curvature: bool = True,
@@ -90,7 +100,7 @@ def score_run(
     return StepScores(values, [name for _, ids, _ in found for name in ids], steps)
 
 
-def _check_end(query: GradientSource, run: Run) -> None:
+def _check_end(query: GradientSource, run: TracedRun) -> None:
     if run.origin is None:
         raise ValueError(
             f"run: {run.path} was not ended, so nothing says which weights it led to; go on recording from a "
@@ -100,7 +110,7 @@ def _check_end(query: GradientSource, run: Run) -> None:
     check_one_model([query, run], ["query", "run"], way_out)
 
 
-def _tracin(query: Tensor, run: Run) -> Iterator[tuple[int, list[str], Tensor]]:
+def _tracin(query: Tensor, run: TracedRun) -> Iterator[tuple[int, list[str], Tensor]]:
     """Yield (step, ids, scores [Q, n]) of TracIn: each step is a checkpoint; the queries' gradients are of the end."""
     for i in range(len(run)):
         step = run.step(i)
@@ -109,7 +119,7 @@ def _tracin(query: Tensor, run: Run) -> Iterator[tuple[int, list[str], Tensor]]:
 
 
 def _adamw(
-    query: Tensor, run: Run, curvature: bool, gamma: float, window: int
+    query: Tensor, run: TracedRun, curvature: bool, gamma: float, window: int
 ) -> Iterator[tuple[int, list[str], Tensor]]:
     """Yield (step, ids, scores [Q, n]), the last step first, of the optimizer's adjoint with the curvature of rows."""
     ids: dict[int, list[str]] = {}
@@ -132,7 +142,7 @@ class _Near:
     those of the ``window`` steps before and behind it.
     """
 
-    def __init__(self, run: Run, window: int) -> None:
+    def __init__(self, run: TracedRun, window: int) -> None:
         self._run, self._window, self._drawn = run, window, run.drawn_steps()
         self._found: dict[int, Curvature] = {}
 

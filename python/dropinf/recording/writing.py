@@ -164,6 +164,17 @@ class StepWriter:
             found.append(self.gathered.joined(of))
         return found
 
+    def direct(self) -> Tensor | float:
+        """Return how far the optimizer goes by a gradient at once, for each column: Adam divides by a root."""
+        if self.run.kind != "adam":
+            return 1.0
+        groups = self.optimizer.param_groups
+        beta2 = torch.as_tensor(self.run.columns.spread([groups[i]["betas"][1] for i in self.run.columns.groups]))
+        eps = torch.as_tensor(self.run.columns.spread([groups[i]["eps"] for i in self.run.columns.groups]))
+        count = torch.as_tensor(self.run.columns.spread([float(max(c, 1)) for c in self._counts]))
+        second = self._state()[1].double().cpu() / (1 - beta2**count)
+        return torch.where(second > 0, 1 / (second.sqrt() + eps), 0)
+
     def _weights(self) -> Tensor:
         return self.gathered.joined(lambda name: self.gathered.on_mask(name, self.targets[name].tensor))
 
