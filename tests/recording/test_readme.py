@@ -28,7 +28,7 @@ def test_the_loop_of_the_readme(tmp_path, monkeypatch) -> None:
         "loader": [([f"{i}.{j}" for j in range(8)], batch) for i, batch in enumerate(batches)],
         "query_batches": batches[:1],
     }
-    exec(block, names)  # noqa: S102
+    exec(block, names)
     assert len(names["run"]) == 5
     assert names["scores"].shape == (8, 40)
     assert len(names["best"].ids) == 8
