@@ -139,37 +139,34 @@ def run(model: nn.Module, out: Any, steps: int = STEPS, parts: Callable = loss) 
                 for i in range(N):
                     before.zero_grad()
                     (parts(before(x, step), labels)[i] / N).backward()
-                    want.append(
-                        torch.cat(
-                            [
-                                torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
-                                for p in before.parameters()
-                            ]
-                        )
-                    )
+                    parts_of = {
+                        n: torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
+                        for n, p in before.named_parameters()
+                    }
+                    want.append(parts_of)
                 optimizer.zero_grad()
                 recording.samples(range(N))
                 parts(model(x, step), labels).mean().backward()
                 optimizer.step()
-                names = [n for n, _ in model.named_parameters()]
                 held = {layer.parameter: (name, layer) for name, layer in recording._layers.items()}
-                columns = dict(
-                    zip(recording.shapes, recording.rows(step).split(list(recording.columns.widths), 1), strict=True)
-                )
-                got = torch.cat([columns[held[n][0]] for n in names if n in held], 1)
-                errors.append(float((got - torch.stack(want)).norm() / torch.stack(want).norm()))
+                rows = recording.rows(step).split(list(recording.columns.widths), 1)
+                columns = dict(zip(recording.shapes, rows, strict=True))
+                names = [n for n, _ in model.named_parameters() if n in held]
+                got = torch.cat([columns[held[n][0]] for n in names], 1)
+                wanted = torch.stack([torch.cat([row[n] for n in names]) for row in want])
+                errors.append(float((got - wanted).norm() / wanted.norm()))
     except dropinf.AttributionError:
         errors.append(-1.0)
     return errors
 
 
-@pytest.mark.filterwarnings("ignore:model. nothing shows that its samples stay apart")
+@pytest.mark.filterwarnings("ignore:model. ")
 @pytest.mark.parametrize("kind", [Twice, Pair, Loop, Swapped, Sorted, Mixup, Turned, Table, Single, Switched])
 def test_rows_of_every_step_are_right_or_refused(kind, tmp_path) -> None:
     torch.manual_seed(0)
     errors = run(kind(), tmp_path)
     assert all(error < 1e-3 for error in errors), errors
-    refused = {Sorted: 5, Mixup: 5, Switched: 5, Table: 5, Single: 2}.get(kind)
+    refused = {Sorted: 5, Mixup: 5, Switched: 5}.get(kind)
     if refused is None:
         assert len(errors) == STEPS, errors
         assert min(errors) >= 0, errors
@@ -376,3 +373,59 @@ def test_one_folder_has_one_recording(tmp_path) -> None:
         )
     with recordings[0], pytest.raises(RuntimeError, match="another recording writes"):
         recordings[1].__enter__()
+
+
+TABLES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "added": lambda x, p, _: x + p,
+    "in front": lambda x, p, _: x + p[None],
+    "dropped out": lambda x, p, _: x + F.dropout(p, 0.1),
+    "by its size": lambda x, p, _: x + p / len(p),
+    "by its norm, later": lambda x, p, step: x + (p / p.detach().norm() if step > 3 else p),
+    "repeated": lambda x, p, _: x + p.repeat(len(x), 1, 1),
+    "by its dimensions": lambda x, p, _: x + p * (1 + p.ndim * 1e-3),
+    "noise": lambda x, p, _: x + p + 0.01 * torch.randn(p.shape),
+    "now and then": lambda x, p, step: x + p if step % 2 else x,
+}
+
+
+class Positions(nn.Module):
+    def __init__(self, use: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(50, 8), nn.Embedding(9, 8), nn.Linear(8, 50)
+        nn.init.normal_(self.places.weight, std=0.02)
+        self.use = use
+        self.register_buffer("std", torch.ones(8))
+
+    def forward(self, ids: Tensor, step: int) -> Tensor:
+        x = self.words(ids)
+        self.std.mul_(0.9).add_(0.1 * x.detach().std((0, 1)))  # a buffer that backward needs as it is now
+        return self.head(self.use(x / self.std, self.places(torch.arange(ids.shape[1])), step).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:model. ")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_all_samples_share_leaves_training_as_it_is(name: str, tmp_path) -> None:
+    """It is left out, whatever the forward does with it."""
+    finals = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = Positions(TABLES[name])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        recording = dropinf.record(model, dropinf.Identity(), optimizer, out=tmp_path) if recorded else None
+        try:
+            with recording or torch.enable_grad():
+                for step in range(STEPS):
+                    ids = torch.randint(3, 50, (N, 9), generator=torch.Generator().manual_seed(step))
+                    optimizer.zero_grad()
+                    torch.manual_seed(step)
+                    if recording is not None:
+                        recording.samples(range(N))
+                    F.cross_entropy(model(ids, step).mT, ids).backward()
+                    optimizer.step()
+        except dropinf.AttributionError:
+            if name != "now and then":  # whose table is met behind the first step
+                raise
+            return
+        finals.append([*model.parameters(), model.std, torch.rand(2)])
+    assert all(map(torch.equal, *finals))
+    assert list(dropinf.Run(tmp_path).shapes) == ["words", "head", "head.bias"]

@@ -11,8 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -113,3 +117,34 @@ def test_data_without_ids(tmp_path) -> None:
     rows = [{k: v for k, v in row.items() if k != "sample"} for row in data(False)]
     with pytest.raises(ValueError, match="without a column 'other'"):
         Trainer(llama(), arguments, train_dataset=rows, callbacks=[callback]).train()
+
+
+@pytest.mark.filterwarnings("ignore:model. ")
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_models_with_tables_of_positions(kind: str, tmp_path) -> None:
+    """Positions that all samples share are left out; what else there is, is right, and training as it was."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        model, more = GPT2LMHeadModel(config), {"output_hidden_states": True}
+    else:
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        model, more = T5ForConditionalGeneration(T5Config(vocab_size=40, decoder_start_token_id=0, **sizes)), {}
+    finals = []
+    for recorded in (False, True):
+        one = copy.deepcopy(model).train()
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        recording = dropinf.record(one, dropinf.Dropout(4), optimizer, out=tmp_path) if recorded else None
+        with recording or torch.enable_grad():
+            for step in range(6):
+                ids = torch.randint(0, 40, (5, (9, 7)[step % 2]), generator=torch.Generator().manual_seed(step))
+                optimizer.zero_grad()
+                torch.manual_seed(step)
+                if recording is not None:
+                    recording.samples(range(5))
+                one(input_ids=ids, labels=ids, **more).loss.backward()
+                optimizer.step()
+        finals.append(list(one.parameters()))
+    assert all(map(torch.equal, *finals))
+    assert len(recording) == 6
+    assert len(recording.shapes) > 8

@@ -32,8 +32,6 @@ class Capture:
         self.own = 0  # how many of them are norms of a class of their own
         self._unwatched: set[str] = set()  # such norms that were called without a graph, as a checkpoint calls them
         self.shared: set[Signature] = set()  # calls whose output has no sample dimension
-        self.tables: set[str] = set()  # modules whose shared output has none, though it may be of one row
-        self._common: dict[Signature, Tensor] = {}  # the inputs of shared calls that look as if each were a sample's
         self.changed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # weights that a forward changes, as they were
         self._handles: dict[str, tuple[RemovableHandle, ...]] = {}
         self._pass: Pass | None = None
@@ -165,14 +163,8 @@ class Capture:
         version = None if saved is None or saved.is_inference() else saved._version
         shared = signature in self.shared and n > 1
         if shared:
-            if out.shape[0] == n and not torch.equal(
-                x.detach(), self._common.setdefault(signature, x.detach().clone())
-            ):
-                current.failed[use.name] = "its input was the same for all samples before, and is not now"
-                return None
-            one = out.shape[0] == 1 and use.name not in self.tables
-            saved = saved if saved is None else per_sample(saved, n, one=one)
-            out = per_sample(out, n, one=one)
+            saved = saved if saved is None else per_sample(saved, n, one=out.shape[0] == 1)
+            out = per_sample(out, n, one=out.shape[0] == 1)
         mark = getattr(out, MARK, None)
         if mark is None and not x.requires_grad and not hasattr(x, MARK):
             mark = use.name  # where ops are followed: its input is of no sample

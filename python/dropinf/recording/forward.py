@@ -6,7 +6,7 @@ outputs, each row of a gradient names its sample, and random sums of rows are co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,11 +27,9 @@ from ..capture.preserved import Attributes, Start
 from ..capture.recorders import Compression
 from ..capture.samples import Layout, Samples
 from ..capture.shared import constant, outputs_of
-from ..capture.taps import any_true, listen, signature_of
+from ..capture.taps import any_true, listen
 from ..workload import tensors
 from .checks import check_failed, check_layouts, mixed, of_samples, wrong_layers
-
-_ATTEMPTS = 8  # of a proof: each finds at least one more call whose output all samples share
 
 
 @dataclass
@@ -117,41 +115,23 @@ class Prover:
         """Return a pass of some samples."""
         return TrainingPass(Compression(self.layers), samples, self._anchor, parameters=list(self.parameters.values()))
 
-    def discover(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples) -> None:
-        """Find the outputs that all samples share, in forwards of its own beside the user's.
+    def discover(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples) -> set[str]:
+        """Return the layers whose output all samples share, as a table of positions; found beside the user's forward.
 
-        Raises:
-            AttributionError: samples meet in a layer, or share an output in a way that cannot be expanded.
+        Raises AttributionError where samples meet in a layer.
         """
         if self.mixing or samples.n == 1:
-            return
+            return set()
         start = Start(Attributes(self.model), (args, kwargs), copied=True)
-        plain: Tensor | None = None
-        for _ in range(_ATTEMPTS):
-            current = self.new_pass(samples)
-            try:
-                with torch.enable_grad(), self.capture.running(current):
-                    losses = of_samples(self.model.forward(*args, **kwargs), samples)
-                check_failed(current)
-                plain = losses.detach() if plain is None else plain
-                same = torch.allclose(plain, losses, rtol=1e-2, atol=1e-2 * float(plain.abs().max()), equal_nan=True)
-                if same:
-                    current.coloured_backward(losses, follow=False)
-            except AttributionError:
-                raise
-            except (RuntimeError, IndexError, ValueError):
-                if plain is None:
-                    raise
-                same = False
-            finally:
-                start.restore()
-            if not same or (current.several and self.capture.shared.issuperset(current.several.values())):
-                self._lay_otherwise()
-            elif not current.several:
-                return
-            else:
-                self._share(current, args, kwargs, samples, start)
-        raise mixed(current)
+        current = self.new_pass(samples)
+        try:
+            with torch.enable_grad(), self.capture.running(current):
+                losses = of_samples(self.model.forward(*args, **kwargs), samples)
+            check_failed(current)
+            current.coloured_backward(losses, follow=False)
+        finally:
+            start.restore()
+        return self._shared(current, args, kwargs, samples, start) if current.several else set()
 
     def look(self, current: TrainingPass, out: Any) -> Proven:
         """Return what is proven of the forward that its user ran. Raises AttributionError where rows are no "
@@ -182,7 +162,7 @@ class Prover:
         uses = {name: use for name, use in self.capture.uses.items() if use.plans}
 
         def shown(labels: Labels) -> Shown:
-            return Shown(labels, uses, current.emitted, partial(settled, current), self._is_shared(samples.n))
+            return Shown(labels, uses, current.emitted, partial(settled, current), lambda *_: False)
 
         def losses() -> Tensor:
             return of_samples(self.model.forward(*args, **kwargs), samples)
@@ -197,24 +177,11 @@ class Prover:
         finally:
             start.restore()
 
-    def _is_shared(self, n: int) -> Callable[[str, Any, Tensor], bool]:
-        return lambda name, x, out: isinstance(x, Tensor) and signature_of(name, x, out, n) in self.capture.shared
-
-    def _lay_otherwise(self) -> None:
-        """Have shared outputs of one row be expanded behind it; raise AttributionError where they are."""
-        names = {signature[0] for signature in self.capture.shared}
-        if names <= self.capture.tables:
-            raise AttributionError(
-                f"layer {min(names)}: its output is all samples', and not broadcast to them in front; leave it out "
-                "with layers="
-            )
-        self.capture.tables |= names
-
-    def _share(
+    def _shared(
         self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples, start: Start
-    ) -> None:
-        """Have the outputs that all samples share be one for each from now on; raise AttributionError for others."""
-        signatures = set(current.several.values()) - self.capture.shared
+    ) -> set[str]:
+        """Return the layers whose output is the same whatever the samples are; raise AttributionError for others."""
+        signatures = set(current.several.values())
         modules = {s[0]: self.capture.uses[s[0]].module for s in signatures}
 
         def forward(batch: Any) -> None:
@@ -225,13 +192,11 @@ class Prover:
         def outputs(batch: Any) -> dict[str, list[Tensor]]:
             return outputs_of(forward, modules, signatures, samples.n, batch)
 
-        if samples.cu_seqlens is not None:
-            raise mixed(current)
         with self.capture.removed():
-            same = constant(outputs, (args, kwargs), samples.n, None, ())
-        if not same:
+            same = constant(outputs, (args, kwargs), samples.n, samples.cu_seqlens, ())
+        if same != modules.keys():
             raise mixed(current)
-        self.capture.shared |= {s for s in signatures if s[0] in same}
+        return {plan.name for name in same for plan in self.capture.uses[name].plans}
 
     def _audit(self, current: TrainingPass, losses: Tensor) -> None:
         """Raise AttributionError where weighted sums of rows are not what plain autograd gives."""

@@ -104,6 +104,9 @@ class Recording(Run):
         self.scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler  # accelerate's has its own
         self._world = _world(model)
         self._targets, self._layers, self.skipped = _tracked(self.model, sketch, layers)
+        shared = _shared_in(Path(out))
+        for name in shared & self._layers.keys():
+            del self._layers[name], self._targets[name]
         groups = _groups(self._targets, self.optimizer)
         kind, why = kind_of(self.optimizer)
         is_mask = all(layer.is_gather for layer in self._layers.values())
@@ -120,6 +123,7 @@ class Recording(Run):
             "sizes": [target.tensor.numel() for target in self._targets.values()],
             "groups": groups,
             "is_mask": is_mask,
+            "shared": sorted(shared),
             "begun": _steps_taken(self.optimizer, self._targets, kind, step),
         }
         begun = self._prepare(Path(out), about)
@@ -158,6 +162,23 @@ class Recording(Run):
                 f"out: {folder} holds a run with another {different[0]}; name a new folder, or remove that one"
             )
 
+    def _leave_out(self, names: set[str]) -> None:
+        """Have a run of no steps yet be without layers whose output all samples share."""
+        self.skipped |= dict.fromkeys(names, "its output is one for all samples, as a table of positions is")
+        warnings.warn(f"model: {shown(sorted(names))} are not recorded: {self.skipped[min(names)]}", stacklevel=5)
+        about = self._about
+        kept = [i for i, name in enumerate(about["shapes"]) if name not in names]
+        about["shared"] = sorted({*about.get("shared", ()), *names})
+        for key in ("shapes", "digest"):
+            about[key] = {name: value for name, value in about[key].items() if name not in names}
+        for key in ("sizes", "groups"):
+            about[key] = [about[key][i] for i in kept]
+        for cached in ("columns", "scale"):
+            self.__dict__.pop(cached, None)
+        if self._world.rank == 0:
+            masks.save_masks(self._layers, self.path / MASKS, {}, 0)
+            write_whole(self.path / ABOUT, json.dumps(about).encode())
+
     def _go_on(self, begun: int) -> None:
         """Remove what was recorded behind the optimizer's step."""
         keep = begun - self._about["begun"]
@@ -185,7 +206,7 @@ class Recording(Run):
         tracked = {id(target.tensor): self._layers[name] for name, target in self._targets.items()}
         capture = Capture(self.model, uses_of(self.model, tracked))
         loop = Loop(self.model, self.optimizer, self.scaler, self._world)
-        taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing)
+        taking = Taking(self, loop, capture, self._targets, self._layers, self._mixing, self._leave_out)
         taking.writer.check_end()  # of a run that goes on
         taking.begin()
         return taking
@@ -254,6 +275,11 @@ class Recording(Run):
         if self._taking is None:
             raise RuntimeError("run: it is not recording; call this inside 'with dropinf.record(...) as run:'")
         return self._taking
+
+
+def _shared_in(folder: Path) -> set[str]:
+    """Return the layers that a run in a folder, if there is one, left out as all samples share their output."""
+    return set(Run(folder)._about.get("shared", ())) if (folder / ABOUT).exists() else set()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..capture.audit import coarsest, is_due
 from ..capture.guard import UseGuard, watch
 from ..capture.hooks import Capture
+from ..capture.ladder import AttributionError
 from ..capture.layer import Layer
 from ..capture.recorders import Compression
 from ..capture.samples import Samples
@@ -20,7 +21,7 @@ from ..capture.targets import Target
 from ..workload import tensors
 from .balance import Balance
 from .checks import check_failed, in_scaler, outputs_in
-from .forward import Proven, Prover, look_of, modes_of
+from .forward import Proven, Prover, TrainingPass, look_of, modes_of
 from .gathered import Gathered
 from .run import Run
 from .writing import Loop, Named, StepWriter
@@ -34,20 +35,21 @@ class Taking:
         run: Run,
         loop: Loop,
         capture: Capture,
-        targets: Mapping[str, Target],
-        layers: Mapping[str, Layer],
+        targets: dict[str, Target],
+        layers: dict[str, Layer],
         mixing: bool,
+        forget: Callable[[set[str]], None],
     ) -> None:
         self.run, self.loop, self.capture, self.targets, self.layers = run, loop, capture, targets, layers
         self.model, self.optimizer = loop.model, loop.optimizer
-        self.prover = Prover(self.model, capture, layers, {n: t.tensor for n, t in targets.items()}, mixing)
-        self.gathered = Gathered(targets, layers)
-        self.balance = Balance(layers, run.columns.widths)
-        self.writer = StepWriter(run, loop, targets, self.gathered)
+        self._mixing, self._forget_layers = mixing, forget
+        self._equip()
         self._named: Named | None = None  # whose forward is to come
         self._pending: list[Named] = []  # forwards since the last step
         self._looks: set[Any] = set()  # of forwards in which shared outputs were looked for
         self._proven: dict[Any, Proven] = {}  # by what tells forwards apart whose samples stay apart
+        self._loose: set[Any] = set()  # paths of forwards whose samples may meet, or go where the data says
+        self._asked: list[tuple[Any, Proven, TrainingPass, Any, Any]] = []  # forwards of which it is not known
         self._guard: UseGuard | None = None  # of the forward that runs
         self._forwards, self._warned = 0, False
         self._handles: list[Any] = []
@@ -151,7 +153,9 @@ class Taking:
         self._forwards += 1
         look = look_of(model, args, kwargs, named.n)
         if look not in self._looks:
-            self.prover.discover(args, kwargs, samples)
+            shared = self.prover.discover(args, kwargs, samples)
+            if shared:
+                self._leave_out(shared)
             self._looks.add(look)
         named.current = self.prover.new_pass(samples)
         named.current.place = self._forwards
@@ -212,13 +216,53 @@ class Taking:
         known = self._proven.get(alike) if path is not None else None
         if known is None or known.blank or is_due(self._forwards):
             found = self.prover.look(current, out)
-            if known is not None or (path is not None and self.prover.stays_apart(current, args, kwargs)):
+            if known is not None:
                 self._proven[alike] = found
-            elif known is None:
+            elif path is None or path in self._loose:
                 self._warn_slow()
+            else:  # asked once the backward is over: another forward may write to buffers that it needs
+                self._asked.append((alike, found, current, args, kwargs))
             known = found
         known.lend(current)
         current.open_to_user(Compression(self.layers))
+
+    def _settle(self) -> None:
+        """Find out of forwards that were proven whether all that run the same ops are."""
+        for alike, found, current, args, kwargs in self._asked:
+            if alike[0] not in self._loose and self.prover.stays_apart(current, args, kwargs):
+                self._proven[alike] = found
+            else:
+                self._loose.add(alike[0])
+                self._warn_slow()
+        self._asked.clear()
+
+    def _leave_out(self, names: set[str]) -> None:
+        """Record no more of layers: before the first step, or never."""
+        first = next(name for name in self.layers if name in names)
+        if len(self.run):
+            raise AttributionError(
+                f"layer {first}: its output is now one for all samples, as a table of positions is, and no row is a "
+                "sample's; leave it out with layers= from the first step on"
+            )
+        if names == set(self.layers):
+            raise AttributionError(f"layer {first}: its output is one for all samples, and no other layer is recorded")
+        self.gathered.remove()
+        for name in names:
+            del self.layers[name], self.targets[name]
+        for use in self.capture.uses.values():
+            use.weight = None if use.weight is not None and use.weight.name in names else use.weight
+            use.bias = None if use.bias is not None and use.bias.name in names else use.bias
+        self.capture.refresh()
+        self._forget_layers(names)
+        self._equip()
+
+    def _equip(self) -> None:
+        """Make what depends on which layers are recorded."""
+        parameters = {name: target.tensor for name, target in self.targets.items()}
+        self.prover = Prover(self.model, self.capture, self.layers, parameters, self._mixing)
+        self.gathered = Gathered(self.targets, self.layers)
+        self.balance = Balance(self.layers, self.run.columns.widths)
+        self.writer = StepWriter(self.run, self.loop, self.targets, self.gathered)
 
     def _warn_slow(self) -> None:
         """Say once that forwards are proven one by one."""
@@ -281,6 +325,7 @@ class Taking:
 
     def _forget(self) -> None:
         """Forget the forwards and gradients since the last step."""
+        self._settle()
         self._pending.clear()
         self.gathered.clear()
 
