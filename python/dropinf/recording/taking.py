@@ -229,6 +229,8 @@ class Taking:
     def _settle(self) -> None:
         """Find out of forwards that were proven whether all that run the same ops are."""
         for alike, found, current, args, kwargs in self._asked:
+            if alike in self._proven:
+                continue
             if alike[0] not in self._loose and self.prover.stays_apart(current, args, kwargs):
                 self._proven[alike] = found
             else:
