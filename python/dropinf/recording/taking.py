@@ -241,7 +241,7 @@ class Taking:
     def _leave_out(self, names: set[str]) -> None:
         """Record no more of layers: before the first step, or never."""
         first = next(name for name in self.layers if name in names)
-        if len(self.run):
+        if len(self.run._files[self.loop.world.rank]):
             raise AttributionError(
                 f"layer {first}: its output is now one for all samples, as a table of positions is, and no row is a "
                 "sample's; leave it out with layers= from the first step on"
