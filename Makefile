@@ -30,7 +30,7 @@ test: $(READY)
 
 # What `test` leaves out: run it where you changed dropinf_kernels, how gradients are captured, or an index.
 test-kernels: $(READY)
-	$(PYTEST) --dist worksteal -m "more and not long" tests/capture tests/faults tests/reference
+	$(PYTEST) --dist worksteal -m "more and not long" tests/capture tests/faults tests/reference tests/recording
 	$(INTERPRETED) -m kernels
 	$(COMPILED) -m kernels
 	$(MAKE) test-gpu-like

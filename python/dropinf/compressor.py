@@ -43,6 +43,7 @@ from .workload import (
     check_model,
     check_order,
     check_order_before,
+    check_pair,
     count_of,
     order_of,
     unwrap,
@@ -121,6 +122,7 @@ class Compressor:
         Raises FileNotFoundError where there is no index, ValueError where its masks are damaged, belong to another
         model, or to other weights of this one.
         """
+        check_pair(model, loss_fn)
         folder = index.path if isinstance(index, Index) else Path(index)
         manifest = Manifest.load(folder)
         if file_checksum(folder / SKETCH) != manifest.files.get(SKETCH):
@@ -151,8 +153,7 @@ class Compressor:
         ``path``: what :meth:`save` wrote. The compressor's ``sketch`` is None: it draws nothing, and is not calibrated.
         Raises FileNotFoundError where there is no such file, ValueError where the masks belong to another model.
         """
-        check_model(model)
-        check_loss(loss_fn)
+        check_pair(model, loss_fn)
         compressor = cls.__new__(cls)
         compressor.sketch, compressor._moments = None, Moments({})
         only = masks.masked_layers(path)

@@ -124,6 +124,12 @@ def check_loss(loss_fn: object) -> None:
         raise TypeError(f"loss_fn must be a function (model, batch) -> losses [N], got {loss_fn!r}")
 
 
+def check_pair(model: object, loss_fn: object) -> None:
+    """Raise TypeError where a model or a loss is none."""
+    check_model(model)
+    check_loss(loss_fn)
+
+
 def check_ids_stay(ids: Ids, batch: Any) -> None:
     """Raise ValueError where samples get other names each time: what is resumed, or shared, asks again."""
     first, second = ids(batch), ids(batch)

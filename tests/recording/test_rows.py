@@ -19,11 +19,14 @@ SKETCHES = {
     "whole": dropinf.Identity(),
     "gaussian": dropinf.Gaussian(5, seed=3),
 }
+OFTEN = ("factorized", "flat")
 pytestmark = pytest.mark.filterwarnings("ignore:model. places are not recorded")
 SLACK = {"autocast": 3e-2, "autocast, scaled": 1e-3}
 
 
-@pytest.mark.parametrize("sketch", SKETCHES)
+@pytest.mark.parametrize(
+    "sketch", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.more) for name in SKETCHES]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_each_samples_part_of_the_step(name: str, sketch: str, tmp_path) -> None:
     case = CASES[name]

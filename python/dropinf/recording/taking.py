@@ -239,7 +239,7 @@ class Taking:
         self._asked.clear()
 
     def _leave_out(self, names: set[str]) -> None:
-        """Record no more of layers: before the first step, or never."""
+        """Forget layers before the first step; raise AttributionError behind it."""
         first = next(name for name in self.layers if name in names)
         if len(self.run._files[self.loop.world.rank]):
             raise AttributionError(
