@@ -171,4 +171,12 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _say(missing(error))
         sys.exit(1)
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        if "WORLD_SIZE" in os.environ and done.code in (0, None):
+            # All is written, and threads of torch.distributed's may still run, which a library's end would abort.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        raise
