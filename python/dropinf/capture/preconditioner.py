@@ -68,7 +68,7 @@ def adam_direction(
             "divide"
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    held = {}
+    held: dict[str, tuple[Tensor, Tensor, float, dict[str, Any]]] = {}
     for name, layer in layers.items():
         parameter = targets[name].tensor
         state = optimizer.state.get(parameter)
@@ -79,11 +79,8 @@ def adam_direction(
             )
         if not state or "exp_avg_sq" not in state:
             raise ValueError(f"preconditioner: the optimizer has no state of layer {name}; let it make a step first")
-        entries = layer.entries.to(parameter.device)
-        moments = [
-            state[x].reshape(-1).index_select(0, entries).view(layer.stored_shape) for x in ("exp_avg", "exp_avg_sq")
-        ]
-        held[name] = (*moments, float(state["step"]) + 1, groups[id(parameter)])
+        m, v = (layer.compress_exact(state[x].detach()[None])[0] for x in ("exp_avg", "exp_avg_sq"))
+        held[name] = m, v, float(state["step"]) + 1, groups[id(parameter)]
 
     def directions(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}

@@ -134,8 +134,10 @@ class Prover:
         return self._shared(current, args, kwargs, samples, start) if current.several else set()
 
     def look(self, current: TrainingPass, out: Any) -> Proven:
-        """Return what is proven of the forward that its user ran. Raises AttributionError where rows are no "
-        "sample's."""
+        """Return what is proven of the forward that its user ran.
+
+        Raises AttributionError where rows are no sample's.
+        """
         losses = of_samples(out, current.samples)
         if not bool(losses.isfinite().all()):
             raise AttributionError("run: what the model returns is not finite, so nothing can be proven of its rows")

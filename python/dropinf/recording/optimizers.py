@@ -119,11 +119,6 @@ class Update:
     def _only(self, new: Tensor, old: Tensor) -> Tensor:
         return new if self.live is None else torch.where(self.live, new, old)
 
-    @property
-    def decays_by_gradient(self) -> bool:
-        """Whether weights are part of the gradient that the moments are made of."""
-        return any(g.get("weight_decay", 0.0) and not g.get("decoupled", 0.0) for g in self.groups)
-
     def decayed(self, gradient: Tensor, weights: Tensor | None) -> Tensor:
         """Return the gradient with the part of weight decay that goes through it."""
         return gradient if weights is None else gradient + self._coupled * weights

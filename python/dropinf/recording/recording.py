@@ -112,7 +112,7 @@ class Recording(Run):
         is_mask = all(layer.is_gather for layer in self._layers.values())
         if kind is not None and not is_mask:
             kind, why = None, f"{sketch!r} mixes coordinates, and the optimizer acts on each alone; record on a Dropout"
-        about = {
+        about: dict[str, Any] = {
             "format": FORMAT,
             "ranks": self._world.ranks,
             "kind": kind,
@@ -126,15 +126,14 @@ class Recording(Run):
             "shared": sorted(shared),
             "begun": _steps_taken(self.optimizer, self._targets, kind, step),
         }
-        begun = self._prepare(Path(out), about)
+        self._prepare(Path(out), about)
         super().__init__(out)
-        self._go_on(begun)
+        self._go_on(about["begun"])
         self._mixing = mixing
         self._taking: Taking | None = None
 
-    def _prepare(self, folder: Path, about: dict[str, Any]) -> int:
-        """Make the folder, or see that it holds this very run; return how many steps the optimizer has taken."""
-        begun: int = about["begun"]
+    def _prepare(self, folder: Path, about: dict[str, Any]) -> None:
+        """Make the folder, or see that it holds this very run."""
         outcome: list[str | None] = [None]  # of the first rank, which all hear
         if self._world.rank == 0:
             try:
@@ -146,14 +145,11 @@ class Recording(Run):
             torch.distributed.broadcast_object_list(outcome, first, self._world.group)
         if outcome[0] is not None:
             raise ValueError(outcome[0])
-        return begun
 
     def _make(self, folder: Path, about: dict[str, Any]) -> None:
         make_folder(folder)
-        path = folder / ABOUT
-        if not path.exists():
-            masks.save_masks(self._layers, folder / MASKS, {}, 0)
-            write_whole(path, json.dumps(about).encode())
+        if not (folder / ABOUT).exists():
+            self._save(folder, about)
             return
         before = Run(folder)._about
         different = [key for key in about if key != "begun" and before.get(key) != about[key]]
@@ -176,8 +172,11 @@ class Recording(Run):
         for cached in ("columns", "scale"):
             self.__dict__.pop(cached, None)
         if self._world.rank == 0:
-            masks.save_masks(self._layers, self.path / MASKS, {}, 0)
-            write_whole(self.path / ABOUT, json.dumps(about).encode())
+            self._save(self.path, about)
+
+    def _save(self, folder: Path, about: dict[str, Any]) -> None:
+        masks.save_masks(self._layers, folder / MASKS, {}, 0)
+        write_whole(folder / ABOUT, json.dumps(about).encode())
 
     def _go_on(self, begun: int) -> None:
         """Remove what was recorded behind the optimizer's step."""
@@ -253,7 +252,7 @@ class Recording(Run):
     def drawn(self, loss: Tensor) -> None:
         """Take rows of a loss, as the loop's own but with labels drawn from the model, before the loop's backward.
 
-        They make the curvature of this step and those behind it, up to the next such rows.
+        They make the curvature of all steps: of each, those of the 25 nearest steps that have some.
         """
         self._open().draw(loss)
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -186,25 +187,11 @@ def steps_name(rank: int) -> str:
 
 def _joined(parts: list[Step]) -> Step:
     """Return a step of several ranks: their gradient is one, their samples are not."""
-    first, given = parts[0], {}
+    given: dict[str, Any] = {"ids": [name for part in parts for name in part.ids]}
     for name in ("rows", "share", "losses", "drawn", "drawn_share"):
         found = [getattr(part, name) for part in parts]
         given[name] = torch.cat(found) if all(x is not None for x in found) else None
-    rows = given.pop("rows")
-    assert rows is not None
-    ids = [name for part in parts for name in part.ids]
-    return Step(
-        rows,
-        ids,
-        first.gradient,
-        first.clipped,
-        first.groups,
-        first.counts,
-        **given,
-        state=first.state,
-        weights=first.weights,
-        drawn_at=first.drawn_at,
-    )
+    return replace(parts[0], **given)
 
 
 def _read(path: Path) -> dict[str, Any]:
