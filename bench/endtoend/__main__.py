@@ -9,21 +9,18 @@ rounds of its ratio to the floor in the same round, ``peak_mb`` what torch held 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib as mpl
 
 from bench.files import read_rows, write_rows
-from tests.interop.run import environment
 
 from .contenders import CONTENDERS, FLOOR
 from .models import CASES
-from .worker import SETTINGS, SLOW
+from .turns import Worker
+from .worker import SLOW
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,46 +35,8 @@ Row = dict[str, object]
 LONGEST = 6  # bars end here; their labels do not
 
 
-class Worker:
-    """A contender's process; the first line that it says is its version, or why it does not fit."""
-
-    def __init__(self, case: str, name: str) -> None:
-        where = CONTENDERS[name].environment
-        python = str(environment(where)) if where else sys.executable
-        self.process = subprocess.Popen(
-            [python, "-m", "bench.endtoend.worker", case, name],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **SETTINGS},
-        )
-        self.name, self.seconds = name, list[float]()
-        self.about = self.read()
-
-    def read(self) -> dict[str, float | str]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name}: its process ended with {self.process.wait()}")
-        found: dict[str, float | str] = json.loads(line)
-        return found
-
-    def ask(self, what: str) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return float(next(iter(self.read().values())))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def measure(case: str, rounds: int, commit: str) -> list[Row]:
-    workers = [Worker(case, name) for name in CONTENDERS]
+    workers = [Worker(case, name, "bench.endtoend.contenders") for name in CONTENDERS]
     fit = [worker for worker in workers if "unfit" not in worker.about]
     for _ in range(rounds):
         for worker in fit:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .models import CASES as CASES
 from .models import Case
 
 Job = Callable[[], Any]

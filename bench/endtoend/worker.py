@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import sys
@@ -18,8 +19,7 @@ import torch
 
 from bench.peak import peak_mb
 
-from .contenders import CONTENDERS, Job, Unfit
-from .models import CASES
+from .contenders import Job, Unfit
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # What is freed stays with the process: pages given back and taken again are up to a fifth of the time, more in one run
@@ -28,7 +28,7 @@ SETTINGS = {**ONE_THREAD, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str
 SLOW = 40.0  # seconds of a job that is timed once, without a run before it
 
 
-def main(case: str, name: str) -> None:
+def main(module: str, case: str, name: str) -> None:
     torch.set_num_threads(1)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what toolkits print goes to stderr
@@ -36,9 +36,10 @@ def main(case: str, name: str) -> None:
     def say(**found: Any) -> None:
         print(json.dumps(found), file=out, flush=True)
 
-    contender = CONTENDERS[name]
+    found = importlib.import_module(module)
+    contender = found.CONTENDERS[name]
     try:
-        job = contender.make(CASES[case]())
+        job = contender.make(found.CASES[case]())
         seconds = timed(job)
     except Unfit as reason:
         say(unfit=str(reason))

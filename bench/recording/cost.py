@@ -1,40 +1,49 @@
-"""What recording adds to a training step: steps of a plain loop and of a recorded one in turns, medians.
+"""What recording adds to a training step: processes of a plain loop, a recorded one and dattri-llm's hooks, in turns.
 
-python -m bench.recording.cost [CASE ...]    # rows go to bench/results/recording_cost.csv
+python -m bench.recording.cost [CASE ...]    # make test-interop builds dattri-llm's environment
 
-Steps are timed once all proofs are made: the 4th, 16th, 64th, ... forward is proven again, for about two steps more.
+Rows go to bench/results/recording_cost.csv: medians of CPU seconds, and of their ratio to the plain step of a round,
+and MB that torch held of a step at most. Pages that are freed stay with a process, as in bench.endtoend. Steps are
+timed between proofs: the 4th, 16th, 64th, ... forward is proven again, for about two steps more.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import platform
-import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import dropinf
 from bench.endtoend import models
+from bench.endtoend.contenders import Contender, Job, Unfit
 from bench.endtoend.models import Case
+from bench.endtoend.turns import Worker
 from bench.files import read_rows, write_rows
 
 TABLE = Path("bench/results/recording_cost.csv")
-FIELDS = ("case", "numbers", "plain_ms", "recorded_ms", "ratio", "rounds", "first_ms", "cpu")
+FIELDS = ("case", "contender", "seconds", "over_plain", "peak_mb", "peak_over_plain", "rounds", "cpu")
+LARGE = "smollm2"  # in the names of cases whose steps take long
+GROUP = 8  # columns side by side: a gather then reads few cache lines
+KEPT = {"lm_head*": 8, "*embed*": 8, "tokens": 8, "*lora*": 4}  # of each axis; of others, half the case's ``dim``
 
 
 def narrow() -> Case:
     """The GPT of bench.endtoend at half its width."""
     torch.manual_seed(0)
     ids = torch.randint(2048, (2, 128, 128))
-    return Case("gpt128", models.GPT(2048, 128, 128, 4, 4), (ids[0], ids[1]), models.next_word, (), 16)
+    names = tuple(f"blocks.{i}.{name}" for i in range(4) for name in ("qkv", "out", "up", "down"))
+    return Case("gpt128", models.GPT(2048, 128, 128, 4, 4), (ids[0], ids[1]), models.next_word, names, 32)
+
+
+def gpt() -> Case:
+    """The GPT of bench.endtoend, of which 16 x 16 numbers a layer are recorded."""
+    case = models.gpt()
+    return Case("gpt256", case.model, case.batch, case.loss_fn, case.linears, 32)
 
 
 def lora() -> Case:
@@ -44,60 +53,115 @@ def lora() -> Case:
     case = models.smollm2()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(case.model, LoraConfig(r=8, target_modules=targets, lora_dropout=0.0))  # type: ignore[arg-type]
-    return Case("smollm2-lora", model, case.batch, case.loss_fn, (), 4)
+    names = tuple(f"{n}.default" for n, _ in model.named_modules() if n.endswith(("lora_A", "lora_B")))
+    return Case("smollm2-lora", model, case.batch, case.loss_fn, names, 8)
 
 
-CASES: dict[str, tuple[Callable[[], Case], int, int]] = {  # case, numbers of each axis, rounds
-    "gpt256": (models.gpt, 16, 9),
-    "gpt128": (narrow, 16, 11),
-    "resnet9": (models.resnet9, 16, 11),
-    "smollm2": (models.smollm2, 8, 5),
-    "smollm2-lora": (lora, 4, 5),
+CASES: dict[str, Callable[[], Case]] = {
+    "gpt256": gpt,
+    "gpt128": narrow,
+    "resnet9": models.resnet9,
+    "smollm2": models.smollm2,
+    "smollm2-lora": lora,
 }
 
 
-GROUP = 8  # columns side by side: a gather then reads few cache lines
+def _loop(case: Case) -> tuple[torch.optim.Optimizer, Job]:
+    """Make an optimizer of a case, and what a step of its plain loop does."""
+    model = case.model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        case.loss_fn(model, case.batch).mean().backward()
+        optimizer.step()
+
+    return optimizer, step
 
 
-class Loop:
-    """A training loop, of which single steps are asked for."""
-
-    def __init__(self, case: Case, model: nn.Module) -> None:
-        self.case, self.model = case, model.train()
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        self.run: Any = None
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        began = time.perf_counter()
-        self.optimizer.zero_grad()
-        if self.run is not None:
-            self.run.samples(range(self.case.samples))
-        self.case.loss_fn(self.model, self.case.batch).mean().backward()
-        self.optimizer.step()
-        return time.perf_counter() - began
+def begun(case: Case, job: Job) -> Job:
+    """Make the steps that are proven; none of the next 11, or 47, is."""
+    for _ in range(4 if LARGE in case.name else 16):
+        job()
+    return job
 
 
-def measured(name: str) -> dict[str, str]:
-    make, k, rounds = CASES[name]
-    case = make()
-    plain, recorded = Loop(case, case.model), Loop(case, copy.deepcopy(case.model))
-    with tempfile.TemporaryDirectory() as folder:
-        masks = {"lm_head*": 8, "*embed*": 8, "tokens": 8, "*": k}
-        recording = dropinf.record(recorded.model, dropinf.Dropout(masks, group=GROUP), recorded.optimizer, out=folder)
-        with recording as recorded.run:
-            first = recorded.step()
-            for _ in range(4):
-                plain.step()
-                recorded.step()
-            times = [(plain.step(), recorded.step()) for _ in range(rounds)]
-        numbers = sum(recording.columns.widths)
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(folder).mkdir()
-    ours, theirs = (statistics.median(t[i] for t in times) for i in (1, 0))
-    ratio = statistics.median(b / a for a, b in times)
-    values = (name, numbers, f"{1e3 * theirs:.1f}", f"{1e3 * ours:.1f}", f"{ratio:.3f}", rounds, f"{1e3 * first:.0f}")
-    return dict(zip(FIELDS, (*map(str, values), processor()), strict=True))
+def plain(case: Case) -> Job:
+    _, step = _loop(case)
+    return begun(case, step)
+
+
+def recorded(case: Case) -> Job:
+    import dropinf
+
+    optimizer, step = _loop(case)
+    sketch = dropinf.Dropout({**KEPT, "*": case.dim // 2}, group=GROUP)
+    run = dropinf.record(case.model, sketch, optimizer, out=tempfile.mkdtemp()).__enter__()
+
+    def job() -> None:
+        run.samples(range(case.samples))
+        step()
+
+    return begun(case, job)
+
+
+def dattri_llm(case: Case) -> Job:
+    """Its hooks, with a mask of the linears' inputs and output gradients, as `bench.endtoend` has them."""
+    from dattri_llm import HookManager, HookManagerConfig
+
+    modules = dict(case.model.named_modules())
+    if not all(isinstance(modules[name], torch.nn.Linear) for name in case.linears):
+        raise Unfit("dattri-llm's capture-time projection compresses linear layers alone")
+    k = case.dim // 2
+    config = HookManagerConfig(
+        hook_types=dict.fromkeys(case.linears, "linear_io"),
+        capture_style="materialized",
+        projection_kwargs={"__default__": {"style": "mask", "proj_dim": k * (k + 1)}},
+    )
+    manager = HookManager(case.model, config=config)
+    optimizer, _ = _loop(case)
+
+    def job() -> Any:
+        optimizer.zero_grad()
+        with manager.collect():
+            case.loss_fn(case.model, case.batch).mean().backward()
+            rows = manager.get_gradient().data
+        optimizer.step()
+        return rows
+
+    return begun(case, job)
+
+
+PLAIN = "plain step"
+CONTENDERS = {
+    PLAIN: Contender(plain, package="torch"),
+    "recorded step": Contender(recorded),
+    "dattri-llm's hooks, mask": Contender(dattri_llm, "dattri_llm", "dattri-llm"),
+}
+
+
+def measured(case: str) -> list[dict[str, str]]:
+    workers = [Worker(case, name, "bench.recording.cost") for name in CONTENDERS]
+    fit = [worker for worker in workers if "unfit" not in worker.about]
+    peaks = {worker.name: worker.ask("memory") for worker in fit}
+    rounds = 4 if LARGE in case else 11
+    for _ in range(rounds):
+        for worker in fit:
+            worker.seconds.append(worker.ask("time"))
+    own = {worker.name: worker.seconds for worker in fit}
+    rows = []
+    for worker in workers:
+        found = {"case": case, "contender": worker.name, "cpu": processor()}
+        if worker in fit:
+            ratio = statistics.median(a / b for a, b in zip(worker.seconds, own[PLAIN], strict=True))
+            peak = peaks[worker.name]
+            found |= {"seconds": f"{statistics.median(worker.seconds):.3f}", "over_plain": f"{ratio:.3f}"}
+            found |= {"peak_mb": f"{peak:.0f}", "peak_over_plain": f"{peak / peaks[PLAIN]:.3f}", "rounds": str(rounds)}
+        else:
+            found["seconds"] = str(worker.about["unfit"])
+        worker.close()
+        rows.append(found)
+    return rows
 
 
 def processor() -> str:
@@ -109,10 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     rows = read_rows(TABLE)
-    for name in parser.parse_args().cases:
-        row = measured(name)
-        print(row, flush=True)
-        rows = [r for r in rows if r["case"] != name] + [row]
+    for case in parser.parse_args().cases:
+        found = measured(case)
+        print(*found, sep="\n", flush=True)
+        rows = [r for r in rows if r["case"] != case] + found
         write_rows(TABLE, FIELDS, rows)
 
 
