@@ -44,6 +44,7 @@ PINS = {
     "quanda": ["quanda==0.5.0", "pyarrow==25.0.1", "omegaconf==2.4.0"],
     "captum": ["captum==0.9.0"],
     "kronfluence": ["kronfluence==1.0.1"],
+    "lightning": ["lightning==2.6.6"],
     "plain": ["opacus==1.6.0"],
 }
 
