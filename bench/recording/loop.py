@@ -42,6 +42,16 @@ class Training:
             self.order = [p for _ in range(self.task.epochs) for p in torch.randperm(n).split(self.task.batch)]
         self.states: dict[int, dict[str, Any]] = {}
 
+    def at(self, step: int) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return model, optimizer and schedule before a step, of which an earlier run kept the state."""
+        model = copy.deepcopy(self.model).train()
+        optimizer = torch.optim.AdamW(model.parameters(), self.task.rate, weight_decay=self.task.decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.task.rate, total_steps=len(self.order))
+        if step:
+            for part, held in zip((model, optimizer, schedule), copy.deepcopy(self.states[step]), strict=True):
+                part.load_state_dict(held)
+        return model, optimizer, schedule
+
     def run(
         self,
         without: Callable[[int], Tensor | None] = lambda _: None,
@@ -54,13 +64,8 @@ class Training:
 
         ``begin``: the step to begin at, from a state that an earlier run kept.
         """
-        task, model = self.task, copy.deepcopy(self.model).train()
-        optimizer = torch.optim.AdamW(model.parameters(), task.rate, weight_decay=task.decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=len(self.order))
-        if begin:
-            state = copy.deepcopy(self.states[begin])
-            for part, held in zip((model, optimizer, schedule), state, strict=True):
-                part.load_state_dict(held)
+        task = self.task
+        model, optimizer, schedule = self.at(begin)
         recording = contextlib.nullcontext()
         if recorded is not None:
             recording = dropinf.record(model, recorded.sketch, optimizer, out=recorded.out)

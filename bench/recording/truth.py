@@ -1,15 +1,16 @@
 """What scores of recorded runs foresee, against retraining: a sample left out of one step, left out of all, LDS.
 
-python -m bench.recording.truth TASK [--seeds 2]    # retraining is kept in out/recording; rows go to
-results/recording.csv
+python -m bench.recording.truth TASK [--seeds 2]
 
-Contenders: the recorded run's "adamw", with what is recorded beside the rows; its adjoint without curvature; "tracin";
-and influence at the last checkpoint, its Fisher matrix with the damping that does best on the truth itself.
+What retraining gave is kept in bench/results/recording, which saves whoever has it the time; rows go to
+bench/results/recording.csv. Contenders: the recorded run's "adamw", with what is recorded beside the rows; its adjoint
+without curvature; "tracin"; and those of bench.recording.contenders.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,15 +27,16 @@ from bench.fidelity.tasks import Task
 from bench.files import read_rows, save, write_rows
 from dropinf import metrics
 
+from .contenders import contenders
 from .loop import Recorded, Training
 from .tasks import NAMES, task
 
-OUT = Path("out/recording")
+KEPT = Path("bench/results/recording")
 TABLE = Path("bench/results/recording.csv")
 FIELDS = ("task", "seed", "method", "numbers", "truth", "spearman", "low", "high", "seconds")
-DAMPINGS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 # Steps, and samples of each that are left out of one; samples left out of all; halves of the data that are trained on.
 STEPS, EACH, SAMPLES, SUBSETS = 20, 3, 40, 40
+BEGINNINGS = 3  # of the trainings on each half
 Scores = tuple[Tensor, Tensor, Tensor]  # [Q, pairs] of steps, [Q, samples], [Q, N]
 
 
@@ -53,8 +55,8 @@ def samples_of(found: Task) -> list[int]:
 def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """What an earlier call found, or what is made now."""
     if not path.exists():
-        save(path, make().numpy())
-    return torch.from_numpy(np.load(path))
+        save(path, make().float().numpy())
+    return torch.from_numpy(np.load(path)).double()
 
 
 def left_out_of_steps(training: Training, base: Tensor) -> Tensor:
@@ -78,11 +80,12 @@ def left_out(training: Training, base: Tensor) -> Tensor:
 
 
 def on_halves(training: Training) -> Tensor:
-    """Each query's loss under models that are trained on halves of the data [M, Q]."""
+    """Each query's loss under models that are trained on halves of the data, the mean over beginnings [M, Q]."""
+    begun = [Training(training.task, training.seed + 100 * i) for i in range(BEGINNINGS)]
 
     def one(subset: Tensor) -> Tensor:
-        model, _, _ = training.run(lambda s: (~subset[training.order[s]]).nonzero().flatten())
-        return training.task.losses(model)
+        models = [o.run(lambda s, o=o: (~subset[o.order[s]]).nonzero().flatten())[0] for o in begun]  # type: ignore[misc]
+        return torch.stack([training.task.losses(model) for model in models]).mean(0)
 
     return torch.stack([one(subset) for subset in tqdm(halves(training.task), desc="halves")])
 
@@ -130,28 +133,6 @@ def recorded(training: Training, sketch: Any, losses: bool, drawn: int) -> Itera
             yield "tracin", sum(run.columns.widths), of_run(training, dropinf.score(query, run, kind="tracin")), 0.0
 
 
-def last_checkpoint(
-    training: Training, sketch: dropinf.Sketch, rates: list[float]
-) -> Iterator[tuple[str, int, Scores, float]]:
-    """Yield the same of influence at the last checkpoint, for each kind of Fisher matrix and damping."""
-    found = training.task
-    model, _, _ = training.run()
-    compressor = dropinf.Compressor(model, sketch, found.loss_fn)
-    train, query = (compressor.compress(found.batches(which)) for which in ("train", "query"))
-    numbers = train.flat.shape[1]
-    yield "last checkpoint, dot", numbers, of_samples(training, dropinf.score(query, train, kind="dot"), rates), 0.0
-    for kind in ("block", "kronecker"):
-        fisher = dropinf.build_fisher(train, kind)
-        for damping in DAMPINGS:
-            scores = dropinf.score(query, train, fisher.with_damping(damping))
-            yield f"last checkpoint, {kind} {damping:g}", numbers, of_samples(training, scores, rates), 0.0
-
-
-def rates_of(training: Training) -> list[float]:
-    """The learning rate of each step."""
-    return [state[1]["param_groups"][0]["lr"] for _, state in sorted(training.states.items())]
-
-
 def measured(training: Training, truths: tuple[Tensor, ...], scores: Scores) -> Iterator[tuple[str, metrics.Estimate]]:
     """Yield (truth, rank correlation with it)."""
     for what, found, truth in zip(("step", "sample"), scores[:2], truths[:2], strict=True):
@@ -169,43 +150,54 @@ def sketches(name: str) -> dict[str, dropinf.Sketch]:
     return found
 
 
+def recordings(training: Training) -> Iterator[tuple[str, int, Scores, float]]:
+    """Yield what recorded runs on each mask foresee, with what is recorded beside the rows."""
+    for mask, sketch in sketches(training.task.name).items():
+        for losses, drawn in ((False, 0), (True, 0), (False, 4)):
+            if losses and training.task.train[0].dtype == torch.int64:
+                continue  # of several labels a sample
+            for method, numbers, scores, seconds in recorded(training, sketch, losses, drawn):
+                yield f"{method}, {mask}", numbers, scores, seconds
+
+
+def others(training: Training) -> Iterator[tuple[str, int, Scores, float]]:
+    """Yield what all others foresee."""
+    rates = [state[1]["param_groups"][0]["lr"] for _, state in sorted(training.states.items())]
+    for method, numbers, every in contenders(training):
+        yield method, numbers, of_samples(training, every, rates), 0.0
+
+
+def rows_of(training: Training) -> Iterator[list[dict[str, str]]]:
+    """Yield the rows of each contender."""
+    model, _, _ = training.run(keep=True)
+    base = training.task.losses(model)
+    folder, name, seed = KEPT, training.task.name, training.seed
+    truths = (
+        kept(folder / f"{name}-steps-{seed}.npy", lambda: left_out_of_steps(training, base)),
+        kept(folder / f"{name}-samples-{seed}.npy", lambda: left_out(training, base)),
+        kept(folder / f"{name}-halves-{seed}.npy", lambda: on_halves(training)),
+    )
+    for method, numbers, scores, seconds in itertools.chain(recordings(training), others(training)):
+        rows = []
+        for what, found in measured(training, truths, scores):
+            values = [f"{float(v):.4f}" for v in (found.value, found.low, found.high)]
+            about = (name, str(seed), method, str(numbers), what, *values, f"{seconds:.2f}")
+            rows.append(dict(zip(FIELDS, about, strict=True)))
+        yield rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=NAMES)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = read_rows(TABLE)
     for seed in range(arguments.seeds):
-        training = Training(task(arguments.task), seed)
-        model, _, _ = training.run(keep=True)
-        base = training.task.losses(model)
-        folder = OUT / arguments.task
-        truths = (
-            kept(folder / f"steps-{seed}.npy", lambda: left_out_of_steps(training, base)),  # noqa: B023
-            kept(folder / f"samples-{seed}.npy", lambda: left_out(training, base)),  # noqa: B023
-            kept(folder / f"halves-{seed}.npy", lambda: on_halves(training)),  # noqa: B023
-        )
-        contenders: list[tuple[str, Iterator[tuple[str, int, Scores, float]]]] = []
-        for mask, sketch in sketches(arguments.task).items():
-            for losses, drawn in ((False, 0), (True, 0), (False, 4)):
-                if losses and training.task.train[0].dtype == torch.int64:
-                    continue  # of several labels a sample
-                contenders.append((mask, recorded(training, sketch, losses, drawn)))
-        wide = dropinf.Dropout(32)
-        contenders.append(("factorized", last_checkpoint(training, wide, rates_of(training))))
-        for mask, every in contenders:
-            for method, numbers, scores, seconds in every:
-                name = f"{method}, {mask}"
-                rows = [r for r in rows if (r["task"], r["seed"], r["method"]) != (arguments.task, str(seed), name)]
-                line = []
-                for what, found in measured(training, truths, scores):
-                    values = [f"{float(v):.4f}" for v in (found.value, found.low, found.high)]
-                    about = (arguments.task, str(seed), name, str(numbers), what, *values, f"{seconds:.2f}")
-                    rows.append(dict(zip(FIELDS, about, strict=True)))
-                    line.append(f"{what} {found.value:.3f}")
-                print(f"{arguments.task} seed {seed}: {name}, {numbers} numbers: {', '.join(line)}", flush=True)
-                write_rows(TABLE, FIELDS, rows)
+        rows = [r for r in read_rows(TABLE) if (r["task"], r["seed"]) != (arguments.task, str(seed))]
+        for found in rows_of(Training(task(arguments.task), seed)):
+            rows += found
+            print(*found[0].values(), *(f"{r['truth']} {r['spearman']}" for r in found[1:]), flush=True)
+        write_rows(TABLE, FIELDS, rows)
 
 
 if __name__ == "__main__":
