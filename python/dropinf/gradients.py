@@ -61,16 +61,16 @@ RunKind = Literal["adamw", "tracin"]
 class StepScores(NamedTuple):
     """What each sample did in each step; positive: its part of the step lowered the query's loss."""
 
-    values: Tensor  # [Q, rows]
+    values: Tensor  # [Q, rows], or [rows]
     ids: list[str]  # of each row
     steps: Tensor  # [rows], int64
 
     def by_id(self) -> tuple[Tensor, list[str]]:
-        """Return the sums over steps of each sample [Q, N], and the samples' ids, in the order of their first step."""
+        """Return the sums over steps of each sample [Q, N], or [N], and the samples' ids, as they first came."""
         place: dict[str, int] = {}
         at = torch.tensor([place.setdefault(name, len(place)) for name in self.ids], dtype=torch.int64)
-        found = self.values.new_zeros(len(self.values), len(place))
-        return found.index_add_(1, at, self.values), list(place)
+        found = self.values.new_zeros(*self.values.shape[:-1], len(place))
+        return found.index_add_(-1, at, self.values), list(place)
 
 
 @runtime_checkable

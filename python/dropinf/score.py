@@ -83,6 +83,7 @@ def score(
     train: Traced,
     *,
     kind: RunKind,
+    reduce: Reduce | None = ...,
     curvature: bool = ...,
     gamma: float = ...,
     window: int = ...,
@@ -120,7 +121,7 @@ def score(
         largest: with `top`, whether the best are the proponents (most positive, descending) or the opponents
             (most negative, ascending).
         reduce: "mean" or "max": one score per sample over all queries, `[N]`, as of a validation set. The matrix is
-            never formed.
+            never formed. Of a recorded run, "mean".
         out: write the matrix `[Q, N]` to this .npy file, complete once it has its name, and return it mapped: neither
             it nor `train` need fit in memory.
         group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
@@ -136,9 +137,9 @@ def score(
             gradients or a Fisher of different models, or a Fisher matrix that is singular with its damping.
     """
     if isinstance(train, Traced):
-        if not (fisher is None and top is None and out is None and group is None and reduce is None):
-            raise ValueError("train is a recorded run, which takes no fisher, top, reduce, out or group; see kind")
-        return train.score(query, cast("RunKind", kind), other_model=other_model, **of_run)
+        if not (fisher is None and top is None and out is None and group is None):
+            raise ValueError("train is a recorded run, which takes no fisher, top, out or group; see kind")
+        return train.score(query, cast("RunKind", kind), reduce=reduce, other_model=other_model, **of_run)
     if of_run:
         raise TypeError(f"score got {', '.join(of_run)}, which are of recorded runs, and train is {train!r}")
     kind = cast("ScoreKind", kind)

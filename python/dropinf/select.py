@@ -81,6 +81,7 @@ def _values(
         scores = scores.score(target, "adamw" if scores.kind is not None else "tracin")
     if isinstance(scores, StepScores):
         values, names = scores.by_id()
+        values = values if values.ndim == 2 else values[None]
         if ids is not None:
             raise ValueError("ids: the scores of a run have their own")
         return values, names

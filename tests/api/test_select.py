@@ -73,7 +73,7 @@ def test_bad_selections(options, message) -> None:
         dropinf.select(torch.tensor([1.0, float("nan")]), budget=1)
 
 
-def test_a_run_is_selected_from(tmp_path) -> None:
+def recorded(tmp_path):
     net = model()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     with dropinf.record(net, dropinf.Dropout(4), optimizer, out=tmp_path) as run:
@@ -82,7 +82,11 @@ def test_a_run_is_selected_from(tmp_path) -> None:
             run.samples(f"sample {i}" for i in range(8))
             losses(net, batch(0)).mean().backward()
             optimizer.step()
-    query = dropinf.Compressor.from_masks(run.masks, net, losses).compress([batch(9)])
+    return dropinf.Compressor.from_masks(run.masks, net, losses).compress([batch(9)]), run
+
+
+def test_a_run_is_selected_from(tmp_path) -> None:
+    query, run = recorded(tmp_path)
     found = dropinf.select(run, target=query, keep=0.25)
     sums, ids = dropinf.score(query, run, kind="adamw").by_id()
     best = sums.mean(0).argsort(descending=True)[:2].tolist()
@@ -172,6 +176,16 @@ def test_one_score_a_sample_over_all_queries() -> None:
     for options in ({"reduce": "median"}, {"reduce": "mean", "top": 3}):
         with pytest.raises(ValueError, match="reduce must be one of mean, max"):
             dropinf.score(query, train, fisher, **options)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "tracin"])
+def test_one_score_a_sample_of_a_run_over_all_queries(kind: str, tmp_path) -> None:
+    query, run = recorded(tmp_path)
+    whole, one = (dropinf.score(query, run, kind=kind, reduce=reduce) for reduce in (None, "mean"))
+    torch.testing.assert_close(one.values, whole.values.mean(0))
+    assert (one.ids, one.steps.tolist()) == (whole.ids, whole.steps.tolist())
+    torch.testing.assert_close(one.by_id()[0], whole.by_id()[0].mean(0))
+    assert dropinf.select(one, keep=0.3).ids == dropinf.select(whole, keep=0.3).ids
 
 
 def test_the_most_harmful_samples_of_a_step_are_dropped(tmp_path) -> None:

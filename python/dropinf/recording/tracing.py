@@ -52,6 +52,7 @@ def score_run(
     curvature: bool = True,
     gamma: float = 1.0,
     window: int = 0,
+    reduce: str | None = None,
     other_model: bool = False,
 ) -> StepScores:
     """Score each sample's part of each step of a recorded run for every query.
@@ -69,6 +70,7 @@ def score_run(
             says little: a sample's effect on the loss at the end is mostly what later steps make of it.
         gamma: times the curvature.
         window: of the steps before and behind each, whose rows' curvature is averaged with its own.
+        reduce: "mean": one score of each sample's part of each step over all queries, [rows], at the cost of one query.
         other_model: let the queries be of other weights than those that the run ended with.
 
     Raises:
@@ -90,14 +92,18 @@ def score_run(
         raise ValueError(f"gamma is {gamma}; it must be a finite number, 0 or more")
     if not len(run):
         raise ValueError(f"run: {run.path} holds no step")
+    if reduce not in (None, "mean"):
+        raise ValueError(f"reduce must be 'mean' for a recorded run, whose scores add up over steps, got {reduce!r}")
     wanted = torch.cat([part.flat.double().cpu() for _, part in query.blocks(4096)])
+    if reduce is not None:
+        wanted = wanted.mean(0, keepdim=True)  # scores are linear in it
     if kind == "tracin":
         found = list(_tracin(wanted, run))
     else:
         found = list(_adamw(wanted, run, curvature, gamma, window))[::-1]
     values = torch.cat([values.float() if query.dtype != torch.float64 else values for _, _, values in found], 1)
     steps = torch.tensor([i for i, step, _ in found for _ in step], dtype=torch.int64)
-    return StepScores(values, [name for _, ids, _ in found for name in ids], steps)
+    return StepScores(values if reduce is None else values[0], [name for _, ids, _ in found for name in ids], steps)
 
 
 def _check_end(query: GradientSource, run: TracedRun) -> None:
