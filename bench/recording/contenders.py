@@ -44,7 +44,7 @@ def gauss_newton(training: Training) -> Found:
     """The same with the Gauss-Newton matrix of all training samples, whole."""
     model, _, _ = training.run()
     train, query = rows(training.task, model, dropinf.Identity())
-    matrix = _curvature(training.task, model, list(train.keys()))
+    matrix = _curvature(training.task, model, list(train.shapes))
     values, vectors = torch.linalg.eigh(matrix)
     mean = float(values.mean())
     left, right = (x.flat.double() @ vectors for x in (query, train))

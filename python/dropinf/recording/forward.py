@@ -215,13 +215,13 @@ class Prover:
             raise wrong_layers(wrong)
 
 
-def look_of(model: nn.Module, args: Any, kwargs: Any, n: int) -> Any:
-    """Return by what forwards are alike before they run: how their inputs' sizes go with the samples."""
+def look_of(args: Any, kwargs: Any, n: int) -> Any:
+    """Return by what the inputs of forwards are alike before they run: how their sizes go with the samples."""
     sizes = [
         tuple("n" if s == n else "one" if s == 1 else "multiple" if s % n == 0 else "other" for s in t.shape)
         for t in tensors((args, kwargs))
     ]
-    return n == 1, tuple(sizes), modes_of(model)
+    return n == 1, tuple(sizes)
 
 
 def modes_of(model: nn.Module) -> Any:

@@ -51,6 +51,7 @@ class Taking:
         self._loose: set[Any] = set()  # paths of forwards whose samples may meet, or go where the data says
         self._asked: list[tuple[Any, Proven, TrainingPass, Any, Any]] = []  # forwards of which it is not known
         self._guard: UseGuard | None = None  # of the forward that runs
+        self._modes: Any = None  # of the forward that runs
         self._forwards, self._warned = 0, False
         self._handles: list[Any] = []
 
@@ -151,7 +152,8 @@ class Taking:
         self.gathered.settle()
         samples = Samples(named.n, named.cu_seqlens)
         self._forwards += 1
-        look = look_of(model, args, kwargs, named.n)
+        self._modes = modes_of(model)
+        look = look_of(args, kwargs, named.n), self._modes
         if look not in self._looks:
             shared = self.prover.discover(args, kwargs, samples)
             if shared:
@@ -212,7 +214,7 @@ class Taking:
         path = None if guard.unforeseen else movement.fingerprint()
         shapes = tuple(x.shape for x in tensors((args, kwargs)))
         cu = None if named.cu_seqlens is None else tuple(named.cu_seqlens.tolist())
-        alike = path, movement.sizes, named.n, shapes, cu, modes_of(model)
+        alike = path, movement.sizes, named.n, shapes, cu, self._modes
         known = self._proven.get(alike) if path is not None else None
         if known is None or known.blank or is_due(self._forwards):
             found = self.prover.look(current, out)
