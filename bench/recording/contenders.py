@@ -44,7 +44,8 @@ def gauss_newton(training: Training) -> Found:
     """The same with the Gauss-Newton matrix of all training samples, whole."""
     model, _, _ = training.run()
     train, query = rows(training.task, model, dropinf.Identity())
-    matrix = _curvature(training.task, model, list(train.shapes))
+    layers = dropinf.Compressor(model, dropinf.Identity(), training.task.loss_fn).layers
+    matrix = _curvature(training.task, model, [layers[name].parameter for name in train.shapes])
     values, vectors = torch.linalg.eigh(matrix)
     mean = float(values.mean())
     left, right = (x.flat.double() @ vectors for x in (query, train))
@@ -53,7 +54,7 @@ def gauss_newton(training: Training) -> Found:
 
 
 def _curvature(found: Task, model: nn.Module, names: list[str]) -> Tensor:
-    """The mean over training samples of J' (diag(p) - p p') J, of the logits' Jacobian J, in the order of the rows."""
+    """The mean over training samples of J' (diag(p) - p p') J, of the logits' Jacobian J, by parameters' names."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def logits(weights: dict[str, Tensor], x: Tensor) -> Tensor:

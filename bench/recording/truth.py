@@ -37,6 +37,7 @@ FIELDS = ("task", "seed", "method", "numbers", "truth", "spearman", "low", "high
 # Steps, and samples of each that are left out of one; samples left out of all; halves of the data that are trained on.
 STEPS, EACH, SAMPLES, SUBSETS = 20, 3, 40, 40
 BEGINNINGS = 3  # of the trainings on each half
+WHOLE = "whole gradients"
 Scores = tuple[Tensor, Tensor, Tensor]  # [Q, pairs] of steps, [Q, samples], [Q, N]
 
 
@@ -147,15 +148,16 @@ def sketches(name: str) -> dict[str, dropinf.Sketch]:
     found: dict[str, dropinf.Sketch] = {"factorized": dropinf.Dropout(k), "flat": dropinf.Dropout(flat, mode="flat")}
     if name == "gpt-brown-smooth":  # as many numbers as the last checkpoint's rows have
         found["factorized, large"] = dropinf.Dropout(32)
-    return found
+    return found | {WHOLE: dropinf.Identity()}
 
 
 def recordings(training: Training) -> Iterator[tuple[str, int, Scores, float]]:
     """Yield what recorded runs on each mask foresee, with what is recorded beside the rows."""
     for mask, sketch in sketches(training.task.name).items():
         for losses, drawn in ((False, 0), (True, 0), (False, 4)):
-            if losses and training.task.train[0].dtype == torch.int64:
-                continue  # of several labels a sample
+            words = training.task.train[0].dtype == torch.int64  # of several labels a sample
+            if (losses and words) or (mask == WHOLE and not (drawn if words else losses)):
+                continue
             for method, numbers, scores, seconds in recorded(training, sketch, losses, drawn):
                 yield f"{method}, {mask}", numbers, scores, seconds
 
