@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import dropinf
-from dropinf.recording.adjoint import Curvature, bent, effects
+from dropinf.recording.adjoint import Curvature, Past, bent, effects
+from dropinf.recording.optimizers import AdamUpdate, Columns
 
 SAMPLES, STEPS, MICRO, CLIP = 6, 10, 2, 0.7
 OPTIMIZERS = {
@@ -244,3 +245,24 @@ def test_scores_of_a_steep_run_are_finite(tmp_path) -> None:
         found = dropinf.score(query.compress([x]), run, kind="adamw", gamma=gamma)
         assert found.values.isfinite().all()
         assert math.isfinite(float(found.by_id()[0].abs().max()))
+
+
+@pytest.mark.parametrize("step", [1, 2, 9])
+def test_no_sample_turns_an_update_by_more_than_there_is_of_it(step: int) -> None:
+    """Rows that cancel by chance leave Adam a derivative of up to 1 / eps; leaving one out turns the update once."""
+    group = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "decoupled": 1.0}
+    update = AdamUpdate(Columns([3], [0]), [group], [step])
+    rows = torch.tensor([[1e-3, 1e-3, 1e-3], [-1e-3 + 1e-9, 2e-3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    gradient, query = rows.sum(0), torch.tensor([[3.0, 2.0, 1.0], [-1.0, 0.5, 0.0]], dtype=torch.float64)
+
+    def found(curvature) -> torch.Tensor:
+        state = update.advance([torch.zeros(3).double()] * 2, gradient, None)
+        past = Past(update, gradient, state, None, 1.0, rows)
+        ((_, values),) = effects(query, iter([(0, past)]), torch.ones(3).double(), curvature)
+        return values
+
+    none = Curvature(torch.zeros(1, 3).double(), torch.zeros(1).double())
+    most = 2 * 0.1 * 0.1 / (1 - 0.9**step) * ((1 - 0.999**step) / 0.001) ** 0.5 * query.abs().sum(1, keepdim=True)
+    assert (found(lambda _: none).abs() <= most).all()
+    assert (found(None).abs() > 100 * most)[:, :2].all()
+    torch.testing.assert_close(found(lambda _: none)[:, 2], torch.zeros(2).double())

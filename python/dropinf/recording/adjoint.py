@@ -92,14 +92,17 @@ def effects(
         steps: (number, step), the last first.
         scale: how many of the model's weights each column stands for [K]: products over the columns, times this, are
             estimates of those over all weights.
-        curvature: of the loss of a step; None: its gradient is taken not to depend on the weights.
+        curvature: of the loss of a step; None: its gradient is taken not to depend on the weights, and derivatives are
+            taken as they are, though an update changes by no more than there is of it.
         product: in its place, the Hessian of a step's loss times a matrix [Q, K].
     """
     adjoint: Adjoint | None = None
     for number, step in steps:
         if adjoint is None:
             adjoint = Adjoint(query, [torch.zeros_like(query) for _ in step.update.names])
-        back = step.update.back(adjoint, step.state, step.gradient, step.weights)
+        plain = curvature is None and product is None  # the optimizer's algebra alone
+        part = None if plain else step.rows.abs().amax(0) * step.clipped
+        back = step.update.back(adjoint, step.state, step.gradient, step.weights, part)
         gradient = through_clipping(back.gradient, step.clipped, step.gradient, scale)
         yield number, -(gradient * scale) @ step.rows.T
         adjoint = back.before

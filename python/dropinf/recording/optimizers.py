@@ -105,9 +105,21 @@ class Update:
         after = self._advance(state, self.decayed(gradient, weights))
         return [self._only(new, old) for new, old in zip(after, state, strict=True)]
 
-    def back(self, adjoint: Adjoint, after: list[Tensor], gradient: Tensor, weights: Tensor | None) -> Back:
-        """Return what the step gives back. ``after``: the state behind it; ``gradient`` [K]: what the optimizer got."""
-        found = self._back(adjoint, after, self.decayed(gradient, weights))
+    def back(
+        self,
+        adjoint: Adjoint,
+        after: list[Tensor],
+        gradient: Tensor,
+        weights: Tensor | None,
+        part: Tensor | None = None,
+    ) -> Back:
+        """Return what the step gives back. ``after``: the state behind it; ``gradient`` [K]: what the optimizer got.
+
+        ``part`` [K]: the largest part of the gradient that is one sample's. Where the derivative would have it change
+        an update by more than an update can be, as where parts cancel by chance in Adam's first step, it is cut down.
+        None: it is the derivative everywhere.
+        """
+        found = self._back(adjoint, after, self.decayed(gradient, weights), part)
         before = Adjoint(
             self._only(found.before.weights, adjoint.weights),
             [self._only(new, old) for new, old in zip(found.before.state, adjoint.state, strict=True)],
@@ -131,7 +143,7 @@ class Update:
     def _advance(self, state: list[Tensor], g: Tensor) -> list[Tensor]:
         raise NotImplementedError
 
-    def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor) -> Back:
+    def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor, part: Tensor | None) -> Back:
         raise NotImplementedError
 
 
@@ -144,16 +156,20 @@ class AdamUpdate(Update):
         (m, v), b1, b2 = state, self.of("beta1"), self.of("beta2")
         return [b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g]
 
-    def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor) -> Back:
+    def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor, part: Tensor | None) -> Back:
         (m, v), (of_m, of_v), b1, b2 = after, adjoint.state, self.of("beta1"), self.of("beta2")
         c1, c2 = 1 - b1**self.count, 1 - b2**self.count
         root = (v / c2).sqrt()
         moved = root > 0  # no gradient so far: the update has no derivative, and rows are zero
         gain = self.of("lr") / c1 / (root + self.of("eps"))  # of a moment, into the weights
         slope = torch.where(moved, gain * m / (root + self.of("eps")) / (2 * c2 * root.clamp(min=1e-300)), 0)
+        own = (2 * (1 - b2) * g * slope - (1 - b1) * gain) * moved
+        if part is not None:
+            most = 2 * self.of("lr") * (1 - b1) / c1 * (c2 / (1 - b2)) ** 0.5
+            own = torch.where(own.abs() * part > most, own.sign() * most / part, own)
+        gradient = adjoint.weights * own + ((1 - b1) * of_m + 2 * (1 - b2) * g * of_v) * moved
         of_m = of_m - adjoint.weights * gain
         of_v = of_v + adjoint.weights * slope
-        gradient = ((1 - b1) * of_m + 2 * (1 - b2) * g * of_v) * moved
         decoupled = [g["weight_decay"] * g["lr"] * g["decoupled"] for g in self.groups]
         kept = 1 - self.columns.spread([decoupled[i] for i in self.columns.groups])
         weights = adjoint.weights * kept + self._coupled * gradient
@@ -183,7 +199,7 @@ class SGDUpdate(Update):
     def _advance(self, state: list[Tensor], g: Tensor) -> list[Tensor]:
         return [self._carried * state[0] + self._taken * g]
 
-    def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor) -> Back:  # noqa: ARG002
+    def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor, part: Tensor | None) -> Back:  # noqa: ARG002
         nesterov, lr = self._wide("nesterov"), self.of("lr")
         through = torch.where(nesterov > 0, self._wide("momentum"), 1.0)
         of_buffer = adjoint.state[0] - lr * through * adjoint.weights

@@ -67,7 +67,9 @@ def score_run(
             "tracin" is the dot product of rows and queries, times the step's learning rate (Pruthi et al. 2020, arXiv
             2002.08484).
         curvature: False takes each step's gradient not to depend on the weights. It is then Adam's algebra alone, which
-            says little: a sample's effect on the loss at the end is mostly what later steps make of it.
+            says little: a sample's effect on the loss at the end is mostly what later steps make of it. Adam's
+            derivative is then taken as it is where the samples of a first step cancel; else it is cut down to what an
+            update can change by.
         gamma: times the curvature.
         window: of the steps before and behind each, whose rows' curvature is averaged with its own.
         reduce: "mean": one score of each sample's part of each step over all queries, [rows], at the cost of one query.
