@@ -280,7 +280,7 @@ TOUCHES: dict[str, tuple[Callable, str]] = {
     "negated": (lambda _s, m, _o: [p.grad.neg_() for p in m.parameters()], "sign was changed"),
     "state cleared": (
         lambda s, _m, o: s == 2 and o.state.clear(),
-        "its exp_avg is not what the recorded gradients make",
+        "not where the recorded steps lead",
     ),
     "a later hook": (
         lambda s, m, o: (

@@ -31,8 +31,8 @@ class Past:
     """One step on the mask, for the pass backwards.
 
     ``gradient`` [K]: what the optimizer got; ``state``: its moments [K] after the step; ``weights`` [K]: before it,
-    where they decay by their gradient; ``clipped``: the factor by which gradients were clipped; ``rows`` [n, K]: each
-    sample's part of the gradient before clipping.
+    where they decay by their gradient; ``clipped``: the factor by which gradients were clipped, and ``norm`` what the
+    norm of all of them was; ``rows`` [n, K]: each sample's part of the gradient before clipping.
     """
 
     update: Update
@@ -41,23 +41,23 @@ class Past:
     weights: Tensor | None
     clipped: float
     rows: Tensor
+    norm: float = 0.0
 
 
 Product = Callable[[int, Tensor], Tensor]  # (step, [Q, K]) -> the Hessian of its loss times each
 
 
-def through_clipping(gradient: Tensor, clipped: float, after: Tensor, scale: Tensor) -> Tensor:
+def through_clipping(gradient: Tensor, clipped: float, after: Tensor, scale: Tensor, norm: float) -> Tensor:
     """Return the adjoint of a gradient before it was clipped to a norm, [Q, K], from that of ``after`` [K].
 
-    ``scale`` [K]: how many of the weights each column stands for.
+    ``scale`` [K]: how many of the weights each column stands for. ``norm``: of the whole gradient before.
     """
     if clipped >= 1 or clipped == 0:
         return gradient * clipped
     before = after / clipped
-    size = float((before * before * scale).sum().sqrt())
-    if size == 0:
+    if norm == 0:
         return gradient * clipped
-    along = (gradient * scale) @ before / (size * (size + _NORM_EPS))
+    along = (gradient * scale) @ before / (norm * (norm + _NORM_EPS))
     return clipped * (gradient - along[:, None] * before)
 
 
@@ -103,7 +103,7 @@ def effects(
         plain = curvature is None and product is None  # the optimizer's algebra alone
         part = None if plain else step.rows.abs().amax(0) * step.clipped
         back = step.update.back(adjoint, step.state, step.gradient, step.weights, part)
-        gradient = through_clipping(back.gradient, step.clipped, step.gradient, scale)
+        gradient = through_clipping(back.gradient, step.clipped, step.gradient, scale, step.norm)
         yield number, -(gradient * scale) @ step.rows.T
         adjoint = back.before
         if product is not None:

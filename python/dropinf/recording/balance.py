@@ -82,9 +82,10 @@ class Balance:
             )
         return 1.0 if abs(clipped - 1) < _UNCHANGED else clipped
 
-    def check_norm(self, gradients: list[Tensor]) -> None:
-        """Raise AttributionError where gradients that are smaller than backward made them are not clipped to one norm.
+    def check_norm(self, gradients: list[Tensor]) -> float:
+        """Return the norm of all gradients, which are smaller than backward made them.
 
+        Raises AttributionError where they are not clipped to one norm.
         A factor of another kind does not depend on the gradients, and the pass backwards would be wrong by that.
         """
         norm = float(torch.stack([x.norm().double().cpu() for x in gradients]).norm())
@@ -94,3 +95,4 @@ class Balance:
                 f"run: gradients were made smaller between backward and optimizer.step(), to a norm of {norm:.4g} now "
                 f"and of {before:.4g} before, which clipping to one norm does not do; divide the loss instead"
             )
+        return norm

@@ -23,7 +23,7 @@ from ..capture.labels import Labels
 from ..capture.ladder import AttributionError
 from ..capture.layer import Layer
 from ..capture.passes import Call, Pass
-from ..capture.preserved import Attributes, Start
+from ..capture.preserved import Attributes, Start, renormalised
 from ..capture.recorders import Compression
 from ..capture.samples import Layout, Samples
 from ..capture.shared import constant, outputs_of
@@ -115,6 +115,10 @@ class Prover:
         """Return a pass of some samples."""
         return TrainingPass(Compression(self.layers), samples, self._anchor, parameters=list(self.parameters.values()))
 
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Start:
+        """Return what a forward beside the user's must leave as it was."""
+        return Start(Attributes(self.model), (args, kwargs), copied=True, changed=renormalised(self.model))
+
     def discover(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples) -> set[str]:
         """Return the layers whose output all samples share, as a table of positions; found beside the user's forward.
 
@@ -122,7 +126,7 @@ class Prover:
         """
         if self.mixing or samples.n == 1:
             return set()
-        start = Start(Attributes(self.model), (args, kwargs), copied=True)
+        start = self._start(args, kwargs)
         current = self.new_pass(samples)
         try:
             with torch.enable_grad(), self.capture.running(current):
@@ -160,7 +164,7 @@ class Prover:
         samples = current.samples
         if self.mixing or samples.n == 1:
             return True
-        start = Start(Attributes(self.model), (args, kwargs), copied=True)
+        start = self._start(args, kwargs)
         uses = {name: use for name, use in self.capture.uses.items() if use.plans}
 
         def shown(labels: Labels) -> Shown:

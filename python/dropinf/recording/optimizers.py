@@ -18,12 +18,17 @@ Number = float | Tensor  # one for all columns, or one for each [K]
 _ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay")
 _SGD = ("lr", "momentum", "dampening", "weight_decay")
 # Settings that make an update another than the one below.
-_OTHERS = {"amsgrad": False, "maximize": False, "differentiable": False}
+_OTHERS = {"amsgrad": False, "differentiable": False}
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> tuple[Kind | None, str]:
     """Return which update an optimizer makes, and where it is none that is known, why."""
     name = type(optimizer).__name__
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: {name} has maximize=True, and samples' parts would count the other way round; minimize the "
+            "negative loss"
+        )
     if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         return None, f"{name} is none of AdamW, Adam and SGD"
     for group in optimizer.param_groups:
@@ -131,6 +136,10 @@ class Update:
     def _only(self, new: Tensor, old: Tensor) -> Tensor:
         return new if self.live is None else torch.where(self.live, new, old)
 
+    def move(self, after: list[Tensor], gradient: Tensor, weights: Tensor) -> Tensor:
+        """Return the weights [K] behind the step. ``after``: the state behind it; ``weights``: before it."""
+        return self._only(self._move(after, self.decayed(gradient, weights), weights), weights)
+
     def decayed(self, gradient: Tensor, weights: Tensor | None) -> Tensor:
         """Return the gradient with the part of weight decay that goes through it."""
         return gradient if weights is None else gradient + self._coupled * weights
@@ -141,6 +150,9 @@ class Update:
         return self.columns.spread([found[i] for i in self.columns.groups])
 
     def _advance(self, state: list[Tensor], g: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _move(self, after: list[Tensor], g: Tensor, weights: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor, part: Tensor | None) -> Back:
@@ -170,10 +182,19 @@ class AdamUpdate(Update):
         gradient = adjoint.weights * own + ((1 - b1) * of_m + 2 * (1 - b2) * g * of_v) * moved
         of_m = of_m - adjoint.weights * gain
         of_v = of_v + adjoint.weights * slope
-        decoupled = [g["weight_decay"] * g["lr"] * g["decoupled"] for g in self.groups]
-        kept = 1 - self.columns.spread([decoupled[i] for i in self.columns.groups])
-        weights = adjoint.weights * kept + self._coupled * gradient
+        weights = adjoint.weights * self._kept + self._coupled * gradient
         return Back(gradient, Adjoint(weights, [b1 * of_m, b2 * of_v]), (1 - b1) * gain * moved)
+
+    @property
+    def _kept(self) -> Number:
+        """What decay leaves of the weights."""
+        decoupled = [g["weight_decay"] * g["lr"] * g["decoupled"] for g in self.groups]
+        return 1 - self.columns.spread([decoupled[i] for i in self.columns.groups])
+
+    def _move(self, after: list[Tensor], g: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+        m, v = after
+        c1, c2 = 1 - self.of("beta1") ** self.count, 1 - self.of("beta2") ** self.count
+        return weights * self._kept - self.of("lr") / c1 * m / ((v / c2).sqrt() + self.of("eps"))
 
 
 class SGDUpdate(Update):
@@ -198,6 +219,10 @@ class SGDUpdate(Update):
 
     def _advance(self, state: list[Tensor], g: Tensor) -> list[Tensor]:
         return [self._carried * state[0] + self._taken * g]
+
+    def _move(self, after: list[Tensor], g: Tensor, weights: Tensor) -> Tensor:
+        ahead = self._wide("nesterov") > 0
+        return weights - self.of("lr") * torch.where(ahead, g + self._wide("momentum") * after[0], after[0])
 
     def _back(self, adjoint: Adjoint, after: list[Tensor], g: Tensor, part: Tensor | None) -> Back:  # noqa: ARG002
         nesterov, lr = self._wide("nesterov"), self.of("lr")

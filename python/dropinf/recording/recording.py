@@ -223,7 +223,7 @@ class Recording(Run):
             if kind is None:
                 taking.writer.check_end()
             if self._world.rank == 0:
-                self.save_end(identity(self.model))
+                self.save_end(identity(self.model), len(self._files[0]))
         for file in self._files:
             file.refresh()
 

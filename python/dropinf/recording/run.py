@@ -100,7 +100,8 @@ class Run:
 
     def ids(self, step: int) -> list[str]:
         """Return the ids of a step's samples, in the order of its rows."""
-        return [name for file in self._files for name in file.read(step, ("gradient",)).ids]
+        self._check_place(step)
+        return [name for file in self._files for name in file.read(step).ids]
 
     def rows(self, step: int) -> Tensor:
         """Return each sample's part of a step's gradient [n, K], before clipping."""
@@ -123,6 +124,12 @@ class Run:
             found.append(at)
             at = self.drawn_at(at)
         return found[::-1]
+
+    def update(self, step: Step) -> Update:
+        """Return what the optimizer does in a step. Raises ValueError of a run with rows alone."""
+        if self.kind is None:
+            raise ValueError(f"run: it has rows alone: {self.rows_alone}")
+        return UPDATES[self.kind](self.columns, step.groups, step.counts)
 
     def _check_place(self, i: int) -> None:
         if not 0 <= i < len(self):
@@ -148,11 +155,7 @@ class Run:
 
     def _advanced(self, step: Step, state: list[Tensor]) -> list[Tensor]:
         weights = None if step.weights is None else step.weights.double()
-        return self._update(step).advance(state, step.gradient.double(), weights)
-
-    def _update(self, step: Step) -> Update:
-        assert self.kind is not None
-        return UPDATES[self.kind](self.columns, step.groups, step.counts)
+        return self.update(step).advance(state, step.gradient.double(), weights)
 
     def backwards(self) -> Iterator[tuple[int, Step, Past]]:
         """Yield (number, step, what the pass backwards needs of it), the last first; one segment is in memory."""
@@ -167,17 +170,31 @@ class Run:
                 weights = None if step.weights is None else step.weights.double()
                 after = states[i - begin]
                 past = Past(
-                    self._update(step), step.gradient.double(), after, weights, step.clipped, step.rows.double()
+                    self.update(step),
+                    step.gradient.double(),
+                    after,
+                    weights,
+                    step.clipped,
+                    step.rows.double(),
+                    step.norm,
                 )
                 yield i, step, past
 
     def score(self, query: GradientSource, kind: RunKind = "adamw", **options: Any) -> StepScores:
         """Return the scores of each sample's part of each step; see `dropinf.recording.score_run` for the options."""
+        self._check_length()
         return score_run(query, self, kind, **options)
 
-    def save_end(self, model: str) -> None:
-        """Note the model that the run ended with, by its fingerprints."""
-        write_whole(self.path / END, json.dumps({"format": FORMAT, "model": model, "steps": len(self)}).encode())
+    def _check_length(self) -> None:
+        """Raise ValueError where steps of a run that was ended are missing."""
+        path = self.path / END
+        ended = _read(path).get("steps") if path.exists() else len(self)
+        if ended != len(self) or any(len(file) != len(self) for file in self._files):
+            raise ValueError(f"run: {self.path} holds {len(self)} steps, and ended with {ended}; restore a copy")
+
+    def save_end(self, model: str, steps: int) -> None:
+        """Note the model that the run ended with, by its fingerprints, and behind how many steps."""
+        write_whole(self.path / END, json.dumps({"format": FORMAT, "model": model, "steps": steps}).encode())
 
 
 def steps_name(rank: int) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files import read_header, serialize
 
-FORMAT = "dropinf-step-1"
+FORMAT = "dropinf-step-2"
 _PREFIX = 24  # bytes: the length, and a checksum of 16
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,7 +33,8 @@ class Step:
     layer, how many steps changed it, this one included, 0 where this one did not. ``share`` [n]: the weight of each
     sample's loss in the step's; ``losses`` [n], ``labels`` [n]: what is known of them. ``drawn`` [m, K]: rows of labels
     that were drawn from the model, with their ``drawn_share``; ``drawn_at``: the last step that has some, -1 for none.
-    ``state``: the optimizer's, before the step; ``weights`` [K], before it.
+    ``state``: the optimizer's, before the step; ``weights`` [K], before it. ``norm``: of all gradients, also of
+    what is not recorded, before they were clipped; 0 where they were not.
     """
 
     rows: Tensor
@@ -49,24 +50,33 @@ class Step:
     state: Sequence[Tensor] = field(default=())
     weights: Tensor | None = None
     drawn_at: int = -1
+    norm: float = 0.0
 
 
 _TENSORS = ("rows", "gradient", "share", "losses", "drawn", "drawn_share", "weights")
 
 
-def _encoded(step: Step) -> bytes:
+def _encoded(step: Step, number: int, before: str) -> bytes:
     tensors = {name: getattr(step, name) for name in _TENSORS if getattr(step, name) is not None}
     tensors |= {f"state{i}": x for i, x in enumerate(step.state)}
-    about = {name: getattr(step, name) for name in ("clipped", "drawn_at")}
+    about = {name: getattr(step, name) for name in ("clipped", "drawn_at", "norm")}
     about |= {name: list(getattr(step, name)) for name in ("ids", "groups", "counts")}
-    return serialize(tensors, {"format": FORMAT, **about})
+    return serialize(tensors, {"format": FORMAT, "number": number, "before": before, **about})
 
 
-def _decoded(data: memoryview, path: Path, wanted: Sequence[str] | None) -> Step:
-    """Return the step in a record, with the tensors that are ``wanted`` and empty rows in place of others."""
+def _decoded(data: memoryview, path: Path, wanted: Sequence[str] | None, number: int, before: str) -> Step:
+    """Return the step in a record, with the tensors that are ``wanted`` and empty rows in place of others.
+
+    Raises ValueError where it is not the step of that number, behind the record with the checksum ``before``.
+    """
     length = int.from_bytes(data[:8], "little")
     entries: dict[str, Any] = json.loads(bytes(data[8 : 8 + length]))
     header = read_header(entries.pop("__metadata__", None), path, FORMAT)
+    if (header.get("number"), header.get("before")) != (number, before):
+        raise ValueError(
+            f"{path}: what stands there as step {number} was not written as that, behind step {number - 1}; a step is "
+            "missing, was moved or written twice; restore a copy"
+        )
     found = {}
     for name, entry in entries.items():
         start, stop = (8 + length + x for x in entry["data_offsets"])
@@ -89,6 +99,7 @@ def _decoded(data: memoryview, path: Path, wanted: Sequence[str] | None) -> Step
         state=[found[name] for name in states],
         weights=found.get("weights"),
         drawn_at=header["drawn_at"],
+        norm=header["norm"],
     )
 
 
@@ -124,7 +135,7 @@ class StepFile:
 
     def append(self, step: Step) -> None:
         """Write a step behind the others."""
-        data = _encoded(step)
+        data = _encoded(step, len(self), self._checksum(len(self) - 1))
         prefix = len(data).to_bytes(8, "little") + xxhash.xxh3_128_digest(data)
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
@@ -135,6 +146,14 @@ class StepFile:
         finally:
             os.close(handle)
         self._places.append((self._end + _PREFIX, len(data)))
+
+    def _checksum(self, i: int) -> str:
+        """Return what is noted as a record's checksum; empty where there is none."""
+        if i < 0:
+            return ""
+        with open(self.path, "rb") as file:
+            file.seek(self._places[i][0] - 16)
+            return file.read(16).hex()
 
     def cut(self, count: int) -> None:
         """Keep the first steps alone, and nothing behind them."""
@@ -156,7 +175,7 @@ class StepFile:
                     raise ValueError(
                         f"{self.path}: step {i} is damaged, its bytes have another checksum; restore a copy"
                     )
-                return _decoded(data, self.path, wanted)
+                return _decoded(data, self.path, wanted, i, self._checksum(i - 1))
             finally:
                 data.release()
                 whole.release()

@@ -107,6 +107,10 @@ class Taking:
         last = self._last("losses")
         if losses.shape != (last.n,):
             raise ValueError(f"losses has shape {list(losses.shape)}; it must be [{last.n}], one for each sample")
+        if not bool((losses.isfinite() & (losses >= 0)).all()):
+            raise ValueError(
+                "losses has a number that is negative or not finite; it must be each label's cross-entropy"
+            )
         last.losses = losses.detach().float().cpu()
 
     def draw(self, loss: Tensor) -> None:
@@ -118,6 +122,11 @@ class Taking:
         try:
             torch.autograd.grad(loss, list(current.parameters), retain_graph=True, allow_unused=True)
             last.drawn = self._rows(last)
+            if not current.emitted or not bool(last.drawn.isfinite().all()):
+                raise ValueError(
+                    "drawn: no gradient of this loss reaches the layers of the last forward, or it is not finite; make "
+                    "it of what that forward returned"
+                )
         finally:
             current.recorder = kept
             current.emitted.clear()
@@ -194,6 +203,7 @@ class Taking:
         guard, self._guard = self._guard, None
         if guard is not None:
             guard.__exit__(None, None, None)
+            self.capture.changed.clear()  # what the user's own forward renormalises, stays
         return guard
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -316,15 +326,17 @@ class Taking:
         rows, given = rows[begin:], given[begin:]
         after, fused = self.gathered.joined(self.gathered.after), getattr(self.optimizer, "grad_scale", None)
         clipped = self.balance.clipped(self.loop.mean(before), after, scale if fused is None else 1.0)
-        if clipped < 1:
+        norm = 0.0
+        if 0 < clipped < 1:
             every = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-            self.balance.check_norm([g for g in every if g is not None])
+            norm = self.balance.check_norm([g for g in every if g is not None]) / clipped
+            norm = norm if fused is None else norm / float(fused)
         if scale != 1:
             rows = [x / scale for x in rows]
             for named in given:
                 named.drawn = None if named.drawn is None else named.drawn / scale
         gradient = after if fused is None else after / float(fused)  # which the optimizer divides by itself
-        self.writer.append(given, [x / self.loop.world.ranks for x in rows], gradient, clipped)
+        self.writer.append(given, [x / self.loop.world.ranks for x in rows], gradient, clipped, norm)
         self._forget()
 
     def _forget(self) -> None:
@@ -336,6 +348,6 @@ class Taking:
     def _scale(self) -> float:
         if self.loop.scaler is not None:
             return float(self.loop.scaler.get_scale())
-        if in_scaler():
+        if in_scaler() or getattr(self.optimizer, "grad_scale", None) is not None:  # a fused one takes it itself
             raise ValueError("scaler: a GradScaler makes the step; pass it: dropinf.record(..., scaler=scaler)")
         return 1.0

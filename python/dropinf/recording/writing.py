@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.targets import Target
+from .expected import Expected
 from .forward import TrainingPass
 from .gathered import Gathered
 from .optimizers import UPDATES, kind_of, settings_of
 from .run import SEGMENT, Run
 from .steps import Step
 
-_ROUNDED = 1e-2  # of the optimizer's state: half precision keeps so much of it
+_ROUNDED = 1e-2  # of the optimizer's state: gradients in half precision keep so much of it
+_ROUNDED_HALF = 0.2  # of one that is in half precision itself, which loses small changes, in so many steps
 
 
 @dataclass
@@ -74,6 +76,7 @@ class StepWriter:
         self._groups = [[*map(id, group["params"])] for group in self.optimizer.param_groups]
         self._momenta = self._momenta_now()
         self._drawn_at = run.drawn_at(len(run))
+        self._expected: Expected | None = None
 
     def _momenta_now(self) -> list[bool]:
         return [bool(group.get("momentum")) for group in self.optimizer.param_groups]
@@ -100,14 +103,13 @@ class StepWriter:
         if self._momenta_now() != self._momenta:
             raise ValueError("optimizer: it has momentum now, or no more; a recording takes either throughout")
 
-    def append(self, given: list[Named], rows: list[Tensor], gradient: Tensor, clipped: float) -> None:
-        """Write the step."""
+    def append(self, given: list[Named], rows: list[Tensor], gradient: Tensor, clipped: float, norm: float) -> None:
+        """Write the step. ``norm``: of all gradients before they were clipped; 0 where they were not."""
         changed = [target.tensor.grad is not None for target in self.targets.values()]
         self._counts = [count + here for count, here in zip(self._counts, changed, strict=True)]
         groups = [settings_of(self.run.kind, self.optimizer, group) for group in self.optimizer.param_groups]
         file = self.run._files[self.loop.world.rank]
         n = sum(named.n for named in given) * self.loop.world.ranks
-        decays = any(g.get("weight_decay", 0.0) and not g.get("decoupled", 0.0) for g in groups)
         losses = [named.losses for named in given]
         shares = [_each(named.share, named, 1 / n) / _each(named.labels, named, 1.0) for named in given]
         drawn = [(named.drawn, share) for named, share in zip(given, shares, strict=True) if named.drawn is not None]
@@ -115,42 +117,70 @@ class StepWriter:
         self._drawn_at = len(file) if drawn else self._drawn_at
         state = self._state() if self.run.kind is not None and len(file) % SEGMENT == 0 else []
         self._check_state(state)
-        file.append(
-            Step(
-                torch.cat(rows),
-                [x for named in given for x in named.ids],
-                gradient,
-                clipped,
-                groups,
-                [count if here else 0 for count, here in zip(self._counts, changed, strict=True)],
-                share=torch.cat(shares),
-                losses=None if any(x is None for x in losses) else torch.cat(losses),  # type: ignore[arg-type]
-                drawn=torch.cat([x for x, _ in drawn]) / self.loop.world.ranks if drawn else None,
-                drawn_share=torch.cat([share for _, share in drawn]) * part if drawn else None,
-                drawn_at=self._drawn_at,
-                state=state,
-                weights=self._weights() if decays and self.run.kind is not None else None,
-            )
+        weights = None if self.run.kind is None else self._weights()
+        step = Step(
+            torch.cat(rows),
+            [x for named in given for x in named.ids],
+            gradient,
+            clipped,
+            groups,
+            [count if here else 0 for count, here in zip(self._counts, changed, strict=True)],
+            share=torch.cat(shares),
+            losses=None if any(x is None for x in losses) else torch.cat(losses),  # type: ignore[arg-type]
+            drawn=torch.cat([x for x, _ in drawn]) / self.loop.world.ranks if drawn else None,
+            drawn_share=torch.cat([share for _, share in drawn]) * part if drawn else None,
+            drawn_at=self._drawn_at,
+            state=state,
+            weights=weights,
+            norm=norm,
         )
+        if weights is not None:
+            self._follow(step, weights)
+        file.append(step)
+
+    def _follow(self, step: Step, weights: Tensor) -> None:
+        """Compare the weights [K] with where the steps before should have led, and take this one."""
+        if self._expected is None:
+            exact = [torch.finfo(target.tensor.dtype).eps for target in self.targets.values()]
+            self._expected = Expected(list(self.targets), self.run.columns.widths, exact, self._state())
+            if len(self.run):
+                last = self.run.step(len(self.run) - 1)
+                assert last.weights is not None
+                self._expected.resume(self.run.update(last), last, self.run.state(len(self.run) - 1))
+        self._expected.check(weights)
+        self._expected.follow(self.run.update(step), step, weights)
 
     def check_end(self) -> None:
         """Raise ValueError where the gradients that were recorded do not make the state that the optimizer has."""
         if self.run.kind is not None:
             self._check_state(self._state())
+            if self._expected is not None:
+                self._expected.check(self._weights())
 
     def _check_state(self, state: Sequence[Tensor]) -> None:
         has_none = self.run.kind == "sgd" and not any(self._momenta)
         if not state or has_none or not len(self.run) or self.loop.world.ranks > 1:
             return
         assert self.run.kind is not None
+        exact = all(target.tensor.dtype.itemsize >= 4 for target in self.targets.values())
         for name, held, made in zip(UPDATES[self.run.kind].names, state, self.run.state(len(self.run)), strict=True):
-            apart, size = float((made - held.double().cpu()).norm()), float(held.double().norm())
-            if not apart <= _ROUNDED * size + torch.finfo(torch.float32).tiny:
+            held = held.double().cpu()
+            if self.run.kind == "sgd":  # which holds none where there is no momentum
+                made = made * torch.tensor(self._momenta, dtype=torch.float64)[self._column_groups]
+            apart, size = float((made - held).norm()), float(held.norm())
+            rounded = _ROUNDED if exact else _ROUNDED_HALF
+            if not apart <= rounded * size + torch.finfo(torch.float32).tiny:
                 raise ValueError(
                     f"optimizer: its {name} is not what the recorded gradients make (off by {apart:.2g} of "
                     f"{size:.2g}); were gradients, its state or the weights changed beside the loop's own steps, or "
                     "by a hook that was put on the optimizer later? Record again without that"
                 )
+
+    @property
+    def _column_groups(self) -> Tensor:
+        """The parameter group of each column [K]."""
+        columns = self.run.columns
+        return torch.tensor(columns.groups).repeat_interleave(torch.tensor(columns.widths))
 
     def _state(self) -> list[Tensor]:
         assert self.run.kind is not None
