@@ -148,6 +148,7 @@ def sketches(name: str) -> dict[str, dropinf.Sketch]:
     found: dict[str, dropinf.Sketch] = {"factorized": dropinf.Dropout(k), "flat": dropinf.Dropout(flat, mode="flat")}
     if name == "gpt-brown-smooth":  # as many numbers as the last checkpoint's rows have
         found["factorized, large"] = dropinf.Dropout(32)
+        return found
     return found | {WHOLE: dropinf.Identity()}
 
 
@@ -156,7 +157,7 @@ def recordings(training: Training) -> Iterator[tuple[str, int, Scores, float]]:
     for mask, sketch in sketches(training.task.name).items():
         for losses, drawn in ((False, 0), (True, 0), (False, 4)):
             words = training.task.train[0].dtype == torch.int64  # of several labels a sample
-            if (losses and words) or (mask == WHOLE and not (drawn if words else losses)):
+            if (losses and words) or (mask == WHOLE and not losses):
                 continue
             for method, numbers, scores, seconds in recorded(training, sketch, losses, drawn):
                 yield f"{method}, {mask}", numbers, scores, seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ class Checkpoints:
             None: their mean, as over TRAK's models (Park et al. 2023, arXiv 2303.14186).
 
     Raises:
-        ValueError: no states, or another number of weights.
+        ValueError: no states, the model's own weights among them, another number of weights, or one not finite.
     """
 
     def __init__(self, model: nn.Module, states: Sequence[State], weights: Sequence[float] | None = None) -> None:
@@ -41,6 +42,22 @@ class Checkpoints:
             raise ValueError(
                 f"weights has {len(weights)} numbers; it must have one for each of the {len(states)} states"
             )
+        if weights is not None and not all(math.isfinite(w) for w in weights):
+            raise ValueError(f"weights: some are not finite: {list(weights)}")
+        live = {p.data_ptr() for p in model.parameters()}
+        for i, state in enumerate(states):
+            if not isinstance(state, Mapping | str | os.PathLike):
+                raise TypeError(
+                    f"states[{i}] is {type(state).__name__}; it must be a state dictionary, or a file that torch.save "
+                    "wrote of one"
+                )
+            if isinstance(state, Mapping) and any(
+                isinstance(x, Tensor) and x.data_ptr() in live for x in state.values()
+            ):
+                raise ValueError(
+                    f"states[{i}] holds the model's own weights, which the training went on to change; copy them when "
+                    "you take them: copy.deepcopy(model.state_dict())"
+                )
         self.model, self.states = model, list(states)
         self.weights = [1 / len(states)] * len(states) if weights is None else [float(w) for w in weights]
 
@@ -65,6 +82,8 @@ class Checkpoints:
                 raise ValueError(
                     f"{name}: it is an iterator, which is used up by the first checkpoint; pass a list or a loader"
                 )
+            if isinstance(getattr(batches, "sampler", None), torch.utils.data.RandomSampler):
+                raise ValueError(f"{name}: it is a loader that shuffles, anew for each checkpoint; pass shuffle=False")
         total: Tensor | None = None
         for weight in self._each():
             compressor = Compressor(self.model, sketch, loss_fn, **options)

@@ -39,7 +39,8 @@ def select(
             sample; or a recorded run, scored for ``target`` by "adamw", or "tracin" where it has rows alone.
         target: gradients of the queries that a run is scored for, as of a validation set.
         keep: the part of the samples to take, above 0 and at most 1. Or ``budget``: how many.
-        ids: of the N samples; None: their positions.
+        ids: of the N samples; None: their positions. The scores of a run have their own: with it and ``gradients``,
+            the id of each sample of the gradients.
         diversity: from 0 to 1, how much of a sample's rank goes by how unlike it is to those taken before (maximal
             marginal relevance: Carbonell and Goldstein 1998). It needs ``gradients`` of the N samples, held in memory.
 
@@ -47,7 +48,7 @@ def select(
         ValueError: both or neither of keep and budget, numbers out of range, scores that are not finite, a run without
             a target, diversity without gradients.
     """
-    values, names = _values(scores, target, ids)
+    values, names = _values(scores, target, ids, gradients)
     count = _count(len(names), keep, budget)
     mean = values.mean(0)
     if not bool(mean.isfinite().all()):
@@ -59,6 +60,10 @@ def select(
         if gradients is None or len(gradients) != len(names):
             raise ValueError(f"gradients: diversity needs those of the {len(names)} samples")
         rows = torch.cat([part.flat.float() for _, part in gradients.blocks(4096)])
+        if isinstance(scores, Run | StepScores):
+            assert ids is not None
+            at = {str(name): i for i, name in enumerate(ids)}
+            rows = rows[[at[name] for name in names]]
         chosen, near = _unlike(mean, rows, count, diversity)
     else:
         chosen = mean.argsort(descending=True, stable=True)[:count]
@@ -72,7 +77,10 @@ def select(
 
 
 def _values(
-    scores: Tensor | StepScores | Run, target: GradientSource | None, ids: Sequence[object] | None
+    scores: Tensor | StepScores | Run,
+    target: GradientSource | None,
+    ids: Sequence[object] | None,
+    gradients: GradientSource | None,
 ) -> tuple[Tensor, list[str]]:
     """Return scores [Q, N] and the samples' names."""
     if isinstance(scores, Run):
@@ -82,9 +90,16 @@ def _values(
     if isinstance(scores, StepScores):
         values, names = scores.by_id()
         values = values if values.ndim == 2 else values[None]
-        if ids is not None:
-            raise ValueError("ids: the scores of a run have their own")
+        if (ids is None) != (gradients is None):
+            raise ValueError(
+                "ids: the scores of a run have their own, in the order in which samples were trained on; pass ids with "
+                "gradients alone, the id of each of their samples"
+            )
+        if ids is not None and {str(name) for name in ids} != set(names):
+            raise ValueError("ids: those of the gradients' samples are not those of the run's")
         return values, names
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores is {type(scores).__name__}; it must be a tensor, a run, or the scores of one")
     values = scores if scores.ndim == 2 else scores[None]
     if values.ndim != 2 or not values.numel():
         raise ValueError(f"scores has shape {list(scores.shape)}; it must be [Q, N] or [N], of at least one sample")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dropinf
 
@@ -95,6 +96,26 @@ def test_a_run_is_selected_from(tmp_path) -> None:
         dropinf.select(run, keep=0.25)
 
 
+def test_a_diverse_selection_of_a_run_goes_by_names(tmp_path) -> None:
+    query, run = recorded(tmp_path)
+    names = [f"sample {i}" for i in (5, 0, 7, 2, 1, 6, 3, 4)]
+    net = model()
+    rows = dropinf.Compressor.from_masks(run.masks, net, losses).compress(
+        [tuple(x[[5, 0, 7, 2, 1, 6, 3, 4]] for x in batch(0))]
+    )
+    straight = dropinf.Compressor.from_masks(run.masks, net, losses).compress([batch(0)])
+    options = {"target": query, "keep": 0.5, "diversity": 0.5}
+    found = dropinf.select(run, gradients=rows, ids=names, **options)
+    want = dropinf.select(run, gradients=straight, ids=[f"sample {i}" for i in range(8)], **options)
+    assert found.ids == want.ids
+    with pytest.raises(ValueError, match="pass ids with gradients"):
+        dropinf.select(run, gradients=rows, **options)
+    with pytest.raises(ValueError, match="are not those of the run's"):
+        dropinf.select(run, gradients=rows, ids=range(8), **options)
+    with pytest.raises(TypeError, match="scores is list"):
+        dropinf.select([1.0, 2.0], keep=0.5)
+
+
 def test_checkpoints_are_weighted_sums_of_scores_and_leave_the_model() -> None:
     net, states = model(), []
     for steps in (1, 4):
@@ -120,6 +141,15 @@ def test_checkpoints_are_weighted_sums_of_scores_and_leave_the_model() -> None:
         dropinf.Checkpoints(net, [])
     with pytest.raises(ValueError, match="train: it is an iterator"):
         dropinf.Checkpoints(net, states).score(sketch, losses, query, iter(train))
+    with pytest.raises(ValueError, match="weights: some are not finite"):
+        dropinf.Checkpoints(net, states, [1.0, float("nan")])
+    with pytest.raises(ValueError, match="holds the model's own weights"):
+        dropinf.Checkpoints(net, [net.state_dict()])
+    with pytest.raises(TypeError, match="must be a state dictionary"):
+        dropinf.Checkpoints(net, [net])
+    shuffled = DataLoader(TensorDataset(*batch(1)), 4, shuffle=True)
+    with pytest.raises(ValueError, match="train: it is a loader that shuffles"):
+        dropinf.Checkpoints(net, states).score(sketch, losses, query, shuffled)
 
 
 def test_preconditioned_rows_are_adams_updates(tmp_path) -> None:
@@ -158,6 +188,9 @@ def test_preconditioned_rows_are_adams_updates(tmp_path) -> None:
         ({"preconditioner": torch.optim.SGD(net.parameters(), 0.1)}, "it must be an Adam"),
         ({"preconditioner": torch.optim.Adam(net.parameters())}, "has no state"),
         ({"preconditioner": optimizer, "sketch": dropinf.Gaussian(4)}, "mixes coordinates"),
+        ({"preconditioner": torch.optim.AdamW(net.parameters(), maximize=True)}, "its maximize is True"),
+        ({"preconditioner": torch.optim.AdamW(net.parameters(), amsgrad=True)}, "its amsgrad is True"),
+        ({"preconditioner": torch.optim.Adam(net.parameters(), weight_decay=0.1)}, "its weight_decay is 0.1"),
     ):
         options = {"sketch": sketch} | bad
         with pytest.raises(ValueError, match=message):

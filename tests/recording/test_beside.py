@@ -208,3 +208,15 @@ def test_clipping_by_the_norm_of_more_than_is_recorded() -> None:
     factor, norm = float(0.7 / (whole.norm() + 1e-6)), float(whole.norm())
     found = through_clipping(want, factor, after[:4].detach(), torch.ones(4).double(), norm)
     torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize(
+    "ids", [5, "abcdef", set(range(N)), [None] * N, [object() for _ in range(N)], torch.zeros(N, 2)]
+)
+def test_ids_that_name_no_samples(ids: Any, tmp_path) -> None:
+    model = small()
+    with dropinf.record(model, dropinf.Dropout(4), ADAMW(model.parameters()), out=tmp_path) as run:
+        with pytest.raises(TypeError, match="ids "):
+            run.samples(ids)
+        step(model, run.optimizer, run, 0)
+    assert run.ids(0) == [str(i) for i in range(N)]

@@ -67,6 +67,15 @@ def adam_direction(
             f"preconditioner: it is {type(optimizer).__name__}; it must be an Adam or AdamW, whose second moments "
             "divide"
         )
+    coupled = type(optimizer) is not torch.optim.AdamW
+    for group in optimizer.param_groups:
+        decays = group["weight_decay"] and not group.get("decoupled_weight_decay", not coupled)
+        for what, there in (("maximize", group["maximize"]), ("amsgrad", group["amsgrad"]), ("weight_decay", decays)):
+            if there:
+                raise ValueError(
+                    f"preconditioner: its {what} is {group[what]}, which the direction leaves out; use an AdamW "
+                    "without it"
+                )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     held: dict[str, tuple[Tensor, Tensor, float, dict[str, Any]]] = {}
     for name, layer in layers.items():

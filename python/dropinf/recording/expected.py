@@ -49,7 +49,7 @@ class Expected:
                 )
 
     def resume(self, update: Update, last: Step, state: list[Tensor]) -> None:
-        """Begin behind a step that was recorded before. ``state``: before it."""
+        """Take the last step that was recorded before. ``state``: before it."""
         assert last.weights is not None
         now, self._state = self._state, [_wide(x) for x in state]
         self.follow(update, last, last.weights)

@@ -241,9 +241,7 @@ class Recording(Run):
         sample's loss in the step's loss, which curvature is measured by; None: one over the step's samples, as in a
         mean. ``labels``: how many labels each sample's loss is the mean of, such as its tokens.
         """
-        listed = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        names = [str(x.item() if isinstance(x, Tensor) else x) for x in listed]
-        self._open().name(names, cu_seqlens, share, labels)
+        self._open().name(_names(ids), cu_seqlens, share, labels)
 
     def losses(self, losses: Tensor) -> None:
         """Note the loss of each sample [n] of the last forward, where each has one label: it sharpens the curvature."""
@@ -274,6 +272,18 @@ class Recording(Run):
         if self._taking is None:
             raise RuntimeError("run: it is not recording; call this inside 'with dropinf.record(...) as run:'")
         return self._taking
+
+
+def _names(ids: Iterable[object]) -> list[str]:
+    """Return samples' ids as text. Raises TypeError where they are not strings or numbers, in an order."""
+    if isinstance(ids, str | bytes | set | frozenset) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids is a {type(ids).__name__}; it must name each sample, in their order, as a list does")
+    listed = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+    found = [x.item() if isinstance(x, Tensor | np.generic) and x.ndim == 0 else x for x in listed]
+    for x in found:
+        if not isinstance(x, str | int | float):
+            raise TypeError(f"ids has a {type(x).__name__}; it must have a string or a number for each sample")
+    return [str(x) for x in found]
 
 
 def _shared_in(folder: Path) -> set[str]:

@@ -137,6 +137,8 @@ class Taking:
         return self._pending[-1]
 
     def drop(self, target: Tensor, part: float) -> Tensor:
+        if self.run.kind is None:
+            raise ValueError(f"run.drop: how an optimizer uses a gradient must be known: {self.run.rows_alone}")
         last = self._last("drop")
         if last.current is None or not last.current.emitted:
             raise RuntimeError("run.drop: nothing was backpropagated since the forward; call it behind loss.backward()")
