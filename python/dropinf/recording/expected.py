@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .optimizers import Update
@@ -22,7 +23,8 @@ class Expected:
     def __init__(
         self, names: Sequence[str], widths: Sequence[int], exact: Sequence[float], state: list[Tensor]
     ) -> None:
-        self._names, self._widths, self._exact = names, list(widths), exact
+        self._names, self._widths = names, list(widths)
+        self._exact = torch.tensor(exact, dtype=torch.float64)
         self._state = [_wide(x) for x in state]
         self._weights: Tensor | None = None  # behind the last step
         self._moved: Tensor | None = None  # how far it went
@@ -32,21 +34,18 @@ class Expected:
         if self._weights is None or self._moved is None:
             return
         found = _wide(weights)
-        for name, exact, *parts in zip(
-            self._names,
-            self._exact,
-            *(x.split(self._widths) for x in (found, self._weights, self._moved)),
-            strict=True,
-        ):
-            here, wanted, moved = parts
-            apart, size = float((here - wanted).norm()), float(here.norm())
-            if not apart <= _ROUNDED * float(moved.norm()) + _DIGITS * exact * size:
-                raise ValueError(
-                    f"layer {name}: its weights are not where the recorded steps lead (off by {apart:.2g}, where the "
-                    f"last step went {float(moved.norm()):.2g}). Were they changed beside optimizer.step() (clamped, "
-                    "averaged, loaded, by another optimizer), or its state or settings by a hook or beside the loop? "
-                    "Record without that, or end the recording before"
-                )
+        apart, moved, size = (
+            torch.stack(torch._foreach_norm(x.split(self._widths))) for x in (found - self._weights, self._moved, found)
+        )
+        wrong = ~(apart <= _ROUNDED * moved + _DIGITS * self._exact * size)
+        if bool(wrong.any()):
+            i = int(wrong.int().argmax())
+            raise ValueError(
+                f"layer {self._names[i]}: its weights are not where the recorded steps lead (off by {float(apart[i]):.2g}; "
+                f"the last step went {float(moved[i]):.2g}). Were they changed beside optimizer.step() (clamped, averaged, "
+                "loaded, by another optimizer), or its state or settings by a hook or beside the loop? Record without "
+                "that, or end the recording before"
+            )
 
     def resume(self, update: Update, last: Step, state: list[Tensor]) -> None:
         """Take the last step that was recorded before. ``state``: before it."""
