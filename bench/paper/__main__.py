@@ -8,7 +8,7 @@ import torch
 
 from . import mislabelled, removal, selection, sources
 
-_ALL = (removal, sources, mislabelled, selection)
+_ALL = (removal, selection, sources, mislabelled)
 EXPERIMENTS = {found.EXPERIMENT: (found.run, found.SEEDS) for found in _ALL}
 
 
