@@ -18,7 +18,7 @@ from .methods import NAMES, Scored, Setup, each, scored
 from .training import fit
 
 EXPERIMENT = "removal"
-SEEDS, TRAIN, VALIDATION, TEST = 5, 2000, 400, 2000
+SEEDS, TRAIN, VALIDATION, TEST = 4, 2000, 400, 2000
 NOISES = (10, 20)  # percent of the labels
 REMOVED = 0.05  # of the samples
 SETUP = Setup(budget=8192)
