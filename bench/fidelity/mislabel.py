@@ -78,9 +78,12 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return torch.load(path)
 
 
-def hidden_states(count: int = N, skip: int = 0) -> tuple[Tensor, Tensor]:
-    """What the layers below give for mails, [count, TOKENS, 384], half of them spam, and the labels."""
-    texts, labels = data.spam_assassin()
+Texts = Callable[[], tuple[list[str], list[int]]]  # and the label of each, 0 or 1
+
+
+def hidden_states(count: int = N, skip: int = 0, source: Texts = data.spam_assassin) -> tuple[Tensor, Tensor]:
+    """What the layers below give for texts, [count, TOKENS, 384], half of them of label 1, and the labels."""
+    texts, labels = source()
     tokens = AutoTokenizer.from_pretrained(data.minilm())(texts, truncation=True, max_length=TOKENS)["input_ids"]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     chosen: list[int] = []
