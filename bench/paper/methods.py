@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -119,23 +120,19 @@ def adamw(trained: Trained, setup: Setup) -> Scored:
         began = time.process_time()
         compressor = dropinf.Compressor.from_masks(run.masks, again.model, task.loss_fn)
         query = compressor.compress(task.batches("query"))
-        values = _by_sample(_mean(query) if setup.mean else query, run)
+        values = _by_sample(query, run, "mean" if setup.mean else None)
+        values = values[None] if setup.mean else values
         own = None
         if setup.own:
-            own = _by_sample(compressor.compress(task.batches("train")), run).diagonal().clone()
+            own = _by_sample(compressor.compress(task.batches("train")), run, None).diagonal().clone()
         scoring = time.process_time() - began
     return Scored(values, again.seconds - trained.seconds + scoring, own)
 
 
-def _mean(query: dropinf.Gradients) -> dropinf.Gradients:
-    """Return the gradient of the queries' mean loss; scores are linear in it, and a run's have no reduce=."""
-    return dropinf.Gradients(query.flat.mean(0, keepdim=True), query.shapes, query.digest, query.origin)
-
-
-def _by_sample(query: dropinf.Gradients, run: dropinf.Recording) -> Tensor:
-    """Return a run's scores [Q, N] in the order of the samples, whose ids are their positions."""
-    values, ids = dropinf.score(query, run, kind="adamw").by_id()
-    return values[:, torch.tensor([int(name) for name in ids]).argsort()]
+def _by_sample(query: dropinf.Gradients, run: dropinf.Recording, reduce: Literal["mean"] | None) -> Tensor:
+    """Return a run's scores [Q, N], or [N], in the order of the samples, whose ids are their positions."""
+    values, ids = dropinf.score(query, run, kind="adamw", reduce=reduce).by_id()
+    return values[..., torch.tensor([int(name) for name in ids]).argsort()]
 
 
 def baseline(name: str, trained: Trained) -> Scored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,9 @@ def last_checkpoint(training: Training, name: str, sketch: dropinf.Sketch, kinds
     for kind in kinds:
         fisher = dropinf.build_fisher(train, kind)  # type: ignore[arg-type]
         for damping in DAMPINGS:
-            scores = dropinf.score(query, train, fisher.with_damping(damping))
-            yield f"last checkpoint, {kind} {damping:g}, {name}", numbers, scores
+            with contextlib.suppress(ValueError):  # singular with so little
+                scores = dropinf.score(query, train, fisher.with_damping(damping))
+                yield f"last checkpoint, {kind} {damping:g}, {name}", numbers, scores
 
 
 def gauss_newton(training: Training) -> Found:

@@ -200,7 +200,7 @@ def main() -> None:
         for found in rows_of(Training(task(arguments.task), seed)):
             rows += found
             print(*found[0].values(), *(f"{r['truth']} {r['spearman']}" for r in found[1:]), flush=True)
-        write_rows(TABLE, FIELDS, rows)
+            write_rows(TABLE, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ class Expected:
             i = int(wrong.int().argmax())
             off, went = float(apart[i]), float(moved[i])
             raise ValueError(
-                f"layer {self._names[i]}: its weights are not where the recorded steps lead (off by {off:.2g}, where the "
+                f"layer {self._names[i]}: its weights are not where the recorded steps lead (off by {off:.2g}; the "
                 f"last step went {went:.2g}). Were they changed beside optimizer.step() (clamped, averaged, loaded, by "
-                "another optimizer), or its state or settings by a hook or beside the loop? Record without that, or end "
-                "the recording before"
+                "another optimizer), or its state or settings by a hook or beside the loop? Record without that, or "
+                "end the recording before"
             )
 
     def resume(self, update: Update, last: Step, state: list[Tensor]) -> None:
