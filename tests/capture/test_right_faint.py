@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dropinf
 from dropinf.capture.modules import NormUse
@@ -255,3 +256,32 @@ def test_rows_of_a_norm_are_held_against_its_gradient_in_every_batch(monkeypatch
     assert [audit.why for audit in compressor.audits] == ["first batch"]
     with pytest.raises(dropinf.AttributionError, match="layer norm: its per-sample"):
         compressor.compress(batches)
+
+
+class Keyed(nn.Module):
+    """Attention whose key bias changes nothing, so that its gradient is rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.head((x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("sketch", [dropinf.Dropout(6, whiten=True), dropinf.PCA(6, whiten=True)], ids=["mask", "pca"])
+def test_whitened_rounding_is_no_fault(sketch) -> None:
+    """As large as others once it is whitened, it differs wholly from backward to backward, and that is all it does."""
+    torch.manual_seed(0)
+    model = Keyed()
+    batches = [(torch.randint(0, 50, (8, 12)), torch.randint(0, 3, (8,))) for _ in range(20)]
+    compressor = dropinf.Compressor(model, sketch, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"))
+    compressor.calibrate(batches[:5])
+    rows = compressor.compress(batches)
+    assert {layer.route for layer in compressor.layers.values()} == {"hook"}
+    assert max(audit.worst for audit in compressor.audits) < 1e-3
+    assert len(rows) == 160

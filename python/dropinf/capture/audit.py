@@ -6,6 +6,7 @@ with the hooks: it is what plain autograd says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ FLOOR = {torch.float64: 1e-7, torch.float32: 3e-3, torch.float16: 2e-2, torch.bf
 FLOOR_OF_SUMS = FLOOR | {torch.float16: 0.5, torch.bfloat16: 0.5}
 # What rounding explains of a layer below its floor, in differences of two backwards that round differently.
 ROUNDINGS = {torch.float64: 100.0, torch.float32: 100.0, torch.float16: 10.0, torch.bfloat16: 10.0}
+LOST = 100.0  # roundings of the largest layer's gradient, below which a layer's own may be nothing else
 OTHERWISE = 0.75  # times this, numbers round in another way
 LITTLE = 2.0**-8  # of weights, where a weighted sum of rows is more than a dtype holds
 
@@ -46,8 +48,11 @@ class Audited:
 class Expected:
     """What the layers' gradients of a batch must sum to, each sample times its weight ``r``."""
 
-    def __init__(self, r: Tensor, sketches: Mapping[str, Tensor], losses: Tensor) -> None:
+    def __init__(
+        self, r: Tensor, sketches: Mapping[str, Tensor], losses: Tensor, sizes: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.r, self.sketches, self.losses = r, sketches, losses
+        self._sizes = {} if sizes is None else sizes  # of the gradients before they were sketched
 
     def errors(self, store: Mapping[str, Tensor], layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, float]:
         """Return the relative error of each layer that has a gradient. ``dtype``: the coarsest it is computed in."""
@@ -57,6 +62,17 @@ class Expected:
         largest = max(size.values(), default=0.0)
         floors = {name: (FLOOR if len(layers[name].shape) > 1 else FLOOR_OF_SUMS)[dtype] for name in store}
         return {name: apart[name] / (size[name] + floors[name] * largest) for name in store if size[name]}
+
+    def rounding_alone(self, names: Iterable[str], dtype: torch.dtype) -> list[str]:
+        """Return those of some layers whose gradients, not yet scaled by a sketch, may be rounding and nothing else.
+
+        In half precision none can be told so.
+        """
+        if dtype.itemsize < 4:
+            return []
+        sizes = {name: float(size) for name, size in self._sizes.items()}
+        least = LOST * torch.finfo(dtype).eps * max(sizes.values(), default=0.0)
+        return [name for name in names if sizes.get(name, math.inf) <= least]
 
     def differ(self, store: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Return of each layer whether it seems to be wrong: a truth value, for which nobody waited."""
@@ -120,9 +136,12 @@ def expected(
     ``place``: of the batch; weights are drawn anew for each. ``r`` [N]: these weights, in their place.
     """
     sketches: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
 
     def sketch(layer: Layer, g: Tensor) -> None:
-        c, before = sketched(layer, g.to_dense() if g.is_sparse else g), sketches.get(layer.name)
+        g = g.to_dense() if g.is_sparse else g
+        whole[layer.name] = torch.linalg.vector_norm(g)
+        c, before = sketched(layer, g), sketches.get(layer.name)
         sketches[layer.name] = c if before is None else before + c  # a reentrant checkpoint finishes a gradient each
 
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
@@ -131,7 +150,7 @@ def expected(
         r = _weights(losses, sizes, dtype, only, place) if r is None else r
         if losses.requires_grad:
             losses.backward(r)
-    return Expected(r, sketches, losses.detach())
+    return Expected(r, sketches, losses.detach(), whole)
 
 
 def sketched(layer: Layer, g: Tensor) -> Tensor:

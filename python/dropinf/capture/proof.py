@@ -162,14 +162,19 @@ class Proof:
         apart = (want.losses - losses.to(want.losses)).nan_to_num().abs().max()
         if not apart <= slack * want.losses.nan_to_num().abs().max():  # the model does something else under hooks
             wrong |= {name: math.inf for name in known.ladder.on("hook") if name not in wrong}
-        faint = [] if wrong else self._below_floor(why, want, store, dtype)
+        # A gradient that is rounding alone, as of an attention's key bias, is no layer's fault: whitened, it is large.
+        doubted = want.rounding_alone(wrong, dtype)
+        sure = {name: error for name, error in wrong.items() if name not in doubted}
+        faint = doubted or ([] if wrong else self._below_floor(why, want, store, dtype))
         if faint:
             otherwise = self._expect(losses_of, None, dtype, r=want.r * OTHERWISE)
-            wrong = want.beyond_rounding(faint, store, otherwise, dtype)
+            wrong = sure | want.beyond_rounding(faint, store, otherwise, dtype)
+        compared = errors.keys()
+        errors = {name: error for name, error in errors.items() if name in wrong or name not in doubted}
         self.says_nothing = not errors  # zeros are right in any way
         if errors and not wrong:
             known.audits.append(Audited(self.place, why, errors))
-            plan.compared |= errors.keys()
+            plan.compared |= compared
         return wrong
 
 

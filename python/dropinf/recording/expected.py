@@ -37,7 +37,8 @@ class Expected:
         apart, moved, size = (
             torch.stack(torch._foreach_norm(x.split(self._widths))) for x in (found - self._weights, self._moved, found)
         )
-        wrong = ~(apart <= _ROUNDED * moved + _DIGITS * self._exact * size)
+        least = torch.finfo(torch.float32).tiny
+        wrong = ~(apart <= _ROUNDED * moved + _DIGITS * self._exact * size + least)
         if bool(wrong.any()):
             i = int(wrong.int().argmax())
             off, went = float(apart[i]), float(moved[i])
