@@ -220,3 +220,28 @@ def test_ids_that_name_no_samples(ids: Any, tmp_path) -> None:
             run.samples(ids)
         step(model, run.optimizer, run, 0)
     assert run.ids(0) == [str(i) for i in range(N)]
+
+
+def test_a_table_of_sparse_gradients_is_left_out(tmp_path) -> None:
+    model = nn.Sequential(nn.Embedding(11, 6, sparse=True), nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with dropinf.record(model, dropinf.Dropout(4), optimizer, out=tmp_path) as run:
+        for at in range(3):
+            optimizer.zero_grad()
+            run.samples(range(5))
+            model(torch.randint(0, 11, (5, 3), generator=torch.Generator().manual_seed(at))).pow(2).mean().backward()
+            optimizer.step()
+    assert run.skipped == {"0": "its gradient is sparse"}
+
+
+@pytest.mark.parametrize("place", [30, 34, 60])
+def test_a_step_that_cannot_be_read(place: int, tmp_path) -> None:
+    run = trained(tmp_path, ADAMW, lambda *_: None)
+    file = tmp_path / "steps-0.bin"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        dropinf.Run(tmp_path).drawn_at(1)
+    with pytest.raises(ValueError, match="damaged"):
+        run.rows(0)

@@ -19,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 import dropinf
@@ -148,3 +149,23 @@ def test_models_with_tables_of_positions(kind: str, tmp_path) -> None:
     assert all(map(torch.equal, *finals))
     assert len(recording) == 6
     assert len(recording.shapes) > 8
+
+
+def test_a_training_that_an_error_ended_is_begun_again(tmp_path) -> None:
+    callback = RecordCallback(dropinf.Dropout(5), tmp_path / "run")
+    model, failing = llama(), [True]
+
+    def collate(rows):
+        if failing and rows[0]["sample"] >= 0:
+            failing.pop()
+            raise KeyError("a broken sample")
+        return default_data_collator(rows)
+
+    arguments = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, save_strategy="no"
+    )
+    trainer = Trainer(model, arguments, train_dataset=data(False), callbacks=[callback], data_collator=collate)
+    with pytest.raises(KeyError, match="a broken sample"):
+        trainer.train()
+    trainer.train()
+    assert len(callback.run) == 6

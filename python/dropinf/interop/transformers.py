@@ -49,6 +49,8 @@ class RecordCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         """Open the recording: the model has its optimizer now."""
+        if self._hook is not None:  # of a training that an error ended
+            self._close(RuntimeError("interrupted"))
         model: nn.Module = given["model"]
         self.run = record(model, self._sketch, given["optimizer"], out=self._out, **self._options)
         self.run.__enter__()
@@ -56,8 +58,12 @@ class RecordCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         """End the recording."""
+        self._close(None)
+
+    def _close(self, error: Exception | None) -> None:
         self._hook.remove()
-        self.run.__exit__(None, None, None)
+        self._hook = None
+        self.run.__exit__(None if error is None else type(error), error, None)
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs.pop(self._ids, None)

@@ -330,6 +330,8 @@ def _tracked(
             why = "it is not trained"
         elif target.route == "exact" or overrides(type(target.tensor)):
             why = _NO_HOOK
+        elif getattr(model.get_submodule(target.parameter.rpartition(".")[0]), "sparse", False):
+            why = "its gradient is sparse"
         elif isinstance(sketch, Masked) and name not in sketch.layers:
             why = "the compressor does not track it"
         else:

@@ -147,6 +147,13 @@ class StepFile:
             os.close(handle)
         self._places.append((self._end + _PREFIX, len(data)))
 
+    def _decoded(self, data: memoryview, wanted: Sequence[str] | None, i: int) -> Step:
+        try:
+            return _decoded(data, self.path, wanted, i, self._checksum(i - 1))
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            message = f"{self.path}: step {i} is damaged, it cannot be read; restore a copy"
+            raise ValueError(message) from error
+
     def _checksum(self, i: int) -> str:
         """Return what is noted as a record's checksum; empty where there is none."""
         if i < 0:
@@ -175,7 +182,7 @@ class StepFile:
                     raise ValueError(
                         f"{self.path}: step {i} is damaged, its bytes have another checksum; restore a copy"
                     )
-                return _decoded(data, self.path, wanted, i, self._checksum(i - 1))
+                return self._decoded(data, wanted, i)
             finally:
                 data.release()
                 whole.release()

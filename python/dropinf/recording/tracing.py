@@ -90,6 +90,8 @@ def score_run(
     check_same_sketch(query, run, "query and run")
     if not other_model:
         _check_end(query, run)
+    if kind == "tracin" and not (curvature and gamma == 1 and window == 0):
+        raise ValueError("curvature, gamma and window are of kind='adamw'; 'tracin' has no curvature")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma is {gamma}; it must be a finite number, 0 or more")
     if not len(run):
