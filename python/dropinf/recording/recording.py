@@ -330,8 +330,10 @@ def _tracked(
             why = "it is not trained"
         elif target.route == "exact" or overrides(type(target.tensor)):
             why = _NO_HOOK
-        elif getattr(model.get_submodule(target.parameter.rpartition(".")[0]), "sparse", False):
+        elif _is_table(model, target, "sparse"):
             why = "its gradient is sparse"
+        elif _is_table(model, target, "max_norm"):
+            why = "its forward changes it (max_norm)"
         elif isinstance(sketch, Masked) and name not in sketch.layers:
             why = "the compressor does not track it"
         else:
@@ -356,6 +358,12 @@ def _tracked(
     else:
         raise TypeError(f"sketch must be a dropinf sketch such as dropinf.Dropout(24), or a Compressor, got {sketch!r}")
     return targets, {name: plan.to(targets[name].tensor.device) for name, plan in plans.items()}, skipped
+
+
+def _is_table(model: nn.Module, target: Target, setting: str) -> bool:
+    """Return whether a parameter is an embedding's, with a setting."""
+    module = model.get_submodule(target.parameter.rpartition(".")[0])
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and bool(getattr(module, setting))
 
 
 def _groups(targets: Mapping[str, Target], optimizer: torch.optim.Optimizer) -> list[int]:
