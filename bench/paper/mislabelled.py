@@ -39,7 +39,7 @@ SOURCES: dict[str, Texts] = {"SpamAssassin": data.spam_assassin, "Brown, news or
 def build() -> nn.Module:
     """Make the encoder's last layers, without their dropout, and a new output layer.
 
-    The biases of attention keys stay as they are: their gradient is zero but for rounding, and `choose` refuses that.
+    The biases of attention keys stay as they are: their gradient is zero but for rounding.
     """
     model = Tail(mislabel.bert())
     for name, parameter in model.named_parameters():
