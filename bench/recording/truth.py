@@ -141,20 +141,23 @@ def measured(training: Training, truths: tuple[Tensor, ...], scores: Scores) -> 
     yield "lds", metrics.lds(scores[2], halves(training.task), truths[2])
 
 
-def sketches(name: str) -> dict[str, dropinf.Sketch]:
+def sketches(training: Training) -> dict[str, Any]:
     """The masks that are recorded on."""
+    name = training.task.name
     k = {"mlp-digits": (16, 32), "mlp-fashion-smooth": (16, 32), "gpt-brown-smooth": (10, 10)}[name]
     flat = {"*bias*": 16, "*norm*": 16, "*": k[0] * k[1]}
-    found: dict[str, dropinf.Sketch] = {"factorized": dropinf.Dropout(k), "flat": dropinf.Dropout(flat, mode="flat")}
+    found: dict[str, Any] = {"factorized": dropinf.Dropout(k), "flat": dropinf.Dropout(flat, mode="flat")}
     if name == "gpt-brown-smooth":  # as many numbers as the last checkpoint's rows have
-        found["factorized, large"] = dropinf.Dropout(32)
-        return found
-    return found | {WHOLE: dropinf.Identity()}
+        return found | {"factorized, large": dropinf.Dropout(32)}
+    # Coordinates of much energy, at the weights that training begins with.
+    energy = dropinf.Compressor(training.model.eval(), dropinf.Dropout(k, sampling="energy"), training.task.loss_fn)
+    energy.calibrate(training.task.batches("train")[:6])
+    return found | {"factorized, energy": energy, WHOLE: dropinf.Identity()}
 
 
 def recordings(training: Training) -> Iterator[tuple[str, int, Scores, float]]:
     """Yield what recorded runs on each mask foresee, with what is recorded beside the rows."""
-    for mask, sketch in sketches(training.task.name).items():
+    for mask, sketch in sketches(training).items():
         for losses, drawn in ((False, 0), (True, 0), (False, 4)):
             words = training.task.train[0].dtype == torch.int64  # of several labels a sample
             if (losses and words) or (mask == WHOLE and not losses):
