@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,3 +248,43 @@ def test_a_step_that_cannot_be_read(place: int, tmp_path) -> None:
         dropinf.Run(tmp_path).drawn_at(1)
     with pytest.raises(ValueError, match="damaged"):
         run.rows(0)
+
+
+class Noisy(nn.Module):
+    """Draws from generators of its own, which count what they gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.own, self.old = nn.Linear(7, 5), np.random.default_rng(0), np.random.RandomState(0)
+        self.pythons = [random.Random(0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = self.own.random() + self.old.rand() + self.pythons[0].random()
+        return self.one(x * drawn)
+
+
+def test_generators_that_a_model_holds_are_left_as_its_forwards_leave_them(tmp_path) -> None:
+    finals = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = Noisy()
+        optimizer = ADAMW(model.parameters())
+        recording = dropinf.record(model, dropinf.Dropout(4), optimizer, out=tmp_path) if recorded else None
+        with recording or torch.enable_grad():
+            for at in range(6):
+                optimizer.zero_grad()
+                if recording is not None:
+                    recording.samples(range(N))
+                x = torch.randn(N, 7, generator=torch.Generator().manual_seed(at))
+                F.cross_entropy(model(x), torch.arange(N) % 5).backward()
+                optimizer.step()
+        finals.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *finals))
+
+
+def test_generators_of_a_model_are_wound_back_for_each_batch() -> None:
+    torch.manual_seed(0)
+    model = Noisy()
+    compressor = dropinf.Compressor(model, dropinf.Identity(), lambda m, x: m(x).square().sum(1))
+    first = compressor.compress([torch.ones(N, 7)] * 3).flat
+    torch.testing.assert_close(compressor.compress([torch.ones(N, 7)] * 3).flat, first)

@@ -6,6 +6,8 @@ import argparse
 import functools
 import inspect
 import operator
+import pickle
+import random
 from collections import UserDict, UserList, deque
 from collections.abc import Iterable
 from types import ModuleType, SimpleNamespace
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from ..loss_name import is_of_a_library
 
 LARGEST_BUFFER = 1 << 24  # bytes, of those that are put back in eval mode
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _PLAIN = {int, float, bool, str, type(None)}
 _OPEN = (SimpleNamespace, argparse.Namespace, UserDict, UserList)  # of Python's, with what their user puts there
 
@@ -55,6 +58,9 @@ class Held:
         elif isinstance(value, np.ndarray):
             if value.nbytes <= LARGEST_BUFFER:
                 self._before.append((value, value.copy()))
+        elif isinstance(value, _GENERATORS):
+            draws = _Draws(value)
+            self._before.append((draws, draws.copy()))
         elif isinstance(value, tuple | frozenset):
             return value
         elif inspect.ismethod(value):
@@ -87,7 +93,7 @@ class Held:
         for value, before in self._before:
             if is_same(value, before):
                 continue
-            if isinstance(value, np.ndarray | _Slots):
+            if isinstance(value, np.ndarray | _Slots | _Draws):
                 value[...] = before
                 continue
             value.clear()
@@ -111,10 +117,36 @@ class _Slots:
             object.__setattr__(self._value, name, held)
 
 
+class _Draws:
+    """The state of a generator of random numbers, NumPy's or Python's own."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def copy(self) -> bytes:
+        value = self._value
+        if isinstance(value, random.Random):
+            return pickle.dumps(value.getstate())
+        return pickle.dumps(
+            value.get_state() if isinstance(value, np.random.RandomState) else value.bit_generator.state
+        )
+
+    def __setitem__(self, _all: Any, before: bytes) -> None:
+        value, state = self._value, pickle.loads(before)
+        if isinstance(value, random.Random):
+            value.setstate(state)
+        elif isinstance(value, np.random.RandomState):
+            value.set_state(state)
+        else:
+            value.bit_generator.state = state
+
+
 def is_same(now: Any, before: Any) -> bool:
     """Return whether a container holds the very objects that it held."""
     if isinstance(now, np.ndarray):
         return bool(now.tobytes() == before.tobytes())
+    if isinstance(now, _Draws):
+        return bool(now.copy() == before)
     if isinstance(now, bytearray):
         return bool(now == before)
     if isinstance(now, _Slots):
