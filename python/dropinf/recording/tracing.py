@@ -101,13 +101,39 @@ def score_run(
     wanted = torch.cat([part.flat.double().cpu() for _, part in query.blocks(4096)])
     if reduce is not None:
         wanted = wanted.mean(0, keepdim=True)  # scores are linear in it
-    if kind == "tracin":
-        found = list(_tracin(wanted, run))
-    else:
-        found = list(_adamw(wanted, run, curvature, gamma, window))[::-1]
-    values = torch.cat([values.float() if query.dtype != torch.float64 else values for _, _, values in found], 1)
-    steps = torch.tensor([i for i, step, _ in found for _ in step], dtype=torch.int64)
-    return StepScores(values if reduce is None else values[0], [name for _, ids, _ in found for name in ids], steps)
+    side = _Side(len(wanted), torch.float64 if query.dtype == torch.float64 else torch.float32)
+    found = []
+    for i, ids, values in _tracin(wanted, run) if kind == "tracin" else _adamw(wanted, run, curvature, gamma, window):
+        side.put(values)
+        found.append((i, ids))
+    parts = side.parts()
+    if kind == "adamw":  # the last step came first
+        found.reverse()
+        parts.reverse()
+    joined = torch.cat(parts, 1)
+    steps = torch.tensor([i for i, ids in found for _ in ids], dtype=torch.int64)
+    return StepScores(joined if reduce is None else joined[0], [name for _, ids in found for name in ids], steps)
+
+
+class _Side:
+    """Columns [Q, n] side by side in one tensor, as they come: kept apart, they would lie between all that is freed."""
+
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
+        self._room, self._widths = torch.empty(rows, 1024, dtype=dtype), list[int]()
+        self._used = 0
+
+    def put(self, values: Tensor) -> None:
+        """Take columns behind the others."""
+        end = self._used + values.shape[1]
+        while end > self._room.shape[1]:
+            self._room = torch.cat([self._room, torch.empty_like(self._room)], 1)
+        self._room[:, self._used : end] = values
+        self._used = end
+        self._widths.append(values.shape[1])
+
+    def parts(self) -> list[Tensor]:
+        """Return the columns of each call."""
+        return list(self._room[:, : self._used].split(self._widths, 1))
 
 
 def _check_end(query: GradientSource, run: TracedRun) -> None:
