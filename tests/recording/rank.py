@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -45,3 +46,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     train(DistributedDataParallel(model()), out, rank, world)
     dist.destroy_process_group()
+    os._exit(
+        0
+    )  # threads of torch.distributed's are at times torn down too early, which would abort a rank that is done
