@@ -140,9 +140,10 @@ def expected(
 
     def sketch(layer: Layer, g: Tensor) -> None:
         g = g.to_dense() if g.is_sparse else g
-        whole[layer.name] = torch.linalg.vector_norm(g)
-        c, before = sketched(layer, g), sketches.get(layer.name)
-        sketches[layer.name] = c if before is None else before + c  # a reentrant checkpoint finishes a gradient each
+        c, size = sketched(layer, g), torch.linalg.vector_norm(g, dtype=torch.float64)
+        if layer.name in sketches:  # a reentrant checkpoint finishes a gradient each
+            c, size = sketches[layer.name] + c, whole[layer.name] + size
+        sketches[layer.name], whole[layer.name] = c, size
 
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model.parameters(), take):

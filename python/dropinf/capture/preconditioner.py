@@ -67,9 +67,9 @@ def adam_direction(
             f"preconditioner: it is {type(optimizer).__name__}; it must be an Adam or AdamW, whose second moments "
             "divide"
         )
-    coupled = type(optimizer) is not torch.optim.AdamW
+    is_w = type(optimizer) is torch.optim.AdamW  # of which older releases of torch have no such entry
     for group in optimizer.param_groups:
-        decays = group["weight_decay"] and not group.get("decoupled_weight_decay", not coupled)
+        decays = group["weight_decay"] and not group.get("decoupled_weight_decay", is_w)
         for what, there in (("maximize", group["maximize"]), ("amsgrad", group["amsgrad"]), ("weight_decay", decays)):
             if there:
                 raise ValueError(

@@ -147,13 +147,6 @@ class StepFile:
             os.close(handle)
         self._places.append((self._end + _PREFIX, len(data)))
 
-    def _decoded(self, data: memoryview, wanted: Sequence[str] | None, i: int) -> Step:
-        try:
-            return _decoded(data, self.path, wanted, i, self._checksum(i - 1))
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            message = f"{self.path}: step {i} is damaged, it cannot be read; restore a copy"
-            raise ValueError(message) from error
-
     def _checksum(self, i: int) -> str:
         """Return what is noted as a record's checksum; empty where there is none."""
         if i < 0:
@@ -182,7 +175,11 @@ class StepFile:
                     raise ValueError(
                         f"{self.path}: step {i} is damaged, its bytes have another checksum; restore a copy"
                     )
-                return self._decoded(data, wanted, i)
+                before = bytes(whole[self._places[i - 1][0] - 16 : self._places[i - 1][0]]).hex() if i else ""
+                return _decoded(data, self.path, wanted, i, before)
+            except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+                message = f"{self.path}: step {i} is damaged, it cannot be read; restore a copy"
+                raise ValueError(message) from error
             finally:
                 data.release()
                 whole.release()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.targets import Target
-from .expected import Expected
 from .forward import TrainingPass
 from .gathered import Gathered
 from .optimizers import UPDATES, kind_of, settings_of
 from .run import SEGMENT, Run
 from .steps import Step
+from .trajectory import Trajectory
 
 _ROUNDED = 1e-2  # of the optimizer's state: gradients in half precision keep so much of it
 _ROUNDED_HALF = 0.2  # of one that is in half precision itself, which loses small changes, in so many steps
@@ -76,7 +76,7 @@ class StepWriter:
         self._groups = [[*map(id, group["params"])] for group in self.optimizer.param_groups]
         self._momenta = self._momenta_now()
         self._drawn_at = run.drawn_at(len(run))
-        self._expected: Expected | None = None
+        self._trajectory: Trajectory | None = None
 
     def _momenta_now(self) -> list[bool]:
         return [bool(group.get("momentum")) for group in self.optimizer.param_groups]
@@ -140,22 +140,22 @@ class StepWriter:
 
     def _follow(self, step: Step, weights: Tensor) -> None:
         """Compare the weights [K] with where the steps before should have led, and take this one."""
-        if self._expected is None:
+        if self._trajectory is None:
             exact = [torch.finfo(target.tensor.dtype).eps for target in self.targets.values()]
-            self._expected = Expected(list(self.targets), self.run.columns.widths, exact, self._state())
+            self._trajectory = Trajectory(list(self.targets), self.run.columns.widths, exact, self._state())
             if len(self.run):
                 last = self.run.step(len(self.run) - 1)
                 assert last.weights is not None
-                self._expected.resume(self.run.update(last), last, self.run.state(len(self.run) - 1))
-        self._expected.check(weights)
-        self._expected.follow(self.run.update(step), step, weights)
+                self._trajectory.resume(self.run.update(last), last, self.run.state(len(self.run) - 1))
+        self._trajectory.check(weights)
+        self._trajectory.follow(self.run.update(step), step, weights)
 
     def check_end(self) -> None:
         """Raise ValueError where the gradients that were recorded do not make the state that the optimizer has."""
         if self.run.kind is not None:
             self._check_state(self._state())
-            if self._expected is not None:
-                self._expected.check(self._weights())
+            if self._trajectory is not None:
+                self._trajectory.check(self._weights())
 
     def _check_state(self, state: Sequence[Tensor]) -> None:
         has_none = self.run.kind == "sgd" and not any(self._momenta)
@@ -166,7 +166,8 @@ class StepWriter:
         for name, held, made in zip(UPDATES[self.run.kind].names, state, self.run.state(len(self.run)), strict=True):
             held = held.double().cpu()
             if self.run.kind == "sgd":  # which holds none where there is no momentum
-                made = made * torch.tensor(self._momenta, dtype=torch.float64)[self._column_groups]
+                columns = self.run.columns
+                made = made * torch.as_tensor(columns.spread([float(self._momenta[i]) for i in columns.groups]))
             apart, size = float((made - held).norm()), float(held.norm())
             rounded = _ROUNDED if exact else _ROUNDED_HALF
             if not apart <= rounded * size + torch.finfo(torch.float32).tiny:
@@ -175,12 +176,6 @@ class StepWriter:
                     f"{size:.2g}); were gradients, its state or the weights changed beside the loop's own steps, or "
                     "by a hook that was put on the optimizer later? Record again without that"
                 )
-
-    @property
-    def _column_groups(self) -> Tensor:
-        """The parameter group of each column [K]."""
-        columns = self.run.columns
-        return torch.tensor(columns.groups).repeat_interleave(torch.tensor(columns.widths))
 
     def _state(self) -> list[Tensor]:
         assert self.run.kind is not None

@@ -14,7 +14,7 @@ _ROUNDED = 1e-2  # of how far a step goes: half precision keeps so much of it
 _DIGITS = 8  # roundings of a weight
 
 
-class Expected:
+class Trajectory:
     """Follows the optimizer on the mask. ``state``: its moments [K] before the next step.
 
     ``names``, ``widths``: of the layers; ``exact``: the rounding of each one's dtype.
