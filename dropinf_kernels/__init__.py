@@ -1,6 +1,7 @@
 """Torch ops that compress per-sample gradients; importing the package registers `torch.ops.dropinf.*`."""
 
 from .op import import_launchers_with
+from .ops.bits import dequantize_bits, quantize_bits, score_topk_bits
 from .ops.conv import compress_conv, compress_conv_int8, conv_output_size, sketch_patches
 from .ops.embedding import compress_embedding, compress_embedding_int8
 from .ops.flat import compress_flat, compress_flat_int8
@@ -24,10 +25,13 @@ __all__ = [
     "compress_norm",
     "compress_norm_int8",
     "conv_output_size",
+    "dequantize_bits",
     "dequantize_rows",
     "gram_update",
+    "quantize_bits",
     "quantize_rows",
     "score_topk",
+    "score_topk_bits",
     "sketch",
     "sketch_patches",
 ]

@@ -36,7 +36,7 @@ _TYPES = {
     "tuple[Tensor, Tensor]": "(Tensor, Tensor)",
     "None": "()",
 }
-_FIXED = ("group", "groups", "padding_idx")
+_FIXED = ("group", "groups", "padding_idx", "bits")
 
 
 class Op(Protocol[P, R_co]):

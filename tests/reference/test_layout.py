@@ -20,8 +20,9 @@ NAMES = {
     "gram": {"gram_update"},
     "topk": {"score_topk"},
     "quantize": {"quantize_rows", "dequantize_rows"},
+    "bits": {"quantize_bits", "dequantize_bits", "score_topk_bits"},
 }
-# What lies beside the nine names: helpers, and tests of all ops together.
+# What lies beside these names: helpers, and tests of all ops together.
 BESIDE = {
     "dropinf_kernels/ops": {"__init__", "checks", "plain"},
     "dropinf_kernels/gpu": {"__init__", "launch", "replay", "tiles", "tiling"},

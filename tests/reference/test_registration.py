@@ -27,6 +27,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     left, right, taps = make_table(8, 4, 2, True), make_table(4, 2, 1), make_table(12, 5, 2, True)
     rows, cols = make_table(4, 7)[0][0], make_table(8, 7)[0][0]
     q, scale = kernels.quantize_rows(torch.randn(10, 8))
+    codes, c_scale = kernels.quantize_bits(torch.randn(10, 8), 2)
     return {
         "sketch": [(a, *left, 1), (a, make_table(8, 4, 2, False, 4)[0], None, 4)],
         "compress_linear": [(a, g, *left, *right, 1, None), (a, g, None, None, *right, 1, cu_seqlens, torch.bfloat16)],
@@ -54,6 +55,9 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
         "score_topk": [(a[0], a[1], 3, None, 0), (a[0], q, 20, scale, 5)],
         "quantize_rows": [(a[0],)],
         "dequantize_rows": [(q, scale, torch.bfloat16)],
+        "quantize_bits": [(a[0], 1), (g[0], 4)],
+        "dequantize_bits": [(codes, c_scale, 2, torch.bfloat16)],
+        "score_topk_bits": [(a[0], codes, c_scale, 2, 3, 0), (a[0], codes, c_scale, 2, 20, 5)],
     }
 
 
