@@ -47,7 +47,7 @@ MAY_IMPORT = {
         "metrics": {"files"},
         "sketch": KERNELS,
         "capture": KERNELS | {"sketch", "workload", "files", "loss_name", "origin"},
-        "fisher": KERNELS | {"gradients", "files", "ranks"},
+        "fisher": KERNELS | {"sketch", "gradients", "files", "ranks", "origin"},
         "index": BASE | {"fisher"},
         "text": {"workload", "files"},
         "transformer": {"text", "workload"},

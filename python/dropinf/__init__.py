@@ -8,6 +8,7 @@ from .capture.layer import Layer
 from .checkpoints import Checkpoints
 from .compressor import Compressor
 from .fisher import Fisher, build_fisher
+from .fisher.bits import BitCode
 from .fisher.blocks import DiagonalBlock
 from .fisher.cholesky import Cholesky
 from .fisher.damping import Damping
@@ -31,6 +32,7 @@ __all__ = [
     "SJLT",
     "AttributionError",
     "Axis",
+    "BitCode",
     "Checkpoints",
     "Choice",
     "Compressor",

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .capture.layer import Layer
 from .capture.targets import LayerFilter
 from .compressor import Compressor
+from .fisher.bits import BitCode, Bits, checked_bits
+from .fisher.fisher import Fisher, FisherKind
+from .gradients import GradientSource
 from .sketch.axis import Axis
 from .sketch.draws import Place, chances
 from .sketch.sketch import Dropout, Sampling, Statistics, whitening
@@ -24,6 +27,7 @@ Allocation = Literal["spectrum", "equal"]
 _PILOT = 16  # stored per axis to learn how large each layer's gradients are
 _SPAN = 512  # coordinates of an axis whose covariance stands for all of it
 _LEAST = 128  # survivors that a rotation has at least, and onto as many: so few cost nothing
+_WIDER, _LEAST_WIDE = 64, 1 << 14  # bytes of float rows beside those of few bits, and the least
 _STEP = 1.1  # ratio of the sizes that are tried
 
 
@@ -45,12 +49,23 @@ class Choice:
 
     sketch: Dropout
     layers: tuple[LayerChoice, ...]
-    bytes_per_sample: int
+    bytes_per_sample: int  # of float32 rows
+    bits: Bits | None = None  # of a coordinate, where rows are to be of few
+    few_bytes: int | None = None  # of such a row
 
     @property
     def captured(self) -> float:
         """The share of the energy of all layers, by their weights, that is expected to be kept."""
         return sum(layer.share * layer.captured for layer in self.layers)
+
+    def code(self, train: GradientSource, fisher: Fisher | FisherKind = "kronecker", **options: Any) -> BitCode:
+        """Return the code of rows of few bits, fitted to rows that the sketch makes; see :meth:`BitCode.fit`.
+
+        Raises ValueError where ``bits`` was not asked for, and as :meth:`BitCode.fit`.
+        """
+        if self.bits is None:
+            raise ValueError("bits: this choice is of float rows; ask for it with choose(..., bits=1), 2 or 4")
+        return BitCode.fit(train, fisher, bits=self.bits, bytes_per_sample=self.few_bytes, **options)
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
@@ -61,6 +76,8 @@ class Choice:
                 f"{layer.name:<{width}}  {full:>15}  {stored:>11}  {layer.share:>6.1%}  {layer.captured:>6.1%}"
             )
         lines.append(f"{self.bytes_per_sample:,} bytes per sample; {self.captured:.1%} of the energy kept")
+        if self.bits is not None:
+            lines.append(f"of these, {self.few_bytes:,} bytes per sample are stored, {self.bits} bits a coordinate")
         return "\n".join(lines)
 
 
@@ -70,6 +87,7 @@ def choose(
     loss_fn: LossFn,
     *,
     budget_bytes: int,
+    bits: Bits | None = None,
     allocate: Allocation = "spectrum",
     oversample: int = 4,
     whiten: bool = True,
@@ -81,6 +99,8 @@ def choose(
     """Choose what to store of each layer so that a sample takes at most ``budget_bytes`` as float32.
 
     ``batches``: a few hundred samples in random order, read twice.
+    ``bits``: 1, 2 or 4, for rows of few bits: the budget is that of such a row, and the sketch makes float rows of 64
+    times as many bytes (16 KB at least), of which :meth:`Choice.code` keeps the coordinates of most energy.
     ``allocate``: the sizes that keep the most energy, layers weighted by sqrt(E |G|^2 * entries), their gradient's size
     in the geometry of Adam ("spectrum"); or the same dims for all ("equal").
     ``oversample``: how many times ``dim`` values are kept before the rotation onto ``dim``; 1 is plain dropout. An axis
@@ -94,6 +114,7 @@ def choose(
     """
     if allocate not in get_args(Allocation):
         raise ValueError(f"allocate is {allocate!r}; it must be one of {', '.join(map(repr, get_args(Allocation)))}")
+    bits = None if bits is None else checked_bits(bits)
     check_batches(batches)
     if iter(batches) is batches:
         raise ValueError("batches: they are read twice; pass a list or a DataLoader, not an iterator")
@@ -104,7 +125,7 @@ def choose(
         name: _plan(layer, pilot.moments(name), _mean_square(gradients[name]), oversample, whiten, group)
         for name, layer in pilot.layers.items()
     }
-    values = budget_bytes // 4
+    values = budget_bytes // 4 if bits is None else max(_WIDER * budget_bytes, _LEAST_WIDE) // 4
     if values < len(plans):
         raise ValueError(
             f"budget_bytes is {budget_bytes}; {len(plans)} layers need at least {4 * len(plans)}, one value each: "
@@ -124,7 +145,8 @@ def choose(
         for name, plan in plans.items()
     )
     stored = sum(math.prod(layer.dims) for layer in chosen)
-    return Choice(_sketch(options, whiten, group, seed), chosen, 4 * stored)
+    few = None if bits is None else budget_bytes
+    return Choice(_sketch(options, whiten, group, seed), chosen, 4 * stored, bits, few)
 
 
 class _Pilot(Dropout):

@@ -26,6 +26,7 @@ from .capture.targets import LayerFilter, axis_statistics, find_targets, make_la
 from .files import file_checksum
 from .fisher.fisher import Fisher, FisherKind
 from .gradients import Gradients
+from .index.arguments import StoredDtype
 from .index.folder import SKETCH
 from .index.manifest import Manifest, check_code
 from .index.probe import compared
@@ -213,7 +214,7 @@ class Compressor:
         batches: Iterable[Any],
         *,
         out: str | os.PathLike[str],
-        dtype: torch.dtype | None = ...,
+        dtype: StoredDtype | None = ...,
         fisher: FisherKind | Fisher | None = ...,
         ids: Ids | None = ...,
         order: Sequence[int] | Tensor | None = ...,
@@ -227,7 +228,7 @@ class Compressor:
         *,
         device: torch.device | str | None = None,
         out: str | os.PathLike[str] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: StoredDtype | None = None,
         fisher: FisherKind | Fisher | None = None,
         ids: Ids | None = None,
         order: Sequence[int] | Tensor | None = None,
@@ -243,7 +244,7 @@ class Compressor:
         a `TextModel` say where each passage stands in the data.
         ``out``: the folder of an `Index` to write instead of holding the gradients. An interrupted call resumes when
         you repeat it, to the same bytes; batches or rows that differ from those stored are errors. These go with it:
-        ``dtype``: float64, float32, bfloat16, float16 or int8 (these with scales); by default as computed.
+        ``dtype``: float64, float32, bfloat16, float16, int8 or a `BitCode`; by default as computed.
         ``fisher``: a kind, or an empty `Fisher`, built in the same pass and kept with the index.
         ``ids(batch) -> [str]``: what to call a batch's samples.
         ``append``: add these batches to those of a finished index, unless a run in it has the same ones throughout.
@@ -257,9 +258,7 @@ class Compressor:
                 raise ValueError(f"device is {device} and out {str(out)!r}: an index is on disk; pass one of the two")
             return write_index(self, batches, out, order=order, append=append, progress=progress, **of_index)
         if append or any(x is not None for x in of_index.values()):
-            raise ValueError(
-                "out is None; dtype, fisher, ids, append and group are of an index: name its folder in out="
-            )
+            raise ValueError("out is None; dtype, fisher, ids, append and group are of an index: name its folder, out=")
         warn_shuffled(batches)
         places = None if order is None else order_of(batches, order)
         check_order_before(places, batches, self.cu_seqlens)

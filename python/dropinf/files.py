@@ -247,6 +247,13 @@ def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> by
     return data
 
 
+def metadata_of(data: bytes) -> dict[str, str]:
+    """Return the metadata of the bytes of a safetensors file."""
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return found
+
+
 def whole_number(value: object, what: str, least: int) -> int:
     """Return a whole number that was read from a file.
 

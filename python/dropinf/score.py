@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dropinf_kernels import score_topk
+from dropinf_kernels import score_topk, score_topk_bits
 from dropinf_kernels.ops.plain import BUFFER_BYTES
 from dropinf_kernels.ops.topk import topk_lowest_index
 
 from .builder import GradientsBuilder
 from .files import new_array, open_array
+from .fisher.bits import BitCode
 from .fisher.fisher import Fisher
 from .gradients import (
     At,
@@ -111,7 +112,8 @@ def score(
         query: gradients of Q samples.
         train: gradients of N samples, read by row blocks; or a recorded run, of which each sample's part of each step
             is scored: see `dropinf.recording.score_run` for its kinds "adamw" and "tracin", and their options.
-        fisher: needed by "influence" and "relative"; the other kinds do not read it.
+        fisher: needed by "influence" and "relative"; the other kinds do not read it. Rows of few bits have theirs in
+            their code, and take none.
         kind: "influence" is `c_q^T (F + lambda I)^{-1} c_n`; "dot" is `c_q^T c_n`; "cosine" divides that by
             both norms; "relative" divides influence by the square root of the training sample's
             self-influence (RelatIF: Barshan et al. 2020, arXiv 2003.11630), which holds back outliers.
@@ -143,6 +145,9 @@ def score(
     if of_run:
         raise TypeError(f"score got {', '.join(of_run)}, which are of recorded runs, and train is {train!r}")
     kind = cast("ScoreKind", kind)
+    code = train.code if isinstance(train, Index) else None
+    if code is not None:
+        query, kind = _few_bits(query, code, fisher, kind, other_model), "dot"
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None or reduce is not None):
         raise ValueError("out is for the whole matrix from one process; pass neither top, reduce nor group with it")
@@ -190,8 +195,10 @@ def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.Process
     share the work, each with the same index; every rank gets all.
 
     Raises:
-        ValueError: a Fisher matrix of another sketch, without samples, or singular with its damping.
+        ValueError: a Fisher matrix of another sketch, without samples, or singular with its damping; rows of few bits.
     """
+    if isinstance(train, Index) and train.manifest.codec.bits is not None:
+        raise ValueError(f"train: {train!r} has rows of few bits, which have no self-influence; take it of float rows")
     fisher.check(train, "fisher and train")
     check_one_model([fisher, train], ["fisher", "train"], "Use build_fisher(train)")
     ranks = Ranks(group)
@@ -249,6 +256,20 @@ def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest:
         raise ValueError(f"top is {top!r}; it must be an int of at least 1, or None for the whole matrix")
 
 
+def _few_bits(
+    query: GradientSource, code: BitCode, fisher: Fisher | None, kind: ScoreKind, other_model: bool
+) -> Gradients:
+    """Return what queries multiply rows of few bits with: their products are influence scores."""
+    if fisher is not None:
+        raise ValueError("fisher: train has rows of few bits, which were whitened by that of their code; leave it out")
+    if kind != "influence":
+        raise ValueError(f"kind is {kind!r}; rows of few bits have kind='influence' alone")
+    check_same_sketch(query, code.fisher, "query and train")
+    if not other_model:
+        check_one_model([query, code.fisher], ["query", "train"], "Compress both with one model")
+    return code.queries(_in_memory(query)).to(query.device)
+
+
 def _in_memory(source: GradientSource) -> Gradients:
     if isinstance(source, Gradients):
         return source
@@ -302,7 +323,8 @@ def _stream_top(
     for at, part, rows in blocks:
         if part is not None:
             rows = Stored(rows.values, _train_scale(part, fisher, kind, q))
-        if rows.scale is not None and rows.scale.ndim == 1 and q.dtype == torch.float64:
+        few_bits = rows.values.dtype == torch.uint8
+        if rows.scale is not None and rows.scale.ndim == 1 and q.dtype == torch.float64 and not few_bits:
             rows = Stored(rows.values * rows.scale.unsqueeze(1), None)  # the op takes fp32 scales
         small = part is None and q.device.type == "cpu"
         if small or isinstance(at, Tensor) or (rows.scale is not None and rows.scale.ndim > 1):
@@ -313,7 +335,12 @@ def _stream_top(
             continue
         flat, scale = rows.values.to(q.device), rows.scale
         scale = None if scale is None else scale.to(q.device)
-        best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=at.start))], top)
+        if few_bits:
+            assert scale is not None
+            found = score_topk_bits(q, flat, scale, products.bits_of(flat), top, offset=at.start)
+        else:
+            found = score_topk(q, flat, top, c_scale=scale, offset=at.start)
+        best = _merge([best, TopK(*found)], top)
     if held:
         best = _merge([best, _best_of(held, top)], top)
     if ranks.world > 1:

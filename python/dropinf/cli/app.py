@@ -47,7 +47,7 @@ def build_app() -> "typer.Typer":
     """
     import typer
 
-    from . import doctor, index, query
+    from . import doctor, few_bits, index, query
 
     app = typer.Typer(
         add_completion=False,
@@ -84,7 +84,7 @@ def build_app() -> "typer.Typer":
 
     for command in (
         demo, index.index, query.query, query.report, query.self_influence, query.fisher,
-        query.verify, query.compact, query.info, query.export, doctor.doctor,
+        query.verify, query.compact, few_bits.requantize, query.info, query.export, doctor.doctor,
     ):  # fmt: skip
         name = command.__name__.replace("_", "-")
         app.command(name)(_guarded(command, lambda: chosen["debug"]))

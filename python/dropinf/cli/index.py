@@ -38,15 +38,7 @@ from ..text.passages import Passage, read_passages
 from ..text.transformer import Reduction, Task
 from ..workload import Ids, Workload
 from .console import Meter, is_first, note, size_text
-from .recipe import (
-    ModelDtype,
-    Recipe,
-    StoredDtype,
-    load_workload,
-    parse_damping,
-    pick_device,
-    process_group,
-)
+from .recipe import ModelDtype, Recipe, StoredDtype, load_workload, parse_damping, pick_device, process_group
 
 FisherChoice = Literal[FisherKind, "none"]
 Option = typer.Option
@@ -265,15 +257,16 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             _draw_again(source, out / SKETCH, manifest, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
-    row = Codec(recipe.dtype, tuple(compressor.layers), widths).row_bytes
-    note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(row)} a sample")
+    made = Codec(recipe.dtype, tuple(compressor.layers), widths)
+    codec = manifest.codec if manifest and manifest.codec.bits else made
+    note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(codec.row_bytes)} a sample")
     meter = Meter()
     try:
         made = write_index(
             compressor,
             work.batches,
             out,
-            dtype=DTYPES[recipe.dtype],
+            dtype=DTYPES.get(codec.dtype),  # of few bits: by the code of the index
             fisher=fisher,
             ids=ids,
             append=append,

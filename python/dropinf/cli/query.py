@@ -69,7 +69,11 @@ def query(
     train = open_index(index)
     if html is not None:
         check_beside(html, train.path)
-    fisher = read_fisher(train, damping, "or ask for --kind dot or cosine") if _reads_fisher(kind, damping) else None
+    few_bits = train.manifest.codec.bits is not None
+    if few_bits and damping is not None:
+        raise ValueError(f"damping is {damping}; {index} has rows of few bits, whose damping is that of their code")
+    reads = _reads_fisher(kind, damping) and not few_bits
+    fisher = read_fisher(train, damping, "or ask for --kind dot or cosine") if reads else None
     recipe = Recipe.of(train.manifest.about)
     passages: list[Passage] | None = None
     if loader is not None:
@@ -96,7 +100,7 @@ def query(
         "index": str(index),
         "samples": len(train),
         "kind": kind,
-        "fisher": "not used" if fisher is None else about_fisher(fisher),
+        "fisher": _about(train, fisher),
         "queries": _answers(train, ids, None if passages is None else [p.text for p in passages], best),
     }
     if html is not None:
@@ -245,8 +249,9 @@ def export(
 ) -> None:
     """Write rows whose inner products are influence scores, for any inner-product search, and their ids beside them."""
     train = open_index(index, memory_bytes)
-    train.whitened(out, read_fisher(train, None), factory=factory)
-    note(f"wrote {out}: {len(train):,} rows, and their ids to {out}.ids; multiply with index.fisher().whiten(query)")
+    train.whitened(out, None if train.code else read_fisher(train, None), factory=factory)
+    by = "index.code.queries(query)" if train.code else "index.fisher().whiten(query)"
+    note(f"wrote {out}: {len(train):,} rows, and their ids to {out}.ids; multiply with {by}")
 
 
 # What they share.
@@ -286,6 +291,13 @@ def read_fisher(index: Index, damping: str | None, otherwise: str = "") -> Fishe
         )
     kept = index.fisher()
     return kept if value is None else kept.with_damping(value)
+
+
+def _about(train: Index, fisher: Fisher | None) -> str:
+    """Return what scores were solved with."""
+    if train.code is not None:
+        return f"{about_fisher(train.code.fisher)}, in the code of its rows of {train.code.bits} bits"
+    return "not used" if fisher is None else about_fisher(fisher)
 
 
 def about_fisher(fisher: Fisher) -> str:

@@ -284,14 +284,15 @@ class Fisher:
             with plain_name(path) as name, safe_open(name, framework="pt") as file:
                 header = read_header(file.metadata(), path, FORMAT)
                 try:
-                    return cls._read(header, file.get_tensor)
+                    return cls.read(header, file.get_tensor)
                 except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                     raise ValueError(f"{path}: its header is damaged ({error}); save it again") from error
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated or damaged ({error}); save it again") from error
 
     @classmethod
-    def _read(cls, header: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Fisher:
+    def read(cls, header: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Fisher:
+        """Return what `to_bytes` wrote; what it did not write raises errors of many kinds."""
         if isinstance(header["damping"], bool) or not isinstance(header["absolute"], bool):
             raise ValueError(f"damping is {header['damping']!r}, absolute {header['absolute']!r}")
         fisher = cls(header["kind"], header["damping"], header["absolute"])
@@ -319,8 +320,7 @@ class Fisher:
 
     def __repr__(self) -> str:
         damping = f"damping={Damping(self.damping)}" + (", absolute=True" if self.absolute else "")
-        size = f"{self._count} samples, {len(self._blocks)} blocks"
-        return f"Fisher({self.kind!r}, {damping}, {size}, {self._device})"
+        return f"Fisher({self.kind!r}, {damping}, {self._count} samples, {len(self._blocks)} blocks, {self._device})"
 
     @contextmanager
     def _changing(self) -> Iterator[Ledger]:

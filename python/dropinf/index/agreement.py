@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..files import TEMPORARY, checksum
@@ -18,9 +17,9 @@ from ..fisher.fisher import Fisher
 from ..loss_name import HELD
 from ..ranks import Ranks
 from ..workload import count_of
-from .plan import RowSource
 from .probe import rows_of
 from .rows_alike import apart
+from .source import RowSource
 
 _SHOWS = 10.0  # seconds until a file that one rank wrote shows on others
 
@@ -32,7 +31,7 @@ def facts_of(
     source: RowSource,
     batches: Iterable[Any],
     first: str,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     fisher: Fisher | None,
     names: object,
     append: bool,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dropinf_kernels import quantize_rows
+from dropinf_kernels import dequantize_bits, quantize_bits, quantize_rows
 
 DTYPES = {
     "float64": torch.float64,
@@ -22,6 +22,7 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+BITS: dict[str, Literal[1, 2, 4]] = {"1bit": 1, "2bit": 2, "4bit": 4}  # of a coordinate, of rotated rows
 CARRIERS = 16  # numbers whose lowest bits are a scale's bits
 _BESIDE = 256  # numbers of a layer from which on its scale stands beside them
 _PATTERN = 16  # layers of a pattern that is looked for: those of a block of a transformer
@@ -29,6 +30,16 @@ _BITS = 64  # smallest steps of a dtype that a layer's largest number must have:
 NOISE = 4  # roundings of a row's largest number that a layer without a gradient may have
 _MOST = 0.99 * torch.finfo(torch.float32).max  # what rounding up a scale still leaves finite
 Where = Callable[[int], str]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype of stored rows."""
+    return next(name for name, found in DTYPES.items() if found == dtype)
+
+
+def shown(dtype: str) -> str:
+    """Return a dtype of stored rows, by its name, as its user writes it."""
+    return repr(dtype) if dtype in BITS else f"torch.{dtype}"
 
 
 def _of_batch(row: int) -> str:
@@ -73,6 +84,9 @@ class Codec:
     the layer's first 16 values, each rounded to the nearest value of that parity. These are right to one step, where
     others are right to half a step, and the layer takes no byte more. Smaller layers have their scales beside them.
 
+    Rows of 1, 2 or 4 bits, whose one layer a `BitCode` made, are codes of `quantize_bits`, several in a byte, and a
+    bfloat16 scale.
+
     ``sizes``: of int8 rows of the first format version alone, what each layer was divided by before the row had one
     scale for all its layers.
     """
@@ -92,12 +106,20 @@ class Codec:
         return self.dtype == "int8" and self.sizes is None
 
     @property
+    def bits(self) -> Literal[1, 2, 4] | None:
+        """How many bits a coordinate has; None where it has whole bytes."""
+        return BITS.get(self.dtype)
+
+    @property
     def scaled(self) -> bool:
-        return self.dtype in ("float16", "int8")
+        return self.bits is not None or self.dtype in ("float16", "int8")
 
     @cached_property
     def tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The name of each tensor of stored rows -> its dtype, and its shape but for the number of rows."""
+        if self.bits is not None:
+            codes = (torch.uint8, (self.width * self.bits // 8,))
+            return {"gradients": codes, "scale": (torch.bfloat16, ())}
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"gradients": (DTYPES[self.dtype], (self.width,))}
         if self.scaled and not self.by_layer:
             found["scale"] = (torch.float32, ())
@@ -136,6 +158,8 @@ class Codec:
 
         The host waits for nothing.
         """
+        if self.bits is not None:
+            return self._few_bits(flat, self.bits)
         if self.dtype == "float16":
             return self._scaled_half(flat)
         if flat.dtype == DTYPES[self.dtype]:
@@ -154,6 +178,9 @@ class Codec:
         """Return rows [n, K] in `decoded`; `scale` as it is stored."""
         if not self.scaled:
             return values
+        if self.bits is not None:
+            assert scale is not None
+            return dequantize_bits(values, scale.float(), self.bits)
         scales, rows = self.scales(values, scale), values.float()
         if not self.by_layer:
             assert scales is not None
@@ -166,7 +193,7 @@ class Codec:
     def scales(self, values: Tensor, scale: Tensor | None) -> Tensor | None:
         """Return what rows are multiplied by, float32: [n], [n, layers] or None for 1."""
         if not self.by_layer:
-            return scale
+            return scale if scale is None else scale.float()
         found = torch.zeros(len(values), 0, device="cpu") if scale is None else scale.float()
         if self._within:
             pieces = [_carriers(values, *run) for run in self._runs_within]
@@ -274,6 +301,11 @@ class Codec:
         assert factors is not None
         values, scale = quantize_rows(flat / factors.to(flat))
         return Converted({"gradients": values.contiguous(), "scale": scale}, flat.dtype, largest, least, _MOST)
+
+    def _few_bits(self, flat: Tensor, bits: Literal[1, 2, 4]) -> Converted:
+        codes, scale = quantize_bits(flat, bits)
+        kept = {"gradients": codes, "scale": scale.to(torch.bfloat16)}
+        return Converted(kept, flat.dtype, self._largest(flat), 0.0, _MOST / flat.shape[1])
 
     def _scaled_half(self, flat: Tensor) -> Converted:
         layers = self._largest(flat)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..files import checksum, checksum_of, sync_folder
 from .folder import (
+    CODE,
     PART_NAME,
     PARTS,
     PASSAGES,
@@ -67,7 +68,7 @@ def drop_unbegun(folder: Path, manifest: Manifest) -> Manifest | None:
         return manifest
     if manifest.shards:
         return discard(folder, manifest)
-    own = [name for name in (SKETCH, PROBE, PASSAGES) if manifest.files.get(name) == checksum_of(folder / name)]
+    own = [name for name in (SKETCH, CODE, PROBE, PASSAGES) if manifest.files.get(name) == checksum_of(folder / name)]
     for name in (NAME, *own):  # the manifest first: it names the others
         remove(folder / name)
     sync_folder(folder)

@@ -17,7 +17,7 @@ from ..fisher.fisher import Fisher
 from ..gradients import Gradients, GradientSource, block_rows
 from ..gradients import Rows as Selected
 from ..origin import check_one_model
-from .folder import FISHER, PARTS, PASSAGES, PROBE, SHARDS, SKETCH
+from .folder import CODE, FISHER, PARTS, PASSAGES, PROBE, SHARDS, SKETCH
 from .kept import NEW_FISHER
 from .manifest import NAME
 from .order import ORDER_NAME
@@ -38,7 +38,7 @@ class Rows(Protocol):
 def check_beside(out: str | os.PathLike[str], folder: Path) -> None:
     """Raise ValueError for the name of a file of the index in ``folder``, or of one in its place, as a link may be."""
     given, final = Path(out).parent.resolve() / Path(out).name, Path(out).resolve()
-    names = (NAME, SKETCH, FISHER, PASSAGES, PROBE, ".lock")
+    names = (NAME, SKETCH, CODE, FISHER, PASSAGES, PROBE, ".lock")
     kept = {(folder / name).resolve() for name in names}  # links of the index's own among them
     inside = {(folder / part).resolve() for part in (SHARDS, PARTS)}
     own = given.name in names or ORDER_NAME.fullmatch(given.name) or NEW_FISHER.fullmatch(given.name)
@@ -69,6 +69,7 @@ class Export:
     dtype: torch.dtype
     memory_bytes: int
     factory: str | None = None
+    bits: int | None = None  # of a coordinate; None: rows are no codes
 
     def write(self, rows: Rows, ids: Iterable[str]) -> None:
         """Write the file, and then the ids of its rows beside it: never those of another file."""
@@ -85,6 +86,8 @@ class Export:
                 for offset, part in rows.blocks():
                     file.write(offset, 0, part)
                 beside.unlink(missing_ok=True)
+        elif self.factory is None and self.bits is not None:
+            self._write_bits(rows, beside)
         elif self.factory in (None, "Flat") and (header := self._flat_header()) is not None:
             with array_file(self.out, header, (self.count, self.width), torch.float32) as file:
                 for offset, part in rows.blocks():
@@ -92,6 +95,20 @@ class Export:
                 beside.unlink(missing_ok=True)
         else:
             self._write_coded(rows, beside)
+
+    def _write_bits(self, rows: Rows, beside: Path) -> None:
+        """Write FAISS's own index of rows of few bits, whose codes and scales are these rows'."""
+        faiss = _faiss()
+        if self.bits not in (1, 2) or not hasattr(faiss, "IndexRaBitQ"):
+            raise ValueError(
+                f"out is {os.fspath(self.out)!r}: FAISS {faiss.__version__} has no codes of {self.bits} bits that are "
+                "these; pass a factory, or name an .npy file"
+            )
+        coded = faiss.IndexRaBitQ(self.width, faiss.METRIC_INNER_PRODUCT, self.bits)
+        coded.train(torch.zeros(1, self.width, device="cpu").numpy())  # codes are of the rows themselves, not of
+        coded.qb = 0  # their distance to a center; and queries stay float
+        self._check_size(coded)
+        self._add(coded, rows, beside)
 
     def _flat_header(self) -> bytes | None:
         """Return what stands before the rows of a flat FAISS file; None where FAISS writes it in another way."""
@@ -114,7 +131,6 @@ class Export:
 
     def _write_coded(self, rows: Rows, beside: Path) -> None:
         """Train an index on a random part of the rows, add all of them, and write it."""
-        faiss = _faiss()
         coded = self._made()
         self._check_size(coded)
         if not coded.is_trained:
@@ -127,6 +143,11 @@ class Export:
                     f"({_reason(error)}); name fewer lists or bits, or open the index with more memory_bytes"
                 ) from None
             del part
+        self._add(coded, rows, beside)
+
+    def _add(self, coded: Any, rows: Rows, beside: Path) -> None:
+        """Add all rows to an index of FAISS, and write it."""
+        faiss = _faiss()
         for _, block in rows.blocks():
             coded.add(block.float().numpy())
         with replacing(self.out) as temporary:
@@ -179,22 +200,26 @@ class Indexed(GradientSource, Protocol):
 
 @dataclass(frozen=True)
 class White:
-    """The rows of an index, whitened."""
+    """The rows of an index, whitened; without a Fisher matrix, as they are."""
 
     index: Indexed
-    fisher: Fisher
+    fisher: Fisher | None
 
     def __post_init__(self) -> None:
-        check_one_model([self.fisher, self.index], ["fisher", "index"], "Use build_fisher(index)")
+        if self.fisher is not None:
+            check_one_model([self.fisher, self.index], ["fisher", "index"], "Use build_fisher(index)")
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for offset, part in self.index.blocks(block_rows(self.index)):
-            yield offset, self.fisher.whiten(part).flat
+            yield offset, self._whitened(part)
 
     def at(self, positions: Tensor) -> Tensor:
         """Return the rows at ordered positions."""
         parts = near(positions, block_rows(self.index))
-        return torch.cat([self.fisher.whiten(self.index[part]).flat.float() for part in parts])
+        return torch.cat([self._whitened(self.index[part]).float() for part in parts])
+
+    def _whitened(self, part: Gradients) -> Tensor:
+        return part.flat if self.fisher is None else self.fisher.whiten(part).flat
 
 
 def near(positions: Tensor, rows: int) -> Iterator[Tensor]:

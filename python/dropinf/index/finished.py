@@ -9,8 +9,9 @@ import safetensors.torch
 from torch import Tensor
 
 from ..files import checksum
+from .codec import DTYPES
 from .folder import PARTS, remove, shard_path
-from .manifest import ShardEntry
+from .manifest import DECODED_FROM, ShardEntry
 from .reader import Index
 from .rows_alike import apart
 from .runs import Plan
@@ -151,7 +152,9 @@ class Finished:
         kept = self.rows(b) if kept is None else kept
         encoded = codec.encode(flat)
         now = codec.decode(encoded["gradients"], encoded.get("scale"))
-        what = apart(self.plan.manifest.shapes, now, kept, flat.dtype, encoded["gradients"].dtype)
+        known = self.plan.manifest.about.get(DECODED_FROM)
+        dtypes = [flat.dtype, encoded["gradients"].dtype, *([] if known is None else [DTYPES[known]])]
+        what = apart(self.plan.manifest.shapes, now, kept, *dtypes, codes=codec.bits is not None)
         if what is None:
             return
         raise ValueError(

@@ -19,6 +19,7 @@ LOCK = ".lock"
 SHARDS, PARTS = "shards", "parts"
 SKETCH, FISHER, PASSAGES = "sketch.safetensors", "fisher.safetensors", "passages.jsonl"
 PROBE = "first_batch.safetensors"
+CODE = "code.safetensors"  # of rows of few bits
 
 
 def shard_path(folder: Path, number: int, checksum: str) -> Path:
@@ -170,13 +171,13 @@ def remove_parts(folder: Path) -> None:
 def check_free(folder: Path) -> None:
     """Raise ValueError where a folder without a manifest holds rows of an index, or files that are not one's."""
     made = [path for part in (folder / SHARDS, folder / PARTS, folder) for path in sorted(part.glob(f"*{SUFFIX}"))]
-    made = [path for path in made if path.name not in (SKETCH, PROBE)]
+    made = [path for path in made if path.name not in (SKETCH, PROBE, CODE)]
     if made:
         raise ValueError(
             f"out: {folder} has files of an index ({made[0]}) but no manifest, which says of what model and data they "
             "are; restore the manifest, or delete the folder"
         )
-    own = {folder / name for name in (SHARDS, PARTS, SKETCH, PROBE, PASSAGES, LOCK)}
+    own = {folder / name for name in (SHARDS, PARTS, SKETCH, PROBE, CODE, PASSAGES, LOCK)}
     found = (path for place in (folder, folder / SHARDS, folder / PARTS) if place.is_dir() for path in place.iterdir())
     others = sorted(str(p.relative_to(folder)) for p in found if p not in own and not _STRAY.fullmatch(p.name))
     if others:

@@ -13,15 +13,16 @@ from typing import Any
 
 from ..files import checksum, is_checksum, whole_number
 from ..origin import is_same_code
-from .codec import DTYPES, Codec
-from .folder import FISHER, PASSAGES, PROBE, SKETCH, write_whole
+from .codec import BITS, DTYPES, Codec
+from .folder import CODE, FISHER, PASSAGES, PROBE, SKETCH, write_whole
 
 NAME = "manifest.json"
+DECODED_FROM = "rows were"  # the dtype of the rows that those of few bits were made of, where they were stored before
 FUNCTIONS = "functions"  # of a model's classes, in what is known of its code
 FORMAT = "dropinf.index"
 # Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale. Of 2: no first batch.
-VERSION = 3
-FILES = (SKETCH, FISHER, PASSAGES, PROBE)
+VERSION = 4  # of rows of few bits; others are written as 3, which has none
+FILES = (SKETCH, CODE, FISHER, PASSAGES, PROBE)
 _NOW = "now: "  # of a run that went on with another loss or code, which gave all of its rows again
 _MOST = 1 << 31  # bytes of a manifest that is still read
 
@@ -168,7 +169,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file: JSON in one fixed form, so that no byte can change unnoticed."""
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        body = {"format": FORMAT, "version": VERSION if self.dtype in BITS else VERSION - 1, **asdict(self)}
         return _canonical({**body, "checksum": checksum(_canonical(body))})
 
     def save(self, folder: Path) -> None:
@@ -248,13 +249,15 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"order is {order!r}")
     if body.keys() != expected:
         raise ValueError(f"its fields are {sorted(body)}")
-    if body["dtype"] not in DTYPES:
-        raise ValueError(f"dtype is {body['dtype']!r}")
+    if body["dtype"] not in (*DTYPES, *BITS) or (body["dtype"] in BITS) != (CODE in body["files"]):
+        raise ValueError(f"dtype is {body['dtype']!r}, and files are {sorted(body['files'])}")
     if type(body["ids"]) is not bool:
         raise ValueError(f"ids is {body['ids']!r}")
     layers = tuple(_layer(entry) for entry in _list(body["layers"], "layers"))
     if not layers or len({layer.name for layer in layers}) != len(layers):
         raise ValueError("layers are none, or named twice")
+    if body["dtype"] in BITS and (len(layers) > 1 or math.prod(layers[0].shape) * BITS[body["dtype"]] % 8):
+        raise ValueError(f"rows of {body['dtype']} are of {layers}")
     if len({layer.size is None for layer in layers}) > 1 or (version == 1 and layers[0].size is None):
         raise ValueError("some layers have a size and others none")
     for name, found in _strings(body["files"], "files").items():

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..files import TEMPORARY, checksum, file_checksum, is_whole, replacing
 from ..loss_name import is_same_loss
-from ..origin import Origin, difference, is_same_code
+from ..origin import difference, is_same_code
 from ..ranks import Ranks
-from ..workload import CuSeqlens, Ids, check_ids_stay, count_of
+from ..workload import Ids, check_ids_stay, count_of
 from .choice import choose_run, runs_alike
-from .codec import DTYPES
+from .codec import name_of, shown
+from .coded import write_code, write_code_again
 from .compact import sweep_merged
 from .discard import drop_unbegun
 from .folder import (
     _STRAY,
+    CODE,
     PARTS,
     PASSAGES,
     PROBE,
@@ -40,36 +40,9 @@ from .parts import Share
 from .probe import check_first_batch, freeze, keep_again, rows_of
 from .runs import Plan
 from .shards import SHARD_BYTES
+from .source import RowSource
 
 _LEAST_SHARDS = 64  # if there are as many batches: what ranks share
-
-
-class RowSource(Protocol):
-    """What the rows of an index come from: a compressor."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def is_sharded(self) -> bool: ...
-    @property
-    def cu_seqlens(self) -> CuSeqlens | None: ...
-
-    def digest(self) -> Mapping[str, str]: ...
-    def fingerprint(self) -> str: ...
-    def origin(self) -> Origin: ...
-    def loss_name(self) -> str: ...
-    def version(self) -> int: ...
-    def code(self) -> dict[str, str]: ...
-    def losses(self, batch: Any) -> list[float]: ...
-    def save(self, path: str | os.PathLike[str]) -> None: ...
-    def stream(
-        self,
-        batches: Iterable[Any],
-        take: Callable[[Tensor], None],
-        *,
-        progress: bool = ...,
-        where: Callable[[int], str] | None = ...,
-    ) -> None: ...
 
 
 def _number(batches: int | None) -> str:
@@ -92,7 +65,7 @@ class Opening:
         self.about = about  # None: no command line, which keeps the passages
         self.count = count_of(batches)
 
-    def plan(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan:
+    def plan(self, first: Any, found: str, dtype: str | None, append: bool) -> Plan:
         """Return what is to be done for batches that begin with `first`; the same on all ranks.
 
         `found` is its fingerprint.
@@ -107,7 +80,7 @@ class Opening:
             check_first_batch(self.source, self.folder, plan.manifest, first)  # as rank 0 has
         return plan
 
-    def _begin(self, first: Any, found: str, dtype: torch.dtype | None, append: bool) -> Plan | None:
+    def _begin(self, first: Any, found: str, dtype: str | None, append: bool) -> Plan | None:
         """Return the run to go on with, or None for a new index. Rank 0 alone."""
         check_here(self.folder)
         try:
@@ -125,6 +98,7 @@ class Opening:
         code = self.source.code()
         changed = self._check_same(manifest, dtype, code)
         self._save_sketch_again(manifest)
+        write_code_again(self.source, self.folder, manifest)
         self._check_ids(first)
         manifest = self._with_origin(manifest, append)
         chosen = choose_run(self.folder, manifest, self.batches, first, lambda _: self.ids, append)
@@ -243,12 +217,21 @@ class Opening:
                 if _STRAY.fullmatch(stray.name):
                     remove(stray)
 
-    def _check_same(self, manifest: Manifest, dtype: torch.dtype | None, code: Mapping[str, str]) -> bool:
+    def _check_same(self, manifest: Manifest, dtype: str | None, code: Mapping[str, str]) -> bool:
         """Raise ValueError where the index is of another sketch, model or dtype. Return whether the model may compute
         something else, which is warned of."""
+        if dtype is not None and manifest.dtype != dtype:
+            raise ValueError(
+                f"dtype is {shown(dtype)}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
+            )
         way_out = "use the same model and sketch (compressor.load(folder / 'sketch.safetensors')), or another folder"
         digest, shapes = self.source.digest(), self.source.shapes
         for layer in manifest.layers:
+            if manifest.codec.bits and digest.get(layer.name) != layer.digest:
+                raise ValueError(
+                    f"dtype: {self.folder} holds rows of another code; leave dtype out, which takes that of the index, "
+                    "or name a new folder"
+                )
             if digest.get(layer.name) != layer.digest or shapes[layer.name] != layer.shape:
                 raise ValueError(f"out: {self.folder} was made with another sketch of layer {layer.name!r}; {way_out}")
         for name in digest.keys() - manifest.shapes.keys():
@@ -258,10 +241,6 @@ class Opening:
         if manifest.model != self.source.fingerprint():
             raise ValueError(f"out: {self.folder} was made with other weights of the model; {way_out}")
         changed = check_code(code, manifest.code, self.folder)
-        if dtype is not None and DTYPES[manifest.dtype] != dtype:
-            raise ValueError(
-                f"dtype is {dtype}; {self.folder} holds {manifest.dtype}: leave dtype out, or name a new folder"
-            )
         if manifest.ids != (self.ids is not None):
             raise ValueError(
                 f"ids: {self.folder} was begun {'with' if manifest.ids else 'without'} ids; do the same again"
@@ -289,7 +268,7 @@ class Opening:
             "index"
         )
 
-    def _create(self, first: Any, found: str, dtype: torch.dtype | None) -> Manifest:
+    def _create(self, first: Any, found: str, dtype: str | None) -> Manifest:
         """Compress the first batch, for the sizes of layers and shards, and write the first manifest."""
         self._check_ids(first)
         flat = rows_of(self.source, first) if self.source.is_sharded or self.ranks.rank == 0 else None
@@ -299,10 +278,10 @@ class Opening:
         if self.ids is not None:
             check_ids_stay(self.ids, first)
 
-    def _write_first(self, first: Any, found: str, flat: Tensor | None, dtype: torch.dtype | None) -> Manifest:
+    def _write_first(self, first: Any, found: str, flat: Tensor | None, dtype: str | None) -> Manifest:
         assert flat is not None
         check_here(self.folder)  # to compute the rows may have taken a while
-        name = {v: k for k, v in DTYPES.items()}[dtype or flat.dtype]
+        name = dtype or name_of(flat.dtype)
         shapes = self.source.shapes
         digest = self.source.digest()
         layers = [LayerEntry(layer, shape, digest[layer]) for layer, shape in shapes.items()]
@@ -314,6 +293,8 @@ class Opening:
             a_shard = min(a_shard, -(-self.count // _LEAST_SHARDS))
         a_shard = self._shard_batches(a_shard)
         self._save_sketch()
+        coded = write_code(self.source, self.folder)
+        manifest = manifest if coded is None else manifest.with_file(CODE, coded)
         kept_batch = freeze(first)
         if kept_batch is not None:
             write_whole(self.folder / PROBE, kept_batch)

@@ -16,22 +16,24 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import checksum, is_whole, read_header, serialize
+from ..files import checksum, is_whole, metadata_of, read_header, serialize
 from ..loss_name import is_same_loss
 from ..workload import check_batches
+from .coded import Coded, load_code
 from .fingerprint import fingerprint
 from .finished import Finished
 from .folder import PROBE, write_whole
 from .manifest import Manifest
 from .rows_alike import distance
 from .runs import plans_of
+from .source import RowSource
 
 FORMAT = "dropinf.batch"
 _OFTEN = 10  # times as far as two runs of today are apart, rows are of another loss or model
@@ -45,16 +47,6 @@ _DTYPES = {
 
 class _Unfitting(Exception):  # noqa: N818
     """A batch cannot be kept, or not brought back."""
-
-
-class Source(Protocol):
-    """What the rows of an index come from."""
-
-    @property
-    def is_sharded(self) -> bool: ...
-
-    def loss_name(self) -> str: ...
-    def stream(self, batches: Sequence[Any], take: Any) -> None: ...
 
 
 def freeze(batch: Any) -> bytes | None:
@@ -111,18 +103,11 @@ def _of_array(value: np.ndarray[Any, Any]) -> Tensor:
 
 def thaw(data: bytes, like: Any, path: Path) -> Any:
     """Return a batch that was kept, in containers as those of another batch; None where they do not fit."""
-    header = read_header(safe_metadata(data), path, FORMAT)
+    header = read_header(metadata_of(data), path, FORMAT)
     try:
         return _thawed(header["tree"], like, safetensors.torch.load(data))
     except Exception:  # of classes of their user's, which may do anything as they are made
         return None
-
-
-def safe_metadata(data: bytes) -> dict[str, str]:
-    """Return the metadata of a safetensors file."""
-    size = int.from_bytes(data[:8], "little")
-    found: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    return found
 
 
 def _thawed(tree: Any, like: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -199,7 +184,7 @@ def keep_again(folder: Path, manifest: Manifest, first: Any) -> None:
         write_whole(path, data)
 
 
-def compared(source: Source, folder: Path, batches: Iterable[Any]) -> Iterable[Any]:
+def compared(source: RowSource, folder: Path, batches: Iterable[Any]) -> Iterable[Any]:
     """Return batches of queries, once the model is seen to give the first batch of an index the gradients it holds.
 
     Queries of another loss are compared with nothing: they may have one of their own.
@@ -214,11 +199,12 @@ def compared(source: Source, folder: Path, batches: Iterable[Any]) -> Iterable[A
         iterator = iter(batches)  # once: what is read from a stream is gone
         kept = list(islice(iterator, 1))
         first, batches = kept[0] if kept else None, chain(kept, iterator)
-    check_first_batch(source, folder, manifest, first)
+    code = load_code(folder, manifest)
+    check_first_batch(source if code is None else Coded(source, code), folder, manifest, first)
     return batches
 
 
-def check_first_batch(source: Source, folder: Path, manifest: Manifest, like: Any) -> None:
+def check_first_batch(source: RowSource, folder: Path, manifest: Manifest, like: Any) -> None:
     """Raise ValueError where a model and a loss make other rows of the first batch of an index than it holds.
 
     ``like``: a batch of today's. Where the batch that is kept fits neither its form nor plain containers, a warning
@@ -291,7 +277,7 @@ def _first_rows(folder: Path, manifest: Manifest) -> tuple[Finished, Tensor] | N
             raise failed
 
 
-def _computed(source: Source, data: bytes, like: Any, path: Path, first: str) -> tuple[Any, Tensor] | None:
+def _computed(source: RowSource, data: bytes, like: Any, path: Path, first: str) -> tuple[Any, Tensor] | None:
     """Return a batch that was kept, and its rows of today: in the form of today's batches, or in plain containers."""
     for form in (like, None):
         batch = thaw(data, form, path)
@@ -306,7 +292,7 @@ def _fingerprints(batch: Any) -> list[str]:
     return [fingerprint(batch, named=named) for named in (False, True)]
 
 
-def rows_of(source: Source, batch: Any) -> Tensor:
+def rows_of(source: RowSource, batch: Any) -> Tensor:
     """Return the rows of one batch, on the CPU."""
     found: list[Tensor] = []
     source.stream([batch], found.append)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dropinf_kernels.ops.bits import dot_bits
 from dropinf_kernels.ops.topk import DIGITS_STEP, INT8_COLUMNS, dot_rows, in_integers, query_digits
 
 from .codec import by_layers
@@ -39,6 +40,8 @@ class Products:
         if scale is None:
             return dot_rows(self.q, values)
         scale = scale.to(self.q)
+        if values.dtype == torch.uint8:  # rows of few bits, of one layer
+            return dot_bits(self.q, values, self.bits_of(values)).mul_(scale)
         if scale.ndim == 1 and len(self.widths) == 1 and values.dtype == torch.int8:
             scale = scale.unsqueeze(1)  # with digits of the queries that are kept
         if scale.ndim == 1:
@@ -50,6 +53,10 @@ class Products:
         tiles = zip(values.split(self._tile), scale.split(self._tile), strict=True)
         total = torch.cat([self._in_integers(*tile) for tile in tiles])
         return (total + self._decoded(values, scale, self._narrow) if self._narrow else total).t()
+
+    def bits_of(self, codes: Tensor) -> int:
+        """Return how many bits a coordinate has in rows of few bits."""
+        return 8 * codes.shape[1] // self.widths[0]
 
     def _decoded(self, values: Tensor, scale: Tensor, spans: list[Span]) -> Tensor:
         """Multiply these columns, decoded a tile at a time: one product for many layers, of what the cache holds."""

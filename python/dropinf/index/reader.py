@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import bisect
 import copy
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..fisher.bits import BitCode
 from ..fisher.fisher import Fisher
 from ..gradients import At, Gradients, Rows, Shapes, check_rows, positions_of
 from ..origin import Origin
 from ..ranks import Ranks
-from .ahead import Piece, pieces_of, read_ahead, smaller
-from .compact import compact, merges_told
+from .ahead import read_ahead, smaller
+from .coded import load_code
+from .compact import compact
 from .discard import discard
 from .export import Export, White, check_out
-from .folder import locked, shard_path
+from .folder import locked
 from .kept import load_fisher, save_fisher
 from .manifest import Manifest, ShardEntry
 from .order import opened, runs_of, windows_of
 from .products import Stored
-from .shards import READ_BYTES, SMALL_BYTES, Room, ShardFile, Stamp
+from .requantize import requantize
+from .shards import READ_BYTES, SMALL_BYTES, Room
 from .sound import verify
+from .stored import StoredRows
 
 MEMORY_BYTES = 1 << 28
 _LEAST_ROWS = 64  # of a block: fewer make a slow product
@@ -36,7 +39,7 @@ _GAP_BYTES = 1 << 16  # between rows that are read as one: no slower than to rea
 T = TypeVar("T")
 
 
-class Index:
+class Index(StoredRows):
     """The compressed gradients of N samples in a folder, made by ``Compressor.compress(batches, out=path)``.
 
     Everything that takes `Gradients` takes an Index, and reads it in blocks of rows, the next while one is used. A
@@ -71,32 +74,6 @@ class Index:
         index = cls.__new__(cls)
         index._hold(folder, manifest, shards, MEMORY_BYTES)
         return index
-
-    def _hold(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        shards: Mapping[int, ShardEntry],
-        memory_bytes: int,
-        order: Tensor | None = None,
-    ) -> None:
-        self.path, self.manifest, self._codec = folder, manifest, manifest.codec
-        self._told = partial(merges_told, folder, manifest)
-        least = 32 * self._codec.width * self._codec.decoded.itemsize
-        if memory_bytes < least:
-            raise ValueError(f"{folder}: memory_bytes is {memory_bytes}; 32 rows of this index alone take {least}")
-        self._memory_bytes = memory_bytes
-        self.block_bytes = memory_bytes // 16  # the next is read meanwhile, and solvers make copies
-        self._entries = [shards[i] for i in sorted(shards)]
-        self._files = [
-            ShardFile(shard_path(folder, shard.number, shard.checksum), self._codec, shard.rows)
-            for shard in self._entries
-        ]
-        self._starts = [0, *itertools.accumulate(shard.rows for shard in self._entries)]
-        self._order = order  # the position of each stored row; None: as they are stored
-        self._places = None if order is None else order.argsort()  # the stored row of each position
-        self._mine: Sequence[int] = range(len(self._files))
-        self._layouts: dict[int, tuple[Stamp, Mapping[str, tuple[int, int]]]] = {}  # of the files that were checked
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, memory_bytes: int = MEMORY_BYTES) -> Index:
@@ -210,6 +187,15 @@ class Index:
                 yield self._at(offset, len(stored.values)), Stored(stored.values, self._codec.scales(*stored))
                 self._check_again(part)
 
+    @cached_property
+    def code(self) -> BitCode | None:
+        """What makes its rows of few bits of gradients, and of queries what multiplies them; None for other rows.
+
+        Raises:
+            ValueError: its file is missing or damaged.
+        """
+        return load_code(self.path, self.manifest)
+
     def factors(self) -> Tensor | None:
         """Return what each stored column is multiplied by beside the scales of `stored_blocks`, [K], or None for 1."""
         return self._codec.factors()
@@ -287,25 +273,47 @@ class Index:
     ) -> None:
         """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
 
-        The ids of the rows stand beside it, in `out` + ".ids": a JSON string a line.
+        Of rows of few bits, the values of their codes, for queries `index.code.queries(query)`; a .faiss file is then
+        FAISS's own RaBitQ index of 1 or 2 bits, with the same scores. The ids of the rows stand beside it, in `out` +
+        ".ids": a JSON string a line.
 
         Args:
             out: a .npy or .safetensors file (there named "rows"), or a .faiss one: an index by inner product (needs
                 `faiss`). Complete once it has its name.
-            fisher: by default the one that is kept with the index.
+            fisher: by default the one that is kept with the index; rows of few bits take none.
             factory: of a .faiss file: which index, such as "IVF4096,PQ64" (`faiss.index_factory`); flat, so exact, by
                 default. It is trained on random rows, as many as `memory_bytes` has room for.
 
         Raises:
-            ValueError: a file of the index itself, a factory that FAISS refuses, or one whose codes take more memory
-                than the index may.
+            ValueError: a file of the index itself, a factory that FAISS refuses, one whose codes take more memory
+                than the index may, or rows of 4 bits as a .faiss file without a factory.
         """
         check_out(out, factory, self.path)
-        fisher = self.fisher() if fisher is None else fisher
-        fisher.check(self, "fisher and index")
-        dtype = fisher.result_dtype(self.dtype, "whiten")
-        export = Export(out, len(self), self._codec.width, dtype, 16 * self.block_bytes, factory)
+        bits = self._codec.bits
+        if bits is not None and fisher is not None:
+            raise ValueError("fisher: rows of few bits were whitened by that of their code; leave it out")
+        if bits is None:
+            fisher = self.fisher() if fisher is None else fisher
+            fisher.check(self, "fisher and index")
+        dtype = self.dtype if fisher is None else fisher.result_dtype(self.dtype, "whiten")
+        export = Export(out, len(self), self._codec.width, dtype, 16 * self.block_bytes, factory, bits)
         export.write(White(self, fisher), self._every_id())
+
+    def requantize(self, out: str | os.PathLike[str], code: BitCode) -> Index:
+        """Write an index of few bits a row into another folder, without the model, and return it.
+
+        It has the samples, ids and order of this one, and takes appends of the same model; this one stays.
+
+        Args:
+            out: a new folder; complete once it has its name.
+            code: what :meth:`BitCode.fit` made of these rows, or of some thousand of them.
+
+        Raises:
+            ValueError: rows that are of few bits already, an unfinished index, a code of another sketch or model, a
+                damaged shard, or a folder that is there.
+        """
+        requantize(self, Path(out).absolute(), code)
+        return Index(out)
 
     def share(self, rank: int, world: int) -> Index:
         """Return the index as one of `world` ranks reads it: every `world`-th shard from `rank` on. Offsets stay."""
@@ -334,67 +342,3 @@ class Index:
 
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self)} samples x {self._codec.width}, {self.manifest.dtype})"
-
-    def _stored_rows(self, positions: Tensor) -> Tensor:
-        return positions if self._places is None else self._places[positions]
-
-    def _at(self, first: int, count: int) -> At:
-        """Return the positions of stored rows."""
-        rows = slice(first, first + count)
-        return rows if self._order is None else self._order[rows]
-
-    def _checked(self, i: int) -> tuple[Stamp, Mapping[str, tuple[int, int]]]:
-        """Return what shard `i` is like; compare it with its checksum before its first use and where it was written."""
-        with self._told(self._entries[i]):
-            stamp = self._files[i].stamp()
-            if i not in self._layouts or self._layouts[i][0] != stamp:
-                self._files[i].verify(self._entries[i].checksum)
-                self._layouts[i] = stamp, self._files[i].layout()
-        return self._layouts[i]
-
-    def _texts(self, i: int) -> list[str]:
-        with self._told(self._entries[i]):
-            return self._files[i].texts(self._checked(i)[1])
-
-    def _bytes(self, i: int) -> int:
-        with self._told(self._entries[i]):
-            return self._files[i].stamp()[1]
-
-    def _check_again(self, pieces: list[Piece]) -> None:
-        """Raise ValueError where a shard was changed while its rows were used."""
-        for i, _, _ in pieces:
-            self._checked(i)
-
-    def _ahead(self, rows: int, use: Callable[[Stored], T], *, reuse: bool) -> Iterator[tuple[int, T]]:
-        """Yield (offset of the first row, what `use` makes of rows as they are stored), the next read meanwhile."""
-        rooms = itertools.cycle((Room(self._codec), Room(self._codec)))  # one is read into while the other is used
-
-        def read(pieces: list[Piece]) -> tuple[list[Piece], tuple[int, T]]:
-            offset, stored = self._stored(pieces, next(rooms) if reuse else Room(self._codec))
-            return pieces, (offset, use(stored))
-
-        for pieces, block in read_ahead(read, self._pieces(rows)):
-            yield block
-            self._check_again(pieces)
-
-    def _stored(self, pieces: list[Piece], room: Room) -> tuple[int, Stored]:
-        """Return the offset of the first of these (shard, first row, rows), and all of them."""
-        i, first, _ = pieces[0]
-        return self._starts[i] + first, self._read([(i, [(first, count)]) for i, first, count in pieces], room)
-
-    def _read(self, pieces: list[tuple[int, list[tuple[int, int]]]], room: Room) -> Stored:
-        """Return rows of shards, each with its windows of (first row, rows)."""
-        counts = [sum(count for _, count in windows) for _, windows in pieces]
-        found = room.take(sum(counts))
-        parts = ({name: x.split(counts)[k] for name, x in found.items()} for k in range(len(pieces)))
-        for (i, windows), into in zip(pieces, parts, strict=True):
-            stamp, layout = self._checked(i)
-            with self._told(self._entries[i]):
-                self._files[i].read(layout, windows, stamp, into)
-        return Stored(found["gradients"], found.get("scale"))
-
-    def _pieces(self, rows: int) -> Iterator[list[Piece]]:
-        """Yield blocks of up to `rows` rows; small neighbours are read as one."""
-        check_rows(rows)
-        small = min(rows, SMALL_BYTES // self._codec.row_bytes)
-        yield from pieces_of(((i, self._files[i].rows) for i in self._mine), rows, small)

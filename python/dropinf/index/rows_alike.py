@@ -20,13 +20,17 @@ _APART = {
 }
 # And how far the factor between them may be from one, in which rounding cancels.
 _FACTOR = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2, torch.int8: 2e-2}
+_STEP = 2.0**-7  # from a bfloat16 to the next, at most
 _MANY = 64  # numbers of a layer in which it does
 
 
-def apart(shapes: Mapping[str, tuple[int, ...]], now: Tensor, before: Tensor, *dtypes: torch.dtype) -> str | None:
+def apart(
+    shapes: Mapping[str, tuple[int, ...]], now: Tensor, before: Tensor, *dtypes: torch.dtype, codes: bool = False
+) -> str | None:
     """Return in what rows [n, K] differ from those of before; None where they are the same but for rounding.
 
-    ``dtypes``: first that in which they were computed, then those they have been stored in.
+    ``dtypes``: first that in which they were computed, then those they have been stored in. ``codes``: both are of few
+    bits: where rounding of relative size e moves a number over an edge, its code is another, of about that share.
     """
     if now.shape != before.shape:
         return f"it has {len(now)} samples, and had {len(before)}"
@@ -35,10 +39,11 @@ def apart(shapes: Mapping[str, tuple[int, ...]], now: Tensor, before: Tensor, *d
     widths, noise = [math.prod(shape) for shape in shapes.values()], NOISE * torch.finfo(dtypes[0]).eps
     now, before = now.double(), before.double()
     layer, error = _worst(shapes, widths, now, before, noise)
-    most = max(_APART.get(dtype, 0.0) for dtype in dtypes)
+    share = max(_APART.get(dtype, 0.0) for dtype in dtypes)
+    most = 2 * share**0.5 + _STEP if codes else share
     if error <= most:
         layer, error = _scaled(shapes, widths, now, before, noise)
-        most = max(_FACTOR.get(dtype, 0.0) for dtype in dtypes)
+        most = 2 * share + _STEP if codes else max(_FACTOR.get(dtype, 0.0) for dtype in dtypes)
     return None if error <= most else f"layer {layer!r} differs by {error:.1%}"
 
 

@@ -28,6 +28,7 @@ _TAGS = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int8: "I8",
+    torch.uint8: "U8",
 }
 _HEADER_BYTES = 1 << 26
 SHARD_BYTES = 1 << 26  # of a large shard

@@ -25,17 +25,14 @@ from ..outflow import Outflow
 from ..ranks import Ranks
 from ..workload import (
     Ids,
-    check_ids,
     check_ids_stay,
     check_order,
     check_order_before,
-    first_batch,
     order_of,
-    sampler_of_ranks,
-    shuffles,
 )
 from .agreement import agree, agree_on_rows, check_one_folder, compare_batches, facts_of
-from .codec import DTYPES, Converted
+from .arguments import StoredDtype, check_options, coded, first_of
+from .codec import Converted
 from .compact import compact_gathered
 from .discard import discard
 from .fingerprint import fingerprint
@@ -44,11 +41,12 @@ from .folder import FISHER, PARTS, know, locked, remove, remove_parts, shard_pat
 from .kept import settle_fisher, write_fisher
 from .manifest import Manifest, ShardEntry
 from .order import check_kept, joined, read_order, remove_others, write_order
-from .parts import Parts, Share
-from .plan import Opening, RowSource
+from .parts import Share
+from .plan import Opening
 from .reader import Index
 from .runs import Plan, plans_of
 from .shards import ShardHeader, join_rows, pack_texts
+from .source import RowSource
 from .work import Work
 
 
@@ -320,53 +318,12 @@ class Writer:
         return None if order is None else write_order(self.folder, order)
 
 
-def _first(batches: Iterable[Any], ranks: Ranks, places: Tensor | None) -> tuple[Any, Iterable[Any]]:
-    """Return the first batch that this rank has, and all of its batches."""
-    if isinstance(batches, Parts):
-        if places is not None:
-            raise ValueError("order: Parts has the order of its sampler; leave order out")
-        share = Share(batches, ranks)
-        return share.first, share
-    sampler = sampler_of_ranks(batches) if ranks.world > 1 else None
-    if sampler is not None:
-        raise ValueError(
-            f"batches: their {sampler} gives each rank a part of the samples, and group= has the ranks share the "
-            "batches themselves; pass all batches to every rank, by the same DataLoader without this sampler, or "
-            "dropinf.Parts(loader), which takes them as parts"
-        )
-    return first_batch(batches)
-
-
-def _check_options(
-    batches: Iterable[Any],
-    path: object,
-    dtype: torch.dtype | None,
-    fisher: FisherKind | Fisher | None,
-    ids: Ids | None,
-) -> Fisher | None:
-    """Raise ValueError or TypeError for options that no index has. Return the Fisher matrix to build."""
-    if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
-        raise TypeError(f"out is {path!r}; it must be the path of a folder, text or a pathlib.Path")
-    check_ids(ids)
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
-    if shuffles(batches.loader if isinstance(batches, Parts) else batches):
-        raise ValueError(
-            "batches: a shuffling DataLoader gives another order each time; make it with shuffle=False, or with a "
-            "sampler of a fixed order. Ranks share the work by group=, each with all batches"
-        )
-    made = Fisher(fisher) if isinstance(fisher, str) else fisher
-    if made is not None and made.count:
-        raise ValueError(f"fisher has {made.count} samples; pass an empty one, such as dropinf.Fisher('block')")
-    return made
-
-
 def write_index(
     source: RowSource,
     batches: Iterable[Any],
     path: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: StoredDtype | None = None,
     fisher: FisherKind | Fisher | None = None,
     ids: Ids | None = None,
     order: Sequence[int] | Tensor | None = None,
@@ -379,13 +336,14 @@ def write_index(
     """Compress into a folder; see `Compressor.compress`. `wrote` is told how many samples each batch added."""
     ranks = Ranks(group)
     with ranks.watched(), contextlib.ExitStack() as stack:  # the others wait for a rank whose arguments are refused
-        fisher = _check_options(batches, path, dtype, fisher, ids)
+        fisher = check_options(batches, path, dtype, fisher, ids)
         folder, places = Path(path).absolute(), order_of(batches, order)
         check_order_before(places, batches, source.cu_seqlens)
         stack.enter_context(locked(folder, ranks))
         check_one_folder(ranks, folder)
         know(folder)
-        first, batches = _first(batches, ranks, places)
+        source, stored = coded(source, dtype, folder, fisher)
+        first, batches = first_of(batches, ranks, places)
         mine = found = fingerprint(first, named=ids is not None)
         if isinstance(batches, Share):
             first, found, places = *ranks.first(lambda: (first, found)), order_of(None, batches.order)
@@ -393,8 +351,8 @@ def write_index(
             if ids is not None:
                 check_ids_stay(ids, first)
             names = None if ids is None else ids(first)
-            agree(ranks, facts_of(source, batches, found, dtype, fisher, names, append, places, folder))
+            agree(ranks, facts_of(source, batches, found, stored, fisher, names, append, places, folder))
             agree_on_rows(ranks, source, first)
-        plan = Opening(source, batches, folder, ranks, ids, about).plan(first, found, dtype, append)
+        plan = Opening(source, batches, folder, ranks, ids, about).plan(first, found, stored, append)
         Writer(source, batches, mine, plan, ranks, ids, fisher, places, wrote).write(progress)
     return Index(folder)
