@@ -22,6 +22,7 @@ from .one_call import compress
 from .readonly import ReadOnly
 from .recording import Recording, Run, record
 from .score import TopK, score, self_influence
+from .score_by import ScoreParts
 from .select import Selection, select
 from .sketch import PCA, SJLT, Axis, Dropout, Gaussian, Identity, Rademacher, Sketch
 
@@ -47,6 +48,7 @@ __all__ = [
     "Rademacher",
     "Recording",
     "Run",
+    "ScoreParts",
     "Selection",
     "Sketch",
     "StepScores",
@@ -61,5 +63,5 @@ __all__ = [
 ]
 
 # What torch.load reads without weights_only=False: none of them runs code of the file's.
-add_safe_globals([Axis, Fisher, Gradients, Layer, ReadOnly, TopK])
+add_safe_globals([Axis, Fisher, Gradients, Layer, ReadOnly, ScoreParts, TopK])
 add_safe_globals([Cholesky, Damping, DenseBlock, DiagonalBlock, KroneckerBlock, Ledger, slice])

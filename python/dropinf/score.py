@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
@@ -32,10 +32,11 @@ from .gradients import (
     placed_blocks,
     share_of,
 )
-from .index.products import Products, Stored
+from .index.products import PartProducts, Products, Stored
 from .index.reader import Index
 from .origin import check_one_model
 from .ranks import Ranks
+from .score_by import By, ScoreParts, Sources, taken_apart
 
 ScoreKind = Literal["influence", "dot", "cosine", "relative"]
 Reduce = Literal["mean", "max"]
@@ -81,6 +82,20 @@ def score(
 @overload
 def score(
     query: GradientSource,
+    train: GradientSource,
+    fisher: Fisher | None = ...,
+    *,
+    kind: ScoreKind = ...,
+    by: By,
+    sources: Sources | None = ...,
+    group: dist.ProcessGroup | None = ...,
+    other_model: bool = ...,
+) -> ScoreParts: ...
+
+
+@overload
+def score(
+    query: GradientSource,
     train: Traced,
     *,
     kind: RunKind,
@@ -101,11 +116,13 @@ def score(
     top: int | None = None,
     largest: bool = True,
     reduce: Reduce | None = None,
+    by: By | None = None,
+    sources: Sources | None = None,
     out: str | os.PathLike[str] | None = None,
     group: dist.ProcessGroup | None = None,
     other_model: bool = False,
     **of_run: Any,
-) -> Tensor | TopK | StepScores:
+) -> Tensor | TopK | ScoreParts | StepScores:
     """Score every training sample for every query. Positive: training on the sample lowers the query's loss.
 
     Args:
@@ -124,6 +141,9 @@ def score(
             (most negative, ascending).
         reduce: "mean" or "max": one score per sample over all queries, `[N]`, as of a validation set. The matrix is
             never formed. Of a recorded run, "mean".
+        by: take the scores apart in one pass, as `ScoreParts` says: "layer", "source", or a mapping from the name of a
+            group to name patterns of its layers, `{"attention": "*.attn.*", "rest": "*"}` ("*": all that are left).
+        sources: for "source", one label per training sample (str or int), or a function from an id of the index to one.
         out: write the matrix `[Q, N]` to this .npy file, complete once it has its name, and return it mapped: neither
             it nor `train` need fit in memory.
         group: ranks of `torch.distributed` that share the work, each with the same query and train (an index: each
@@ -131,16 +151,17 @@ def score(
         other_model: let query, train and fisher be of models with different weights, such as two checkpoints.
 
     Returns:
-        `[Q, N]`, `[N]` with `reduce`, or `TopK` of `[Q, min(top, N)]`; fp32, or fp64 if the gradients are; on the
-        device of `fisher` where it is read, and of `query` elsewhere.
+        `[Q, N]`, `[N]` with `reduce`, `TopK` of `[Q, min(top, N)]`, or `ScoreParts` with `by`; fp32, or fp64 if the
+        gradients are; on the device of `fisher` where it is read, and of `query` elsewhere.
 
     Raises:
-        ValueError: unknown kind, missing fisher, `top` below 1, gradients or Fisher of different sketches,
-            gradients or a Fisher of different models, or a Fisher matrix that is singular with its damping.
+        ValueError: unknown kind, missing fisher, `top` below 1, a layer in no group or in two, sources that are not one
+            per sample, gradients or Fisher of different sketches, gradients or a Fisher of different models, or a
+            Fisher matrix that is singular with its damping.
     """
     if isinstance(train, Traced):
-        if not (fisher is None and top is None and out is None and group is None):
-            raise ValueError("train is a recorded run, which takes no fisher, top, out or group; see kind")
+        if not all(given is None for given in (fisher, top, by, sources, out, group)):
+            raise ValueError("train is a recorded run, which takes no fisher, top, by, sources, out or group; see kind")
         return train.score(query, cast("RunKind", kind), reduce=reduce, other_model=other_model, **of_run)
     if of_run:
         raise TypeError(f"score got {', '.join(of_run)}, which are of recorded runs, and train is {train!r}")
@@ -153,6 +174,8 @@ def score(
         raise ValueError("out is for the whole matrix from one process; pass neither top, reduce nor group with it")
     if reduce is not None and (reduce not in get_args(Reduce) or top is not None):
         raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, without top; got {reduce!r}")
+    ids = train.ids if isinstance(train, Index) and train.manifest.ids else None
+    apart = taken_apart(by, sources, train, ids, top=top, reduce=reduce, out=out)
     check_same_sketch(query, train, "query and train")
     reads_fisher = kind in ("influence", "relative")
     if not other_model:
@@ -168,6 +191,9 @@ def score(
     q = _query_side(_in_memory(query), fisher, kind)
     q = q.to(torch.promote_types(q.dtype, dtype))
     ranks = Ranks(group)
+    if apart is not None:
+        columns = _columns(q, train, fisher, kind, ranks, apart.layers)
+        return apart.collect(columns, q.to(dtype), ranks)
     if top is not None:
         best = _stream_top(q if largest else -q, train, fisher, kind, top, ranks)
         values = best.values.to(dtype)
@@ -206,11 +232,16 @@ def self_influence(train: GradientSource, fisher: Fisher, *, group: dist.Process
 
 
 def _columns(
-    q: Tensor, train: GradientSource, fisher: Fisher | None, kind: ScoreKind, ranks: Ranks
+    q: Tensor,
+    train: GradientSource,
+    fisher: Fisher | None,
+    kind: ScoreKind,
+    ranks: Ranks,
+    layers: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[At, Tensor]]:
-    """Yield (positions, scores [Q, n]) of this rank's samples, block by block."""
+    """Yield (positions, scores [Q, n], or [P, Q, n] of parts with these layers) of this rank's samples, by blocks."""
     q, blocks = _blocks(q, train, fisher, kind, ranks)
-    products = Products(q, _widths(train))
+    products = Products(q, _widths(train)) if layers is None else PartProducts(q, _widths(train), layers)
     for at, part, rows in blocks:
         block = products.dot(rows)
         factor = _train_scale(part, fisher, kind, q)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -151,3 +152,33 @@ def spans(widths: tuple[int, ...], columns: int, below: int | None = None) -> li
                 found.append(Span(first, stop, layer, (stop - first,)))
         start += width
     return found
+
+
+class PartProducts:
+    """Products of queries [Q, K] with stored rows, apart for each part: some of the layers, by position, ascending."""
+
+    def __init__(self, q: Tensor, widths: tuple[int, ...], parts: Sequence[Sequence[int]]) -> None:
+        starts = [0, *accumulate(widths)]
+        self.q = q
+        self._parts: list[list[tuple[slice, slice, Products]]] = [[] for _ in parts]
+        for runs, part in zip(self._parts, parts, strict=True):
+            for first, stop in _neighbours(part):
+                columns = slice(starts[first], starts[stop])
+                runs.append((columns, slice(first, stop), Products(q[:, columns], widths[first:stop])))
+
+    def dot(self, rows: Stored) -> Tensor:
+        """Return `q @ rows^T` of each part's columns, [P, Q, n], in q's dtype; 0 for a part without layers."""
+        values, scale = rows.values.to(self.q.device), rows.scale
+        found = self.q.new_zeros(len(self._parts), len(self.q), len(values))
+        for out, runs in zip(found, self._parts, strict=True):
+            for columns, layers, products in runs:
+                own = scale if scale is None or scale.ndim == 1 else scale[:, layers]
+                out += products.dot(Stored(values[:, columns], own))
+        return found
+
+
+def _neighbours(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, one past the last) of each run of neighbouring layers."""
+    for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0]):
+        found = [layer for _, layer in run]
+        yield found[0], found[-1] + 1
