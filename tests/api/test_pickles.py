@@ -123,6 +123,17 @@ def test_top(way):
 
 
 @ways
+def test_parts_of_scores(way):
+    rows = make()[1]
+    parts = dropinf.score(rows[:3], rows, kind="dot", by="layer")
+    for _ in range(2):  # before and after a part was looked up
+        found = way(parts)
+        assert isinstance(found, dropinf.ScoreParts)
+        assert found.names == parts.names
+        assert torch.equal(found["0"], parts["0"])
+
+
+@ways
 @pytest.mark.parametrize("name", SKETCHES)
 def test_layers_and_axes(way, name):
     compressor, _ = make(SKETCHES[name])

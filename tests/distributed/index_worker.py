@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -82,11 +83,20 @@ def main(kind: str, folder: Path) -> None:
             close(found.with_damping("auto").solve(query).flat, expected.with_damping("auto").solve(query).flat)
         close(dropinf.score(query, index, found, group=group), dropinf.score(query, plain, expected))
         close(dropinf.self_influence(index, found, group=group), dropinf.self_influence(plain, expected))
+        sources = [i % 3 for i in range(len(plain))]
+        for by in ({"by": "layer"}, {"by": {"first": "0*", "rest": "*"}}, {"by": "source", "sources": sources}):
+            shared = dropinf.score(query, index, found, **by, group=group)
+            one = dropinf.score(query, plain, expected, **by)
+            assert shared.names == one.names
+            close(shared.values, one.values)
         for largest in (True, False):
             best = dropinf.score(query, index, found, top=7, largest=largest, group=group)
             one = dropinf.score(query, plain, expected, top=7, largest=largest)
             close(best.values, one.values)
             assert torch.equal(best.indices, one.indices)
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match="by, sources: they differ between ranks"):
+            dropinf.score(query, index, kind="dot", by="source", sources=[rank] * len(plain), group=group)
     more = make_batches(5, 4)
     index = compressor.compress(more, out=folder / "block", append=True, fisher="block", ids=names, group=group)
     both = dropinf.Gradients.cat([plain, dropinf.Compressor(make_model(), dropinf.Dropout(6), loss_fn).compress(more)])

@@ -90,7 +90,8 @@ def test_indices(gpu, tmp_path, dtype):
             dropinf.score(query, index, f, kind=k, top=5).values
             for f, k in ((index.fisher(), "influence"), (None, "dot"))
         ]
-        found.append((index[:].flat, *scores, *best))
+        parts = dropinf.score(query, index, index.fisher(), by="layer").values
+        found.append((index[:].flat, *scores, *best, parts))
     for here, there in zip(*found, strict=True):
         near(there, here, 10 * STEPS[dtype])
 
@@ -143,6 +144,10 @@ def test_fisher_matrices(gpu, kind):
         fisher = dropinf.build_fisher(train, kind)
         found = [dropinf.score(query, train, fisher, kind=k) for k in get_args(ScoreKind)]
         found += [dropinf.self_influence(train, fisher), dropinf.score(query, train, fisher, top=3).values]
+        found.append(dropinf.score(query, train, fisher, by="layer").values)
+        found.append(
+            dropinf.score(query, train, fisher, by="source", sources=[i % 2 for i in range(len(train))]).values
+        )
         assert all(x.is_cuda == (place == "gpu") for x in found)
         scores.append(found)
     for here, there in zip(*scores, strict=True):
