@@ -158,6 +158,7 @@ def score(
         ValueError: unknown kind, missing fisher, `top` below 1, a layer in no group or in two, sources that are not one
             per sample, gradients or Fisher of different sketches, gradients or a Fisher of different models, or a
             Fisher matrix that is singular with its damping.
+        TypeError: a group's patterns or a source's label of the wrong type.
     """
     if isinstance(train, Traced):
         if not all(given is None for given in (fisher, top, by, sources, out, group)):

@@ -139,9 +139,11 @@ def test_what_is_returned() -> None:
     assert repr(parts) == "ScoreParts('fc', 'bias', 'head': [3, 5, 8], torch.float64)"
     with pytest.raises(KeyError, match=r"no part 'fcs'; the parts are 'fc', 'bias', 'head'"):
         parts["fcs"]
-    sums = score(query, train, kind="dot", by="source", sources=torch.tensor([3, 3, 1, 1, 1, 9, 3, 5]))
-    assert sums.names == (3, 1, 9, 5)
-    assert all(type(name) is int for name in sums.names)
+    numbers = torch.tensor([3, 3, 1, 1, 1, 9, 3, 5])
+    for sources in (numbers, numbers.numpy(), list(numbers.numpy())):
+        sums = score(query, train, kind="dot", by="source", sources=sources)
+        assert sums.names == (3, 1, 9, 5)
+        assert all(type(name) is int for name in sums.names)
     assert torch.equal(sums[9], score(query, train, kind="dot")[:, 5])
     assert repr(sums) == "ScoreParts(3, 1, 9, 5: [5, 4], torch.float64)"
     empty = {"all": ["fc", "bias", "head"], "rest": "*"}  # a rest that has no layer is zero

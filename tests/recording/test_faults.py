@@ -147,7 +147,8 @@ def test_queries_of_other_weights_masks_or_kinds(tmp_path) -> None:
         ({"kind": "influence"}, "kind must be 'adamw' or 'tracin'"),
         ({"kind": "adamw", "window": -1}, "window is -1"),
         ({"kind": "adamw", "gamma": float("nan")}, "gamma is nan"),
-        ({"kind": "adamw", "top": 3}, "takes no fisher, top, out or group"),
+        ({"kind": "adamw", "top": 3}, "takes no fisher, top, by, sources, out or group"),
+        ({"kind": "adamw", "by": "layer"}, "takes no fisher, top, by, sources, out or group"),
         ({"kind": "tracin", "window": 2}, "are of kind='adamw'"),
         ({"kind": "adamw", "reduce": "max"}, "reduce must be 'mean' for a recorded run"),
     ):
