@@ -17,7 +17,6 @@ from dropinf_kernels.ops.topk import topk_lowest_index
 
 from .builder import GradientsBuilder
 from .files import new_array, open_array
-from .fisher.bits import BitCode
 from .fisher.fisher import Fisher
 from .gradients import (
     At,
@@ -32,6 +31,7 @@ from .gradients import (
     placed_blocks,
     share_of,
 )
+from .index.coded import check_few_bits, queries_of
 from .index.products import PartProducts, Products, Stored
 from .index.reader import Index
 from .origin import check_one_model
@@ -169,7 +169,8 @@ def score(
     kind = cast("ScoreKind", kind)
     code = train.code if isinstance(train, Index) else None
     if code is not None:
-        query, kind = _few_bits(query, code, fisher, kind, other_model), "dot"
+        check_few_bits(fisher, kind, by)
+        query, kind = queries_of(code, _in_memory(query), other_model=other_model), "dot"
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None or reduce is not None):
         raise ValueError("out is for the whole matrix from one process; pass neither top, reduce nor group with it")
@@ -286,20 +287,6 @@ def _check_arguments(kind: str, fisher: Fisher | None, top: int | None, largest:
         raise ValueError("largest is False without top; pass top=k for the k most negative scores")
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise ValueError(f"top is {top!r}; it must be an int of at least 1, or None for the whole matrix")
-
-
-def _few_bits(
-    query: GradientSource, code: BitCode, fisher: Fisher | None, kind: ScoreKind, other_model: bool
-) -> Gradients:
-    """Return what queries multiply rows of few bits with: their products are influence scores."""
-    if fisher is not None:
-        raise ValueError("fisher: train has rows of few bits, which were whitened by that of their code; leave it out")
-    if kind != "influence":
-        raise ValueError(f"kind is {kind!r}; rows of few bits have kind='influence' alone")
-    check_same_sketch(query, code.fisher, "query and train")
-    if not other_model:
-        check_one_model([query, code.fisher], ["query", "train"], "Compress both with one model")
-    return code.queries(_in_memory(query)).to(query.device)
 
 
 def _in_memory(source: GradientSource) -> Gradients:

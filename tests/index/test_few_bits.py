@@ -65,7 +65,10 @@ def test_scores_are_products_with_the_rows(few, code, train, query, tmp_path):
     torch.testing.assert_close(dropinf.score(query, few, reduce="mean"), found.mean(0))
     torch.testing.assert_close(dropinf.score(query, few, out=tmp_path / "all.npy"), found)
     one = dropinf.score(query[:1].to(torch.float32), few)
-    torch.testing.assert_close(one[0].double(), found[0].double(), rtol=1e-4, atol=1e-4)
+    size = float(code.queries(query[:1]).flat.norm()) * float(np.linalg.norm(decoded(code, train), axis=1).max())
+    torch.testing.assert_close(one[0].double(), found[0].double(), rtol=0, atol=3e-5 * size)
+    by = dropinf.score(query, few, by="source", sources=[i % 3 for i in range(len(train))])
+    torch.testing.assert_close(by[1], found[:, 1::3].sum(1))
 
 
 def test_an_interrupted_call_goes_on_to_the_same_bytes(few, code, tmp_path):
@@ -154,6 +157,7 @@ def test_what_does_not_belong_together_is_refused(few, code, train, query, tmp_p
         (lambda: compressor.compress(batches, out=tmp_path / "new", dtype=code, fisher="block"), "leave fisher out"),
         (lambda: dropinf.score(query, few, dropinf.build_fisher(train)), "leave it out"),
         (lambda: dropinf.score(query, few, kind="dot"), "kind is 'dot'; rows of few bits have kind='influence' alone"),
+        (lambda: dropinf.score(query, few, by="layer"), "by is 'layer'; rows of few bits are turned over all layers"),
         (lambda: dropinf.score(elsewhere.compress(batches), few), "query and train are of different models"),
         (lambda: dropinf.score(make_compressor(seed=0, group=2).compress(batches), few), "different masks"),
         (lambda: dropinf.self_influence(few, dropinf.build_fisher(train)), "have no self-influence"),

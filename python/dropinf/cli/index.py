@@ -257,8 +257,9 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             _draw_again(source, out / SKETCH, manifest, ranks, progress)
         compressor = Compressor.from_masks(out / SKETCH, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     widths = tuple(math.prod(layer.stored_shape) for layer in compressor.layers.values())
-    made = Codec(recipe.dtype, tuple(compressor.layers), widths)
-    codec = manifest.codec if manifest and manifest.codec.bits else made
+    codec = Codec(recipe.dtype, tuple(compressor.layers), widths)
+    if manifest is not None and manifest.codec.bits:
+        codec, fisher = manifest.codec, None  # the rows have theirs in the code of the index
     note(f"{sum(widths):,} numbers of {len(widths)} layers, {size_text(codec.row_bytes)} a sample")
     meter = Meter()
     try:
@@ -266,7 +267,7 @@ def _compress(source: Source, out: Path, ranks: Ranks, fisher: Fisher | None, ap
             compressor,
             work.batches,
             out,
-            dtype=DTYPES.get(codec.dtype),  # of few bits: by the code of the index
+            dtype=DTYPES.get(codec.dtype),
             fisher=fisher,
             ids=ids,
             append=append,

@@ -92,6 +92,28 @@ class Coded:
         self.source.stream(batches, turned, progress=progress, where=where)
 
 
+def check_few_bits(fisher: object, kind: str, by: object) -> None:
+    """Raise ValueError for scores that rows of few bits do not have."""
+    if fisher is not None:
+        raise ValueError("fisher: train has rows of few bits, which were whitened by that of their code; leave it out")
+    if kind != "influence":
+        raise ValueError(f"kind is {kind!r}; rows of few bits have kind='influence' alone")
+    if by not in (None, "source"):
+        raise ValueError(f"by is {by!r}; rows of few bits are turned over all layers, and have by='source' alone")
+
+
+def queries_of(code: BitCode, query: Gradients, *, other_model: bool = False) -> Gradients:
+    """Return what queries multiply rows of few bits with, where the queries are: the products are influence scores.
+
+    Raises:
+        ValueError: queries of another sketch, or of another model unless ``other_model``.
+    """
+    check_same_sketch(query, code.fisher, "query and train")
+    if not other_model:
+        check_one_model([query, code.fisher], ["query", "train"], "Compress both with one model")
+    return code.queries(query).to(query.device)
+
+
 class _Rows:
     """The layers of a source and their origin, as gradients have them."""
 
