@@ -7,6 +7,7 @@ from .capture.ladder import AttributionError
 from .capture.layer import Layer
 from .checkpoints import Checkpoints
 from .compressor import Compressor
+from .directions import Direction, direction
 from .fisher import Fisher, build_fisher
 from .fisher.bits import BitCode
 from .fisher.blocks import DiagonalBlock
@@ -37,6 +38,7 @@ __all__ = [
     "Checkpoints",
     "Choice",
     "Compressor",
+    "Direction",
     "Dropout",
     "Fisher",
     "Gaussian",
@@ -56,6 +58,7 @@ __all__ = [
     "build_fisher",
     "choose",
     "compress",
+    "direction",
     "record",
     "score",
     "select",

@@ -77,6 +77,17 @@ class Layer:
             return self.out_axis.apply(matrix.reshape(len(matrix), -1))
         return self.out_axis.apply(self.in_axis.apply(matrix).mT).mT
 
+    def spread(self, stored: Tensor) -> Tensor:
+        """Return the transpose of :meth:`compress_exact`: [N, *stored_shape] -> [N, *shape]; zero where it drops."""
+        if self.is_gather:
+            flat = stored.new_zeros(len(stored), torch.Size(self.shape).numel())
+            return flat.index_add_(1, self.entries, stored.flatten(1)).view(-1, *self.shape)
+        if self.in_axis is None:
+            matrix = self.out_axis.spread(stored).view(len(stored), *self.matrix_shape)
+        else:
+            matrix = self.in_axis.spread(self.out_axis.spread(stored.mT).mT)
+        return (matrix.mT if self.transposed else matrix).reshape(-1, *self.shape)
+
     def to(self, device: torch.device) -> Layer:
         """Return the plan with its tables on ``device``."""
         out_axis, in_axis = self.out_axis.to(device), None if self.in_axis is None else self.in_axis.to(device)

@@ -24,7 +24,8 @@ Sums = dict[Place, Tensor]
 _SUM = "moments"
 
 
-def _axes(layer: Layer) -> Iterator[tuple[str, Axis]]:
+def axes_of(layer: Layer) -> Iterator[tuple[str, Axis]]:
+    """Yield a plan's axes, each with its side: "out", and "in" if there is one."""
     yield "out", layer.out_axis
     if layer.in_axis is not None:
         yield "in", layer.in_axis
@@ -34,8 +35,8 @@ def save_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str], sums: 
     """Write every layer's tables and the sums of its calibration, atomically."""
     tables, plan = {}, {}
     for name, layer in layers.items():
-        plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in _axes(layer)}
-        for side, axis in _axes(layer):
+        plan[name] = {side: {"size": axis.size, "group": axis.group} for side, axis in axes_of(layer)}
+        for side, axis in axes_of(layer):
             for field, table in axis.tensors().items():
                 tables[f"{name}/{side}/{field}"] = table
     tables |= {f"{place}/{_SUM}": total for place, total in sums.items()}
@@ -84,7 +85,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _checked(axis: Axis, place: str) -> Axis:
+def checked_axis(axis: Axis, place: str) -> Axis:
     """Return an axis that was read; raise ValueError where its tables are not those of one."""
     index, weight, matrix, kept = axis.index, axis.weight, axis.matrix, axis.size
     if index is not None:
@@ -132,7 +133,7 @@ def load_masks(layers: Mapping[str, Layer], path: str | os.PathLike[str]) -> tup
         entry = plan[name][side]
         index, weight, matrix = (tables.get(f"{name}/{side}/{field}") for field in ("index", "weight", "matrix"))
         try:
-            return _checked(Axis(entry["size"], index, weight, matrix, entry["group"]), f"{name}/{side}")
+            return checked_axis(Axis(entry["size"], index, weight, matrix, entry["group"]), f"{name}/{side}")
         except ValueError as error:
             raise ValueError(f"path: the masks in {path} are damaged: {error}; restore the file") from None
 

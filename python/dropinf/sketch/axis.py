@@ -86,6 +86,22 @@ class Axis:
         dtype = torch.promote_types(gathered.dtype, torch.float32)
         return gathered.to(dtype) @ self.matrix.to(dtype).T
 
+    def spread(self, sketched: Tensor) -> Tensor:
+        """Return ``S^T y``, the transpose of :meth:`apply`: [..., dim] to [..., size], in the dtype of ``y``
+        (at least float32 where ``matrix`` is used)."""
+        if self.is_whole:
+            return sketched
+        if self.matrix is not None:
+            dtype = torch.promote_types(sketched.dtype, torch.float32)
+            sketched = sketched.to(dtype) @ self.matrix.to(dtype)
+        if self.index is None:
+            return sketched
+        found = sketched.new_zeros(*sketched.shape[:-1], self.size)
+        for i, row in enumerate(self.index):
+            part = sketched if self.weight is None else sketched * self.weight[i].to(sketched.dtype)
+            found.index_add_(-1, row.long(), part)
+        return found
+
     def fold(self, gathered: Tensor) -> Tensor:
         """Finish a table sketch whose ``index.flatten()`` is gathered already: [..., fan_in * dim] -> [..., dim]."""
         if self.weight is None:
