@@ -7,7 +7,7 @@ from .capture.ladder import AttributionError
 from .capture.layer import Layer
 from .checkpoints import Checkpoints
 from .compressor import Compressor
-from .directions import Direction, direction
+from .directions import Direction, direction, rerank, tokens
 from .fisher import Fisher, build_fisher
 from .fisher.bits import BitCode
 from .fisher.blocks import DiagonalBlock
@@ -60,9 +60,11 @@ __all__ = [
     "compress",
     "direction",
     "record",
+    "rerank",
     "score",
     "select",
     "self_influence",
+    "tokens",
 ]
 
 # What torch.load reads without weights_only=False: none of them runs code of the file's.

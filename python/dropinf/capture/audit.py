@@ -148,7 +148,7 @@ def expected(
     take = {tensors[name]: lambda g, layer=layer: sketch(layer, g) for name, layer in layers.items()}
     with flags.own(tensors.values()), torch.enable_grad(), gradients_taken(model.parameters(), take):
         losses = losses_of()
-        r = _weights(losses, sizes, dtype, only, place) if r is None else r
+        r = random_weights(losses, sizes, dtype, only, place) if r is None else r
         if losses.requires_grad:
             losses.backward(r)
     return Expected(r, sketches, losses.detach(), whole)
@@ -162,7 +162,7 @@ def sketched(layer: Layer, g: Tensor) -> Tensor:
     return layer.out_axis.apply(layer.in_axis.apply(matrix).mT).mT
 
 
-def _weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype, only: Tensor | None, place: int) -> Tensor:
+def random_weights(losses: Tensor, sizes: Tensor | None, dtype: torch.dtype, only: Tensor | None, place: int) -> Tensor:
     """Return random weights [N] of either sign; with ``sizes``, such that all rows weigh about the same.
 
     In half precision they are powers of two: each gradient is then rounded as without weights, whatever is behind it.

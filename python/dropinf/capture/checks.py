@@ -132,16 +132,19 @@ def time_first(model: nn.Module) -> str | None:
     return None
 
 
-def check_surroundings() -> None:
-    """Raise ValueError inside torch.func's transforms and under inference_mode: nothing can be backpropagated there."""
+def check_surroundings(what: str = "compressor") -> None:
+    """Raise ValueError inside torch.func's transforms and under inference_mode: nothing can be backpropagated there.
+
+    ``what`` is called, as the message has it.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(
-            "compressor: it is called inside torch.func (vmap, grad, jvp, jacrev ...); it must be called outside, on "
+            f"{what}: it is called inside torch.func (vmap, grad, jvp, jacrev ...); it must be called outside, on "
             "plain tensors. Inside loss_fn and the model these transforms work"
         )
     if torch.is_inference_mode_enabled():
         raise ValueError(
-            "compressor: it is called under torch.inference_mode, where nothing has a gradient; call it outside, "
+            f"{what}: it is called under torch.inference_mode, where nothing has a gradient; call it outside, "
             "on tensors made outside"
         )
 
