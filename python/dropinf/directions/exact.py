@@ -34,7 +34,7 @@ class _Along(NamedTuple):
     """A direction as it is multiplied with: of about unit norm, by a power of two that its products are scaled by."""
 
     whole: Named
-    scale: float  # 0 where the direction is zero
+    scale: float
 
 
 class Exact:
@@ -111,9 +111,6 @@ class Exact:
         rows = []
         for q in range(len(self.direction)):
             along = self._along(q)
-            if not along.scale:
-                rows.append(torch.zeros_like(reference.losses, dtype=torch.float64))
-                continue
             cast = {name: x.to(self.parameters[name].dtype) for name, x in along.whole.items()}
             start.restore()
             try:
@@ -164,8 +161,8 @@ class Exact:
         norm = math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in whole.values()))
         if not math.isfinite(norm):
             raise ValueError(f"direction: query {q} is not finite (NaN or inf); look at the query's gradient")
-        scale = 2.0 ** math.frexp(norm)[1] if norm else 0.0
-        return _Along({name: x / scale if scale else x for name, x in whole.items()}, scale)
+        scale = 2.0 ** math.frexp(norm)[1] if norm else 1.0
+        return _Along({name: x / scale for name, x in whole.items()}, scale)
 
     def _finished(self, rows: list[Tensor], reference: Reference) -> Tensor:
         dtype = torch.promote_types(reference.losses.dtype, self.direction.dtype)

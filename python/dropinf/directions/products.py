@@ -75,16 +75,10 @@ def _in_place(model: nn.Module, duals: Mapping[int, Tensor]) -> Iterator[None]:
     """Have modules hold these tensors inside, by ids of the parameters that they stand for."""
     held = [module._parameters for module in model.modules() if isinstance(module._parameters, dict)]
     before = [(where, name, p) for where in held for name, p in where.items() if id(p) in duals]
-    flat = [module._flat_weights for module in model.modules() if isinstance(module, nn.RNNBase)]
-    lists = [(where, list(where)) for where in flat]
     try:
         for where, name, p in before:
             where[name] = duals[id(p)]  # type: ignore[assignment]
-        for one in flat:
-            one[:] = [duals.get(id(p), p) for p in one]
         yield
     finally:
         for where, name, p in before:
             where[name] = p
-        for one, parameters in lists:
-            one[:] = parameters
