@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
 import os
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
@@ -20,14 +19,13 @@ from torch import Tensor, nn
 
 from ..files import checksum
 from ..workload import Workload
+from .loading import AUTO, loading, task_of
 from .passages import Passage, first_line, length_batches, need_package, packed_batches
 
 Batch = dict[str, Any]
 Task = Literal["auto", "causal-lm", "classifier"]
 Reduction = Literal["mean", "sum"]
 
-_AUTO = {"causal-lm": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
-_HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForSequenceClassification": "classifier"}
 _IGNORED = -100  # label of a position that has no loss, as everywhere in transformers
 _AT_ONCE = 1024  # texts that are tokenized together
 _PROBE = 16  # tokens of a document that shows whether a model keeps packed documents apart
@@ -65,13 +63,13 @@ class TextModel:
         if self.name.endswith(".gguf"):
             need_package("gguf", "a GGUF file")
             place, options = os.path.dirname(self.name) or ".", {"gguf_file": os.path.basename(self.name)}
-        with _loading(self.name):
+        with loading(self.name):
             config = transformers.AutoConfig.from_pretrained(place, **options)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        self.task = _task(self.name, task, config.architectures or [], gguf=bool(options))
+        self.task = task_of(self.name, task, config.architectures or [], gguf=bool(options))
         # By default attention is sdpa, and eager where the model has none.
-        with _loading(self.name):
-            self.model, found = getattr(transformers, _AUTO[self.task]).from_pretrained(
+        with loading(self.name):
+            self.model, found = getattr(transformers, AUTO[self.task]).from_pretrained(
                 place, dtype=dtype or "auto", output_loading_info=True, **options
             )
         missing = sorted(set(found["missing_keys"]) & dict(self.model.named_parameters()).keys())
@@ -140,6 +138,19 @@ class TextModel:
         most = tokens_per_batch if causal or self.pad is not None else 1
         batches = TextBatches(length_batches(rows.lengths, most), rows.padded)
         return Workload(self.model, loss_fn, batches, itemgetter("ids"))
+
+    def token_losses(self, model: nn.Module, batch: Batch, *, loss: Reduction = "mean") -> Tensor:
+        """Return what each token's own cross entropy adds to its document's loss, [N, T], of a batch of `workload`.
+
+        Position t is of token t given those before it: 0 for the first and where a document has ended. They sum to the
+        losses of the workload, of the same `loss`; `dropinf.tokens` takes it as its `loss_fn`.
+
+        Raises:
+            ValueError: the model is a classifier, whose loss is of no token.
+        """
+        if self.task != "causal-lm":
+            raise ValueError(f"model {self.name} is a {self.task}; its loss has no tokens: use dropinf.rerank")
+        return token_losses(model, batch, reduction=loss)
 
     def _limit(self, max_tokens: int | None) -> int | None:
         """Return where texts are cut; None where neither model nor tokenizer has a limit."""
@@ -322,6 +333,18 @@ def packed_losses(model: nn.Module, batch: Batch, *, reduction: Reduction) -> Te
     return torch.stack([d.sum() / (len(d) - 1) if reduction == "mean" else d.sum() for d in documents])
 
 
+def token_losses(model: nn.Module, batch: Batch, *, reduction: Reduction) -> Tensor:
+    """Return the parts of each document's loss by token, [N, T], padded or packed."""
+    if "cu_seqlens" in batch:
+        lengths = batch["cu_seqlens"].diff()
+        found = F.pad(_next_token(_packed_logits(model, batch), batch["labels"])[0], (1, 0))
+        rows, counts = nn.utils.rnn.pad_sequence(found.split(lengths.tolist()), batch_first=True), lengths - 1
+    else:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows, counts = F.pad(_next_token(logits, batch["labels"]), (1, 0)), (batch["labels"][:, 1:] != _IGNORED).sum(1)
+    return rows / counts[:, None].to(rows.device) if reduction == "mean" else rows
+
+
 def class_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross entropy of each label, [N]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -350,34 +373,3 @@ def _packed_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# What a model is.
-
-
-def _task(name: str, task: str, architectures: Sequence[str], *, gguf: bool) -> str:
-    if task in _AUTO:
-        return task
-    if task != "auto":
-        raise ValueError(f"task is {task!r}; it must be 'auto', 'causal-lm' or 'classifier'")
-    if gguf:
-        return "causal-lm"
-    for architecture in architectures:
-        for head, kind in _HEADS.items():
-            if architecture.endswith(head):
-                return kind
-    raise ValueError(
-        f"model {name}: its architecture is {', '.join(architectures) or 'not given'}, neither ...ForCausalLM nor "
-        "...ForSequenceClassification; pass another model, or task='causal-lm' or 'classifier'"
-    )
-
-
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model {name}: transformers cannot load it ({first_line(error)}); pass a folder with configuration, "
-            "weights and tokenizer, a name on the hub, or folder/file.gguf"
-        ) from error
