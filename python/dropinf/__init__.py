@@ -2,6 +2,7 @@
 
 from torch.serialization import add_safe_globals
 
+from . import measure
 from .budget import Choice, choose
 from .capture.ladder import AttributionError
 from .capture.layer import Layer
@@ -59,6 +60,7 @@ __all__ = [
     "choose",
     "compress",
     "direction",
+    "measure",
     "record",
     "rerank",
     "score",
