@@ -229,8 +229,8 @@ def test_a_requantization_that_fails_leaves_nothing(code, tmp_path, monkeypatch)
 
 
 def test_a_file_of_faiss_has_the_same_scores(few, code, query, tmp_path):
-    if code.bits == 4:
-        with pytest.raises(ValueError, match="no codes of 4 bits that are these; pass a factory"):
+    if code.bits > 1:
+        with pytest.raises(ValueError, match=r"would choose other codes of . bits than these; pass a factory"):
             few.whitened(tmp_path / "rows.faiss")
         return
     few.whitened(tmp_path / "rows.faiss")

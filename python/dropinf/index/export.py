@@ -97,14 +97,14 @@ class Export:
             self._write_coded(rows, beside)
 
     def _write_bits(self, rows: Rows, beside: Path) -> None:
-        """Write FAISS's own index of rows of few bits, whose codes and scales are these rows'."""
+        """Write FAISS's own index of rows of one bit, whose codes and scales are these rows'."""
         faiss = _faiss()
-        if self.bits not in (1, 2) or not hasattr(faiss, "IndexRaBitQ"):
+        if self.bits != 1 or not hasattr(faiss, "IndexRaBitQ"):
             raise ValueError(
-                f"out is {os.fspath(self.out)!r}: FAISS {faiss.__version__} has no codes of {self.bits} bits that are "
-                "these; pass a factory, or name an .npy file"
+                f"out is {os.fspath(self.out)!r}: FAISS {faiss.__version__} would choose other codes of "
+                f"{self.bits} bits than these; pass a factory, or name an .npy file"
             )
-        coded = faiss.IndexRaBitQ(self.width, faiss.METRIC_INNER_PRODUCT, self.bits)
+        coded = faiss.IndexRaBitQ(self.width, faiss.METRIC_INNER_PRODUCT)
         coded.train(torch.zeros(1, self.width, device="cpu").numpy())  # codes are of the rows themselves, not of
         coded.qb = 0  # their distance to a center; and queries stay float
         self._check_size(coded)

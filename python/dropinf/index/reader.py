@@ -274,7 +274,7 @@ class Index(StoredRows):
         """Write rows [N, K] whose inner products are influence scores: with those of queries, `fisher.whiten(query)`.
 
         Of rows of few bits, the values of their codes, for queries `index.code.queries(query)`; a .faiss file is then
-        FAISS's own RaBitQ index of 1 or 2 bits, with the same scores. The ids of the rows stand beside it, in `out` +
+        FAISS's own RaBitQ index, of 1 bit, with the same scores. The ids of the rows stand beside it, in `out` +
         ".ids": a JSON string a line.
 
         Args:
@@ -286,7 +286,7 @@ class Index(StoredRows):
 
         Raises:
             ValueError: a file of the index itself, a factory that FAISS refuses, one whose codes take more memory
-                than the index may, or rows of 4 bits as a .faiss file without a factory.
+                than the index may, or rows of 2 or 4 bits as a .faiss file without a factory.
         """
         check_out(out, factory, self.path)
         bits = self._codec.bits
