@@ -96,6 +96,25 @@ def test_indices(gpu, tmp_path, dtype):
         near(there, here, 10 * STEPS[dtype])
 
 
+@pytest.mark.parametrize("bits", [1, pytest.param(2, marks=LATER), pytest.param(4, marks=LATER)])
+def test_indices_of_few_bits(gpu, tmp_path, bits):
+    """Fitted on the CPU: codes are near a border of two here and there, so that a few may be the neighbour's."""
+    (here, data), (there, moved) = on("cpu", batches()), on("gpu", batches())
+    code = dropinf.BitCode.fit(here.compress(data), bits=bits)
+    expected = here.compress(data, out=tmp_path / "cpu", dtype=code)
+    index = there.compress(moved, out=tmp_path / "gpu", dtype=code)
+    apart = (index[:].flat - expected[:].flat).norm() / expected[:].flat.norm()
+    assert float(apart) < 0.2
+    query, asked = here.compress(data[:1]), there.compress(moved[:1], device="cuda:0")
+    turned = code.queries(asked)
+    assert turned.flat.is_cuda
+    near(turned.flat, code.queries(query).flat, 10)
+    scores = dropinf.score(asked, expected)
+    assert scores.is_cuda
+    near(scores, dropinf.score(query, expected), 20)
+    near(dropinf.score(asked, expected, top=5).values, dropinf.score(query, expected, top=5).values, 20)
+
+
 def exact_mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     return out.copy_(a.long() @ b.long())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,8 +19,8 @@ from dropinf_kernels import dequantize_bits, quantize_bits
 from ..files import checksum, metadata_of, read_header, serialize, whole_number, write_whole
 from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, placed_blocks
 from ..origin import check_one_model
+from .fisher import CPU, Fisher, FisherKind, build_fisher
 from .fisher import FORMAT as FISHER_FORMAT
-from .fisher import Fisher, FisherKind, build_fisher
 from .rotation import Rotation
 
 FORMAT = "dropinf.bits-1"
@@ -51,13 +51,10 @@ class BitCode:
             raise ValueError(f"{path}: truncated, damaged, or of another kind ({error}); save it again") from error
 
     def _take(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        parts = {
-            part: Fisher.read(about, lambda name, part=part: tensors[f"{part}/{name}"])  # type: ignore[misc]
-            for part, about in header["parts"].items()
-        }
-        kept = tensors["kept"]
-        self.fisher, self.bits, self.kept = parts["fisher"], checked_bits(header["bits"]), kept
-        self.again, self._shrinking = parts.get("again"), parts.get("shrinking")
+        self._headers, kept = header["parts"], tensors["kept"]
+        self._placed = {CPU: self._read(tensors, CPU)}
+        self.fisher, self.bits, self.kept = self._placed[CPU]["fisher"], checked_bits(header["bits"]), kept
+        self.again = self._placed[CPU].get("again")
         self.error, self.seed = float(header["error"]), whole_number(header["seed"], "seed", 0)
         width = sum(map(math.prod, self.fisher.shapes.values()))
         if kept.dtype != torch.int64 or kept.ndim != 1 or not len(kept) or len(kept) * self.bits % 8:
@@ -65,6 +62,18 @@ class BitCode:
         if bool((kept.diff() <= 0).any()) or int(kept[0]) < 0 or int(kept[-1]) >= width:
             raise ValueError(f"the kept columns are not columns of {width}, in order")
         self._rotation = Rotation(len(kept), self.seed)
+
+    def _read(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Fisher]:
+        def of(part: str) -> Callable[[str], Tensor]:
+            return lambda name: tensors[f"{part}/{name}"].to(device)
+
+        return {part: Fisher.read(about, of(part), device) for part, about in self._headers.items()}
+
+    def _on(self, device: torch.device) -> dict[str, Fisher]:
+        """Return the Fisher matrices on a device; each that gradients lie on keeps its own."""
+        if device not in self._placed:
+            self._placed[device] = self._read(load(self._data), device)
+        return self._placed[device]
 
     @classmethod
     def fit(
@@ -186,18 +195,18 @@ class BitCode:
             ValueError: gradients of another sketch.
         """
         check_same_sketch(gradients, self.fisher, "query and code")
-        white = self._whitened(gradients)
-        if self._shrinking is not None:
-            lost = self._shrinking.solve(_as_gradients(white, "kept", "")).flat
+        white, shrinking = self._whitened(gradients), self._on(gradients.device).get("shrinking")
+        if shrinking is not None:
+            lost = shrinking.solve(_as_gradients(white, "kept", "")).flat
             white = white - self.error * lost.to(white)
         return _as_gradients(self._rotation(white), ROTATED, self._digest, gradients.origin)
 
     def _whitened(self, gradients: Gradients) -> Tensor:
         """Return the kept coordinates of whitened rows [n, K]; whitened again, where the code has it so."""
-        wide = torch.promote_types(gradients.dtype, torch.float32)
-        white = self.fisher.whiten(gradients).flat
+        wide, parts = torch.promote_types(gradients.dtype, torch.float32), self._on(gradients.device)
+        white = parts["fisher"].whiten(gradients).flat
         cut = white.index_select(1, self.kept.to(white.device)).to(wide)
-        return cut if self.again is None else self.again.whiten(_as_gradients(cut, "kept", "")).flat.to(wide)
+        return parts["again"].whiten(_as_gradients(cut, "kept", "")).flat.to(wide) if "again" in parts else cut
 
     def to_bytes(self) -> bytes:
         """Return all of it as a safetensors file."""

@@ -26,6 +26,7 @@ from .kronecker import KroneckerBlock
 from .ledger import Ledger, all_or_none
 
 FORMAT = "dropinf.fisher-1"
+CPU = torch.device("cpu")
 FisherKind = Literal["block", "joint", "diagonal", "kronecker"]
 
 
@@ -75,7 +76,7 @@ class Fisher:
         self._shapes: Shapes = {}
         self._digest: Mapping[str, str] = {}
         self._blocks: list[tuple[slice, Block]] = []  # columns and their block
-        self._device = torch.device("cpu")
+        self._device = CPU
         self._ledger: Ledger | None = None  # of the last change of sums
 
     @property
@@ -291,8 +292,8 @@ class Fisher:
             raise ValueError(f"{path}: truncated or damaged ({error}); save it again") from error
 
     @classmethod
-    def read(cls, header: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Fisher:
-        """Return what `to_bytes` wrote; what it did not write raises errors of many kinds."""
+    def read(cls, header: Mapping[str, Any], tensor: Callable[[str], Tensor], device: torch.device = CPU) -> Fisher:
+        """Return what `to_bytes` wrote, its tensors on `device`; what it did not write raises errors of many kinds."""
         if isinstance(header["damping"], bool) or not isinstance(header["absolute"], bool):
             raise ValueError(f"damping is {header['damping']!r}, absolute {header['absolute']!r}")
         fisher = cls(header["kind"], header["damping"], header["absolute"])
@@ -302,7 +303,7 @@ class Fisher:
                 raise ValueError(f"a layer is {name!r}, {shape!r}, {found!r}")
             shapes[name], digest[name] = tuple(whole_number(size, "a size", 1) for size in shape), found
         fisher._lay_out(shapes, digest)
-        fisher._count = whole_number(header["count"], "count", 0)
+        fisher._count, fisher._device = whole_number(header["count"], "count", 0), device
         fisher.origins = tuple((str(model), str(loss)) for model, loss in header.get("origins", ()))
         for i, ((_, block), plain) in enumerate(zip(fisher._blocks, header["blocks"], strict=True)):
             block.load_state(plain, fisher.count, lambda name, i=i: tensor(f"{i}.{name}"))  # type: ignore[misc]
@@ -394,7 +395,4 @@ def build_fisher(
 
 def _parts(source: GradientSource) -> Iterator[Gradients]:
     """Yield the samples in memory-sized parts; in-memory gradients whole, so that dual rows stay views."""
-    if isinstance(source, Gradients):
-        yield source
-    else:
-        yield from (part for _, part in placed_blocks(source, block_rows(source)))
+    yield from (source,) if isinstance(source, Gradients) else (p for _, p in placed_blocks(source, block_rows(source)))

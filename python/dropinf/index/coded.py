@@ -111,7 +111,7 @@ def queries_of(code: BitCode, query: Gradients, *, other_model: bool = False) ->
     check_same_sketch(query, code.fisher, "query and train")
     if not other_model:
         check_one_model([query, code.fisher], ["query", "train"], "Compress both with one model")
-    return code.queries(query).to(query.device)
+    return code.queries(query)
 
 
 class _Rows:
