@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -16,6 +17,7 @@ from dropinf.files import checksum
 from dropinf.index import requantize as requantizing
 from tests.index.small import files, loss_fn, make_batches, make_compressor, make_model, names
 
+README = Path(__file__).parents[2] / "README.md"
 faiss.omp_set_num_threads(1)
 ROW_BYTES = {1: 14, 2: 24, 4: 45}
 
@@ -261,3 +263,20 @@ def test_a_manifest_says_what_rows_of_few_bits_need(few, tmp_path):
         path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
         with pytest.raises(ValueError, match="not a valid manifest"):
             dropinf.Index.open(tmp_path / "idx")
+
+
+def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = README.read_text(encoding="utf-8").partition("### A few hundred bytes a sample")[2]
+    snippet = section.partition("```python\n")[2].partition("```")[0]
+    batches = make_batches()
+    make_compressor().compress(batches, out="idx")
+    given = {"model": make_model(), "loss_fn": loss_fn, "some_batches": batches, "train_batches": batches}
+    query = dropinf.choose(make_model(), batches, loss_fn, budget_bytes=256, bits=1)
+    asked = dropinf.Compressor(make_model(), query.sketch, loss_fn)
+    asked.calibrate(batches)
+    names_ = {"dropinf": dropinf, "query": asked.compress(make_batches(1, 9)), **given}
+    exec(snippet, names_)
+    assert names_["best"].values.shape == (5, 54)
+    assert names_["index"].bytes_per_sample == names_["code"].bytes_per_sample <= 256
+    assert len(names_["few"]) == 54
