@@ -23,7 +23,9 @@ RESULTS = Path("bench/results/sizing.json")
 README = Path("bench/sizing/README.md")
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 DTYPES = ("float32", "bfloat16", "int8")
+BITS = (1, 2)
 SIDE, BATCH, QUERIES = 64, 4096, 16
+FEW_BYTES = (128, 256, 512, 1024, 4096)
 # layers, width, feed-forward width, linears a layer, parameters
 MODELS = {
     "SmolLM2-135M": (30, 576, 1536, 7, 135e6),
@@ -33,6 +35,7 @@ MODELS = {
 }
 TOKENS = 512
 SAMPLES = (10**6, 10**8, 10**9)
+RANKS = 64
 
 
 class Batches(Sequence):
@@ -80,6 +83,11 @@ def measure() -> dict[str, float]:
             files = [file.path for file in index._files]
             found["checksum, bytes/s"] = size / median(lambda files=files: [file_checksum(f) for f in files])
         rows = index[: 2 * BATCH]
+        for bits in BITS:
+            code = dropinf.BitCode.fit(rows, "diagonal", bits=bits, again=False, shrink=False)
+            few = dropinf.Index.open(Path(folder) / "float32").requantize(Path(folder) / f"{bits}bit", code)
+            job = lambda few=few: dropinf.score(query, few, top=10)  # noqa: E731
+            found[f"score {bits} bit, values/s"] = len(few) * SIDE * SIDE / median(job)
         found["Fisher, operations/s"] = len(rows) * (SIDE * SIDE) ** 2 / median(lambda: dropinf.build_fisher(rows), 3)
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(16)))
     x, k = torch.randn(16, 128, 1024), 32
@@ -124,6 +132,21 @@ def tables(found: dict[str, float]) -> str:
             sizes = [row_bytes(model, dim, dtype) for dtype in DTYPES]
             cells = [*map(bytes_text, sizes), bytes_text(1e6 * sizes[2]), bytes_text(1e9 * sizes[2])]
             lines.append(f"| {model} | {dim} | {columns(model, dim):,} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Rows of few bits, of any model, of {max(SAMPLES):,} samples, and 16 queries over them on {RANKS} ranks, predicted:",
+        "",
+    ]
+    lines += [
+        "| bytes a sample | bits | coordinates | all samples | matrices that they share | 16 queries |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for size in FEW_BYTES:
+        for bits in BITS:
+            width = (size - 2) * 8 // bits
+            seconds = max(SAMPLES) * width / found[f"score {bits} bit, values/s"] / RANKS
+            cells = [bytes_text(max(SAMPLES) * size), bytes_text(2 * 4 * width**2), time_text(seconds)]
+            lines.append(f"| {size:,} | {bits} | {width:,} | {' | '.join(cells)} |")
     lines += [
         "",
         "Predicted from the rates above, `dim` 16, on machines like this one (seconds = work / (rate x ranks)):",
