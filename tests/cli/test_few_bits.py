@@ -42,6 +42,11 @@ def test_a_query_is_scored_by_its_code(few, made):
     assert "rows of few bits have" in error_of("query", folder, "--text", QUERIES[0], "--kind", "cosine")
 
 
+def test_it_has_no_fisher_matrix_of_its_own(few):
+    assert "have their Fisher matrix in their code" in error_of("fisher", few[0])
+    assert "have no self-influence" in error_of("self-influence", few[0])
+
+
 def test_it_is_exported_and_appended_to(few, common, tmp_path):
     folder, _ = few
     done = run("export", folder, tmp_path / "rows.npy")

@@ -163,6 +163,7 @@ def test_what_does_not_belong_together_is_refused(few, code, train, query, tmp_p
         (lambda: dropinf.score(elsewhere.compress(batches), few), "query and train are of different models"),
         (lambda: dropinf.score(make_compressor(seed=0, group=2).compress(batches), few), "different masks"),
         (lambda: dropinf.self_influence(few, dropinf.build_fisher(train)), "have no self-influence"),
+        (lambda: few.save_fisher(dropinf.build_fisher(few)), "have their Fisher matrix in their code"),
         (lambda: few.requantize(tmp_path / "again", code), "few bits already"),
         (lambda: floats.requantize(few.path, code), "which is there; name a new folder"),
         (lambda: few.whitened(tmp_path / "x.npy", dropinf.build_fisher(train)), "leave it out"),

@@ -284,6 +284,8 @@ def _reads_fisher(kind: str, damping: str | None) -> bool:
 def read_fisher(index: Index, damping: str | None, otherwise: str = "") -> Fisher:
     """Return the Fisher matrix kept in an index, with another damping on request."""
     value = None if damping is None else parse_damping(damping)
+    if index.manifest.codec.bits is not None:
+        raise ValueError(f"{index.path}: rows of few bits have no self-influence; ask the index that they were made of")
     if FISHER not in index.manifest.files:
         more = f", {otherwise}" if otherwise else ""
         raise FileNotFoundError(

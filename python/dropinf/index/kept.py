@@ -127,6 +127,8 @@ def check_its_fisher(index: _Kept, fisher: Fisher) -> None:
 
 def save_fisher(index: _Kept, fisher: Fisher) -> Manifest:
     """Write it into the folder, and return the manifest that names it; see `Index.save_fisher`."""
+    if index.manifest.codec.bits is not None:
+        raise ValueError(f"{index.path}: its rows are of few bits, and have their Fisher matrix in their code")
     fisher.check(index, "fisher and index")
     if fisher.count != len(index):
         raise ValueError(

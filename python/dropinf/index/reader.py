@@ -237,8 +237,9 @@ class Index(StoredRows):
         """Keep a Fisher matrix with the index, in place of the one before.
 
         Raises:
-            ValueError: compressed differently, not of as many samples as the index, or the index is not what it was
-                when it was opened: others were appended, or are being appended now. Nothing is changed then.
+            ValueError: compressed differently, not of as many samples as the index, rows of few bits, or the index is
+                not what it was when it was opened: others were appended, or are being appended now. Nothing is changed
+                then.
         """
         self.manifest = save_fisher(self, fisher)
 
