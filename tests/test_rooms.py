@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "__init__": VERBS | {"one_call", "recording", "checkpoints", "select", "score_by", "directions", "measure"},
         "interop": VERBS | {"__init__", "recording", "directions"},
         "demo": VERBS | {"__init__"},
-        "cli": VERBS | {"__init__", "demo"},
+        "cli": VERBS | {"__init__", "demo", "directions"},
     },
 }  # fmt: skip
 MOST_FLOORS = 9

@@ -97,6 +97,45 @@ def test_the_policy_admits_the_two_assets_alone():
     )
 
 
+def with_words(*words, exact=0.75):
+    """A result of which one sample has words."""
+    result = make_result()
+    result["queries"][1]["proponents"][0] |= {"words": list(words), "exact": exact}
+    return result
+
+
+def test_words_stand_beside_the_sample_that_queries_share():
+    page = query_page(with_words(("some ", 0.5), ("text", 0.25), ("", 0)))
+    data = embedded(page)
+    assert data["queries"][1]["proponents"][0] == [0.5, 0, 0.75, [["some ", 0.5], ["text", 0.25], ["", 0.0]]]
+    assert data["queries"][0]["proponents"][0] == [0.5, 0]
+    assert len(data["rows"]) == 3
+
+
+def test_words_become_no_markup():
+    result = with_words((HOSTILE, -1), exact=-1)
+    result["queries"][1]["proponents"][0]["text"] = HOSTILE
+    page = query_page(result)
+    assert re.findall(r"</?\w+", page) == re.findall(r"</?\w+", query_page(make_result()))
+    assert embedded(page)["queries"][1]["proponents"][0][3] == [[HOSTILE, -1]]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (with_words(("some", 1)), r"proponents\[0\].words are not those of its text"),
+        (with_words("ab"), r"words\[0\]\[1\] is 'b'; it must be a finite number"),
+        (with_words(("some text",)), r"words\[0\] is \('some text',\); it must be \[text, share\]"),
+        (with_words((3, 1)), r"words\[0\] is \(3, 1\); it must be"),
+        (with_words(("some text", float("nan"))), r"words\[0\]\[1\] is nan; it must be a finite number"),
+        (with_words(("some text", 1), exact="1"), r"proponents\[0\].exact is '1'; it must be a finite number"),
+    ],
+)
+def test_bad_words_are_named(result, message):
+    with pytest.raises(ValueError, match=message):
+        query_page(result)
+
+
 def damaged(place, value):
     """A result in which one value is replaced, or left out where `value` is the class `KeyError`."""
     result = make_result()

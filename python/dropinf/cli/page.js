@@ -55,19 +55,39 @@
     node.replaceChildren(parts);
   };
 
-  const passage = (raw, shared) => {
+  /** Put the words of a text into a node, up to the length that is shown, each shaded by its share. */
+  const shade = (node, shown, words, most) => {
+    const parts = new DocumentFragment();
+    let left = shown.length;
+    for (const [raw, share] of words) {
+      const piece = visible(raw).slice(0, left);
+      left -= piece.length;
+      if (!piece) continue;
+      const word = span(share < 0 ? "word raises" : "word lowers", piece);
+      word.style.setProperty("--share", most ? Math.abs(share) / most : 0);
+      word.title = signed(share);
+      parts.append(word);
+    }
+    node.replaceChildren(parts);
+  };
+
+  const passage = (raw, show) => {
     const text = visible(raw), body = make("div", { className: "text" });
     let start = text.split("\n", LINES).join("\n");
     if (start.length > LETTERS) start = start.slice(0, LETTERS).replace(/\s+\S{0,40}$|[\ud800-\udbff]$/, "");
-    start = text.length - start.length > SPARE ? start + "\u2026" : text;
-    fill(body, start, shared);
+    if (text.length - start.length <= SPARE) start = text;
+    const put = (shown) => {
+      show(body, shown);
+      if (shown !== text) body.append("\u2026");
+    };
+    put(start);
     if (start === text) return [body];
     const label = `Show all ${count(text.length)} characters`;
     const more = make("button", { type: "button", className: "more" }, label);
     more.setAttribute("aria-expanded", false);
     more.onclick = () => {
       const whole = flip(more, "aria-expanded");
-      fill(body, whole ? text : start, shared);
+      put(whole ? text : start);
       more.textContent = whole ? "Show less" : label;
     };
     return [body, more];
@@ -94,13 +114,17 @@
     return (score > 0 ? "+" : score < 0 ? "\u2212" : "") + text.replace("-", "\u2212");
   };
 
-  const card = (score, item, rank, format, most, shared) => {
+  const signed = (number) => (number > 0 ? "+" : "") + number.toPrecision(4).replaceAll("-", "\u2212");
+
+  const card = ([score, , exact, words], item, rank, format, most, shared, strongest) => {
     const part = make("i", { className: score < 0 ? "negative" : score > 0 ? "positive" : "" });
     part.style.width = `${most ? (100 * Math.abs(score)) / most : 0}%`;
     const number = make("b", { className: "score", title: String(score) }, format(score));
     const line = [span("rank", String(rank)), number, name(item.id), span("position", `position ${item.position}`)];
+    if (words) line.splice(2, 0, span("exact", `exact ${format(exact)}`));
+    const show = (node, text) => (words ? shade(node, text, words, strongest) : fill(node, text, shared));
     const body = make("div", { className: "body" }, make("p", { className: "line" }, ...line), span("bar", part));
-    if (item.text !== null) body.append(...passage(item.text, shared));
+    if (item.text !== null) body.append(...passage(item.text, show));
     else if (item.image === null) body.append(make("p", { className: "soft" }, "Neither text nor image is known."));
     return make("li", { className: "card" }, ...(item.image === null ? [] : [picture(item.image, item.id)]), body);
   };
@@ -144,12 +168,16 @@
     if (query.text !== null) subject.append(make("div", { className: "text" }, visible(query.text)));
     subject.scrollTop = 0;
     subject.tabIndex = subject.scrollHeight > subject.clientHeight ? 0 : -1;
-    byId("shared").hidden = !shared.size;
+    const shares = SIDES.flatMap((side) => query[side].flatMap(([, , , words]) => words ?? []));
+    const strongest = shares.reduce((most, [, share]) => Math.max(most, Math.abs(share)), 0);
+    byId("shared").hidden = !shared.size || shares.length > 0;
+    byId("legend").hidden = !shares.length;
     const most = Math.max(...SIDES.map((side) => largest(query[side])));
     for (const side of SIDES) {
       const format = scoreFormat(largest(query[side])), list = document.querySelector(`#${side} ol`);
-      cards[side] = query[side].map(([score, row], i) => {
-        return { item: rows[row], node: card(score, rows[row], i + 1, format, most, shared) };
+      cards[side] = query[side].map((found, i) => {
+        const item = rows[found[1]];
+        return { item, node: card(found, item, i + 1, format, most, shared, strongest) };
       });
       list.replaceChildren(...cards[side].map(({ node }) => node));
       list.classList.toggle("gallery", cards[side].every(({ item }) => item.image !== null && item.text === null));
@@ -194,7 +222,8 @@
     }
   };
   const whole = ({ id, text, image, ...sides }) => {
-    const results = SIDES.map((side) => [side, sides[side].map(([score, row]) => ({ ...rows[row], score }))]);
+    const result = ([score, row, exact, words]) => ({ ...rows[row], score, exact, words });
+    const results = SIDES.map((side) => [side, sides[side].map(result)]);
     return JSON.stringify({ id, text, image, ...Object.fromEntries(results) }, null, 2);
   };
 

@@ -38,7 +38,8 @@ def query_page(result: Mapping[str, Any], title: str = "Influence") -> str:
     Args:
         result: `index`, `samples`, `kind`, `fisher` and `queries`; each query has `id`, `text`, `image`, `proponents`
             (best first) and `opponents` (most negative first); each of these has `position`, `id`, `score`, `text` and
-            `image`. Any text or image may be None; an image is a `data:image/` URI. Other keys are not shown.
+            `image`, and may have `words`, [text, share] of each, and `exact`, their sum. Any text or image may be None;
+            an image is a `data:image/` URI. Other keys are not shown.
         title: the page's title; any text.
 
     Raises:
@@ -120,7 +121,7 @@ def _pack(result: Mapping[str, Any]) -> dict[str, Any]:
             for j, item in enumerate(_list(query, side, where)):
                 place = f"{where}.{side}[{j}]"
                 sample = (_count(item, "position", place), *_sample(item, place))
-                shown[side].append([_score(item, place), rows.setdefault(sample, len(rows))])
+                shown[side].append([_score(item, place), rows.setdefault(sample, len(rows)), *_words(item, place)])
         queries.append(shown)
     if not queries:
         raise ValueError("queries is empty; a page needs at least one query")
@@ -157,14 +158,31 @@ def _list(item: object, key: str, where: str) -> Sequence[Any]:
 
 
 def _score(item: object, where: str) -> float:
-    value = _value(item, "score", where)
+    return _number(_value(item, "score", where), f"{where}.score")
+
+
+def _number(value: object, where: str) -> float:
     try:
-        score = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
-        score = math.inf
-    if not math.isfinite(score):
-        raise ValueError(f"{where}.score is {_short(value)}; it must be a finite number")
-    return score
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is {_short(value)}; it must be a finite number")
+    return number
+
+
+def _words(item: Mapping[str, Any], where: str) -> list[Any]:
+    """Return the exact score of a result, and its words with their shares; nothing where it has none."""
+    if "words" not in item:
+        return []
+    words: list[tuple[str, float]] = []
+    for i, word in enumerate(_list(item, "words", where)):
+        if not isinstance(word, Sequence) or len(word) != 2 or not isinstance(word[0], str):
+            raise ValueError(f"{where}.words[{i}] is {_short(word)}; it must be [text, share]")
+        words.append((word[0], _number(word[1], f"{where}.words[{i}][1]")))
+    if "".join(text for text, _ in words) != item["text"]:
+        raise ValueError(f"{where}.words are not those of its text; in a row, they must be the text")
+    return [_number(_value(item, "exact", where), f"{where}.exact"), words]
 
 
 def _sample(item: object, where: str) -> tuple[str, str | None, str | None]:
@@ -207,6 +225,8 @@ _BODY = """<body class="{alone}">
 <input type="search" id="filter" placeholder="Filter results" aria-label="Filter results" autocomplete="off">
 <button type="button" id="shared" aria-pressed="true">Shared words</button>
 <p class="soft">Training on a sample with a positive score lowers this query&#8217;s loss. All bars share one scale.</p>
+<p id="legend" class="soft" hidden><span class="word lowers">Blue</span> words add to a sample&#8217;s exact score,
+<span class="word raises">orange</span> ones take away. Point at a word for its share; shares add up to the score.</p>
 </div>
 <div class="tabs" role="group" aria-label="Results shown">
 <button type="button" data-side="proponents" aria-pressed="true">Proponents

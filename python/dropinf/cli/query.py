@@ -14,6 +14,7 @@ import numpy as np
 import typer
 
 from ..compressor import Compressor
+from ..directions import direction
 from ..files import replacing
 from ..fisher.fisher import Fisher, FisherKind, build_fisher
 from ..gradients import Gradients
@@ -31,6 +32,7 @@ from ..workload import Workload
 from .console import Found, note, plain, print_json, print_table, size_text
 from .page import save_query_page
 from .recipe import Recipe, load_workload, parse_damping, pick_device
+from .words import add_words
 
 Option = typer.Option
 IndexFolder = Annotated[Path, typer.Argument(help="Folder of the index.", metavar="INDEX")]
@@ -54,6 +56,9 @@ def query(
     kind: Annotated[ScoreKind, Option(help="The score.")] = "influence",
     damping: DampingOption = None,
     opponents: Annotated[bool, Option(help="Show the passages of lowest score too.")] = True,
+    words: Annotated[
+        bool, Option("--tokens", help="Show what each word of the passages adds to their exact scores.")
+    ] = False,
     as_json: AsJson = False,
     html: Annotated[Path | None, Option(help="Write a page with the result, too.")] = None,
     model: Annotated[str | None, Option(help="Where the index's model is now, if it was moved.")] = None,
@@ -67,6 +72,8 @@ def query(
             f"{len(label)} for {len(text or ())} of --text; pass one for each", param_hint="--label"
         )
     train = open_index(index)
+    if words:
+        _check_words(train, kind, loader, shown=as_json or html is not None)
     if html is not None:
         check_beside(html, train.path)
     few_bits = train.manifest.codec.bits is not None
@@ -88,7 +95,7 @@ def query(
         text_model = replace(recipe, model=model or recipe.model).text_model(pick_device(device))
         replace(recipe, tokenizer=text_model.tokenizer_checksum()).check_tokenizer(recipe.tokenizer, index)
         work = text_model.workload(passages, tokens_per_batch=recipe.tokens_per_batch, loss=recipe.loss)
-    ids, rows = _compressed(work, train)
+    compressor, ids, rows = _compressed(work, train)
     if passages is not None:  # batches are in the order of their lengths
         at = {name: i for i, name in enumerate(ids)}
         ids = [passage.id for passage in passages]
@@ -103,6 +110,10 @@ def query(
         "fisher": _about(train, fisher),
         "queries": _answers(train, ids, None if passages is None else [p.text for p in passages], best),
     }
+    if words:
+        assert recipe is not None
+        along = direction(rows, fisher, compressor)
+        add_words(result["queries"], along, text_model, loss=recipe.loss, tokens_per_batch=recipe.tokens_per_batch)
     if html is not None:
         save_query_page(result, html)
         note(f"wrote {html}")
@@ -307,14 +318,30 @@ def about_fisher(fisher: Fisher) -> str:
     return f"{fisher.kind}, damping {fisher.damping}"
 
 
-def _compressed(work: Workload, train: Index) -> tuple[list[str], Gradients]:
-    """Return the ids and compressed gradients of queries, by the sketch of the index."""
+def _check_words(train: Index, kind: ScoreKind, loader: str | None, *, shown: bool) -> None:
+    """Raise BadParameter where the words of passages cannot be scored, or would not be shown."""
+    recipe = Recipe.of(train.manifest.about)
+    problems = {
+        "it is in the page and in JSON: pass --html PAGE or --json": not shown,
+        f"--kind {kind} is no product with a gradient: pass influence or dot": kind not in ("influence", "dot"),
+        "it needs a model of text and its passages, and this index keeps neither": loader is not None
+        or recipe is None
+        or recipe.model is None
+        or PASSAGES not in train.manifest.files,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise typer.BadParameter(problem, param_hint="--tokens")
+
+
+def _compressed(work: Workload, train: Index) -> tuple[Compressor, list[str], Gradients]:
+    """Return the compressor of queries, by the sketch of the index, with their ids and compressed gradients."""
     compressor = Compressor.from_index(train, work.model, work.loss_fn, cu_seqlens=work.cu_seqlens)
     ids = [name for batch in work.batches for name in work.ids(batch)]
     rows = compressor.compress(work.batches)
     if len(ids) != len(rows):
         raise ValueError(f"loader: its ids are {len(ids)} and its losses {len(rows)}; they must be of the same samples")
-    return ids, rows
+    return compressor, ids, rows
 
 
 def _answers(train: Index, ids: list[str], texts: list[str] | None, best: list[TopK]) -> list[Found]:

@@ -148,9 +148,27 @@ class TextModel:
         Raises:
             ValueError: the model is a classifier, whose loss is of no token.
         """
+        self.check_has_tokens()
+        return token_losses(model, batch, reduction=loss)
+
+    def check_has_tokens(self) -> None:
+        """Raise ValueError for a classifier, whose loss is of no token."""
         if self.task != "causal-lm":
             raise ValueError(f"model {self.name} is a {self.task}; its loss has no tokens: use dropinf.rerank")
-        return token_losses(model, batch, reduction=loss)
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return where each token of a text stands in it, (start, end) in characters; equal where it is of no text.
+
+        Raises:
+            ValueError: the tokenizer does not tell.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"model {self.name}: its {type(self.tokenizer).__name__} does not tell where tokens stand in a text; "
+                "use a fast tokenizer, from a tokenizer.json"
+            )
+        cut = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
+        return list(map(tuple, self.tokenizer(text, return_offsets_mapping=True, **cut)["offset_mapping"]))
 
     def _limit(self, max_tokens: int | None) -> int | None:
         """Return where texts are cut; None where neither model nor tokenizer has a limit."""
