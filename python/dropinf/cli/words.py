@@ -29,7 +29,8 @@ def add_words(
     without a text has neither.
 
     Raises:
-        ValueError: the model is a classifier, the tokenizer does not tell where tokens stand in a text, or as `dropinf.tokens`.
+        ValueError: the model is a classifier, its tokenizer does not tell where tokens stand in a text, or as
+            `dropinf.tokens`.
     """
     model.check_has_tokens()
     loss_fn = functools.partial(model.token_losses, loss=loss)
