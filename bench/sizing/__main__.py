@@ -134,7 +134,7 @@ def tables(found: dict[str, float]) -> str:
             lines.append(f"| {model} | {dim} | {columns(model, dim):,} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Rows of few bits, of any model, of {max(SAMPLES):,} samples; 16 queries over them on {RANKS} ranks, predicted:",
+        f"Rows of few bits, of any model, {max(SAMPLES):,} samples; 16 queries over them on {RANKS} ranks, predicted:",
         "",
     ]
     lines += [
