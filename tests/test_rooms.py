@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "recording": BASE | {"capture"},
         "score_by": {"gradients", "ranks"},
         "score": VERBS | {"score_by"},
-        "directions": BASE | {"capture", "fisher", "compressor"},
+        "directions": BASE | {"capture", "fisher", "index", "compressor"},
         "budget": VERBS,
         "checkpoints": VERBS,
         "select": VERBS | {"recording"},

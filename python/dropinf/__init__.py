@@ -8,7 +8,7 @@ from .capture.ladder import AttributionError
 from .capture.layer import Layer
 from .checkpoints import Checkpoints
 from .compressor import Compressor
-from .directions import Direction, direction, rerank, tokens
+from .directions import Direction, Refined, direction, refine, rerank, tokens
 from .fisher import Fisher, build_fisher
 from .fisher.bits import BitCode
 from .fisher.blocks import DiagonalBlock
@@ -50,6 +50,7 @@ __all__ = [
     "Parts",
     "Rademacher",
     "Recording",
+    "Refined",
     "Run",
     "ScoreParts",
     "Selection",
@@ -62,6 +63,7 @@ __all__ = [
     "direction",
     "measure",
     "record",
+    "refine",
     "rerank",
     "score",
     "select",

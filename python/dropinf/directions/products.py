@@ -24,7 +24,7 @@ def forward_product(
 
     Raises NotImplementedError, or whatever else the model does, where an op of it has no forward mode.
     """
-    with torch.no_grad(), _differentiable(model), forward_ad.dual_level():
+    with torch.no_grad(), differentiable(model), forward_ad.dual_level():
         duals = {id(p): forward_ad.make_dual(p.detach(), v[name]) for name, p in parameters.items()}
         with _in_place(model, duals):
             primal, tangent = forward_ad.unpack_dual(losses_of())
@@ -42,7 +42,7 @@ def backward_products(
     The parameters must require gradients. Raises RuntimeError where the backward of an op cannot be differentiated.
     """
     found = []
-    with torch.enable_grad(), _differentiable(model):
+    with torch.enable_grad(), differentiable(model):
         losses = losses_of()
         u = torch.ones_like(losses, requires_grad=True)
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
@@ -60,7 +60,7 @@ def backward_products(
 
 
 @contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     """Run attention and recurrent layers inside by kernels that have forward mode, and a backward to differentiate."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
