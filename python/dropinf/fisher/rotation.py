@@ -46,7 +46,7 @@ class Rotation:
         return x
 
     def _transform(self, part: Tensor) -> None:
-        """Replace columns by their Hadamard transform, as the product of two small ones."""
+        """Write the Hadamard transform of columns over them, as the product of two small ones."""
         left, right = (factor.to(part) for factor in self._factors)
         blocks = part.reshape(len(part), len(left), len(right))
         part.copy_((left @ blocks @ right).reshape(len(part), -1))
