@@ -112,7 +112,7 @@ def query(
     }
     if words:
         assert recipe is not None
-        along = direction(rows, fisher, compressor)
+        along = direction(rows, fisher if train.code is None else train.code.fisher, compressor)
         add_words(result["queries"], along, text_model, loss=recipe.loss, tokens_per_batch=recipe.tokens_per_batch)
     if html is not None:
         save_query_page(result, html)
