@@ -50,7 +50,7 @@ def backward_products(
             gradients = torch.autograd.grad(losses, list(parameters.values()), u, create_graph=True, allow_unused=True)
         for v in directions:
             both = [(g, v[name]) for name, g in zip(parameters, gradients, strict=True) if g is not None]
-            parts = [(g.to(x.dtype) * x).sum() for g, x in both if g.requires_grad]
+            parts = [(g.to(x.dtype) * x).sum().to(u.device) for g, x in both if g.requires_grad]
             total = torch.stack(parts).sum() if parts else None
             if total is None:
                 found.append(torch.zeros_like(losses))
