@@ -245,6 +245,25 @@ def test_a_model_without_forward_mode_goes_backward(function, why):
     assert_near(found, products(model, squared, batch, d).repeat(1, 3), 1e-10)
 
 
+def test_a_batch_that_forward_mode_is_wrong_for_goes_backward():
+    """Forward mode counts padding, which the first batch has none of."""
+    model = Lambda(lambda m, ids: m.head(m.tokens(ids)), tokens=nn.Embedding(9, 5, padding_idx=0), head=nn.Linear(5, 3))
+    model, batches = model.double(), [torch.randint(1, 9, (N, 6)), torch.randint(0, 2, (N, 6))]
+    d = random_direction(model)
+    with pytest.warns(UserWarning, match="plain autograd"):
+        found = dropinf.rerank(model, batches, d, squared)
+    assert_near(found, torch.cat([products(model, squared, batch, d) for batch in batches], 1), 1e-10)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_that_writes_to_its_batch(way):
+    model, batch, _ = build("mlp")
+    d, before = random_direction(model), batch.clone()
+    expected = products(model, squared, batch * 2, d)
+    assert_near(dropinf.rerank(model, [batch], d, lambda m, b: squared(m, b.mul_(2)), way=way), expected, 1e-10)
+    assert torch.equal(batch, before)
+
+
 def test_a_weight_that_a_list_holds_goes_backward():
     """What stands in the parameter's place is not what the forward reads."""
     model, batch, loss_fn = build("mlp")
