@@ -242,7 +242,7 @@ def test_an_audit_that_finds_nothing_lets_every_fault_pass():
     "name", ["two_samples_averaged", "mapped_rows_shifted_by_one_sample", "rows_alone_shifted_by_one_sample"]
 )
 def test_an_audit_without_random_weights_does_not_see_exchanged_samples(name, monkeypatch):
-    monkeypatch.setattr(audit, "_weights", lambda losses, *_: torch.ones_like(losses))
+    monkeypatch.setattr(audit, "random_weights", lambda losses, *_: torch.ones_like(losses))
     found = run(next(f for f in FAULTS if f.name == name), "every", monkeypatch)
     assert found.seen is None
     assert max(found.errors) > WRONG
