@@ -6,7 +6,7 @@ The rule is a deterministic function, so every rank of a job picks the same tile
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..device import Arch
 
@@ -236,10 +236,11 @@ class TopkTile:
 
     block_q: int
     block_n: int
-    block_k: int
+    block_k: int  # columns of a step, or bytes of rows of few bits
     warps: int
     stages: int
     splits: int
+    fields: int = 1  # coordinates of a byte that a step multiplies
 
 
 @_remembered
@@ -259,3 +260,15 @@ def topk_tile(queries: int, rows: int, k_padded: int, itemsize: int, arch: Arch)
     resident = arch.multiprocessors * 8 // warps
     ranges = max(1, min(resident // max(1, cdiv(queries, block_q)), cdiv(rows, 4 * block_n)))
     return TopkTile(block_q, block_n, block_k, warps, stages, ranges)
+
+
+@_remembered
+def topk_bits_tile(queries: int, rows: int, k_padded: int, itemsize: int, arch: Arch) -> TopkTile:
+    """Choose the tile of `score_topk_bits`: that of `score_topk`, with a sector of each row in a step.
+
+    All fields of its bytes are multiplied in one step where registers allow, or they are loaded again from a cache.
+    """
+    tile = topk_tile(queries, rows, k_padded, itemsize, arch)
+    if itemsize > 2:
+        return replace(tile, block_k=16, fields=2)
+    return replace(tile, block_k=32, fields=8 if k_padded <= 64 else 4)

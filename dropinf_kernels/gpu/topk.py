@@ -8,16 +8,18 @@ the lowest row, and one sort moves both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import ARCHS, arch_of
+from ..device import ARCHS, Arch, arch_of
 from ..op import launches
 from ..ops.topk import check_topk, score_topk
 from .launch import check_device, launch
-from .tiling import MAX_TOP, cdiv, power_of_two, topk_tile
+from .tiling import MAX_TOP, TopkTile, cdiv, power_of_two, topk_tile
 
 _KEYS = 1024  # that the second stage sorts at a time
 
@@ -36,6 +38,25 @@ def to_key(score, row):
 def merge(best, other):
     """Return the greatest of ascending lists and descending ones, ascending: the larger, entry by entry, is bitonic."""
     return tl.bitonic_merge(tl.maximum(best, other), 1)
+
+
+@triton.jit
+def keep_best(best, scores, rows, live, TOP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the lists of greatest keys with those of a block of scores, where `live`, among them."""
+    LOWEST: tl.constexpr = -(2**63)
+    keys = tl.where(live[None, :], to_key(scores, rows[None, :]), LOWEST)
+    better = keys > tl.min(best, 1)[:, None]
+    # Flat, as reducing one axis of an accumulator in tensor memory does not compile for sm_100.
+    if tl.max(tl.reshape(better.to(tl.int32), [BLOCK_Q * BLOCK_N], can_reorder=True), 0) > 0:
+        best = merge(best, tl.topk(keys, TOP, 1))
+    return best
+
+
+@triton.jit
+def store_lists(p_keys, best, split, offs_q, Q, TOP: tl.constexpr):
+    """Store the lists of a block of queries over a split of the rows, for `score_topk_merge_kernel`."""
+    at = (split.to(tl.int64) * Q + offs_q)[:, None] * TOP + tl.arange(0, TOP)[None, :]
+    tl.store(p_keys + at, best, mask=(offs_q < Q)[:, None])
 
 
 @triton.jit
@@ -67,14 +88,8 @@ def score_topk_kernel(
             scores = tl.dot(q, c, scores, input_precision=PRECISION)
         if SCALED:
             scores *= tl.load(p_scale + rows, mask=live, other=0.0)[None, :]
-        keys = tl.where(live[None, :], to_key(scores, rows[None, :]), LOWEST)
-        better = keys > tl.min(best, 1)[:, None]
-        # Flat, as reducing one axis of an accumulator in tensor memory does not compile for sm_100.
-        if tl.max(tl.reshape(better.to(tl.int32), [BLOCK_Q * BLOCK_N], can_reorder=True), 0) > 0:
-            best = merge(best, tl.topk(keys, TOP, 1))
-    offs_top = tl.arange(0, TOP)
-    at = (split.to(tl.int64) * Q + offs_q)[:, None] * TOP + offs_top[None, :]
-    tl.store(p_keys + at, best, mask=(offs_q < Q)[:, None])
+        best = keep_best(best, scores, rows, live, TOP, BLOCK_Q, BLOCK_N)
+    store_lists(p_keys, best, split, offs_q, Q, TOP)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
@@ -108,27 +123,46 @@ def launch_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, off
         return score_topk.plain(q, c, k, c_scale, offset)
     check_topk(q, c, k, c_scale)
     check_device(q=q, c=c, c_scale=c_scale)
-    queries, rows, width = q.shape[0], c.shape[0], q.shape[1]
-    kept = min(k, rows)
+    arch, operand = arch_of(q.device) or ARCHS["sm_80"], operand_of(q, c)
+
+    def launch_scores(keys: Tensor, tile: TopkTile, share: int) -> None:
+        launch(
+            score_topk_kernel, (cdiv(len(q), tile.block_q), tile.splits), q.device,
+            q, c, c if c_scale is None else c_scale.contiguous(), keys, len(q), len(c), q.shape[1],
+            share, *q.stride(), *c.stride(),
+            SCALED=c_scale is not None, DTYPE=operand, PRECISION=arch.precision, TOP=keys.shape[2],
+            BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    return best_rows(launch_scores, topk_tile, q, len(c), k, offset, operand, arch)
+
+
+def best_rows(
+    launch_scores: Callable[[Tensor, TopkTile, int], None],
+    choose_tile: Callable[[int, int, int, int, Arch], TopkTile],
+    q: Tensor,
+    rows: int,
+    k: int,
+    offset: int,
+    operand: tl.dtype,
+    arch: Arch,
+) -> tuple[Tensor, Tensor]:
+    """Return the k best of `rows` rows for every query: values and indices.
+
+    `launch_scores(keys, tile, share)` has each split of `share` rows fill its lists, keys [splits, Q, top].
+    """
+    queries, kept = len(q), min(k, rows)
     if rows > 0x7FFFFFFF:
-        raise ValueError(f"c has {rows} rows; it must have at most 2^31 - 1: score it in blocks, with offset")
+        raise ValueError(f"there are {rows} rows; there must be at most 2^31 - 1: score them in blocks, with offset")
     values = torch.empty((queries, kept), dtype=torch.float32, device=q.device)
     indices = torch.empty((queries, kept), dtype=torch.int64, device=q.device)
     if values.numel() == 0:
         return values, indices
-    arch = arch_of(q.device) or ARCHS["sm_80"]
-    operand = _operand(q, c)
     top = power_of_two(kept, 16, MAX_TOP)
-    tile = topk_tile(queries, rows, top, 4 if operand == tl.float32 else 2, arch)
+    tile = choose_tile(queries, rows, top, 4 if operand == tl.float32 else 2, arch)
     keys = torch.empty((tile.splits, queries, top), dtype=torch.int64, device=q.device)
-    launch(
-        score_topk_kernel, (cdiv(queries, tile.block_q), tile.splits), q.device,
-        q, c, c if c_scale is None else c_scale.contiguous(), keys, queries, rows, width,
-        min(rows, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n), *q.stride(), *c.stride(),
-        SCALED=c_scale is not None, DTYPE=operand, PRECISION=arch.precision, TOP=top,
-        BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    launch_scores(keys, tile, min(rows, cdiv(cdiv(rows, tile.block_n), tile.splits) * tile.block_n))
     launch(
         score_topk_merge_kernel, (queries,), q.device, keys, values, indices, queries, kept, offset, tile.splits,
         TOP=top, LISTS=_KEYS // top, num_warps=4,
@@ -136,8 +170,8 @@ def launch_topk(q: Tensor, c: Tensor, k: int, c_scale: Tensor | None = None, off
     return values, indices
 
 
-def _operand(q: Tensor, c: Tensor) -> tl.dtype:
-    """Return what the matrix units multiply; int8 is exact in either 16-bit dtype."""
-    if q.dtype in (torch.float16, torch.bfloat16) and c.dtype in (q.dtype, torch.int8):
+def operand_of(q: Tensor, c: Tensor) -> tl.dtype:
+    """Return what the matrix units multiply; int8 and fewer bits are exact in either 16-bit dtype."""
+    if q.dtype in (torch.float16, torch.bfloat16) and c.dtype in (q.dtype, torch.int8, torch.uint8):
         return tl.float16 if q.dtype == torch.float16 else tl.bfloat16
     return tl.float32

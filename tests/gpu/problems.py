@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ import dropinf_kernels as ops
 from tests.cases.linear import BLOCKS
 from tests.interpreter.helpers import assert_close
 from tests.reference.helpers import make_table
+from tests.reference.test_bits import check_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = {"scattered": (1, 1), "runs-8": (8, 1), "runs-16": (16, 1), "fold": (1, 4)}  # group, fan_in
@@ -71,11 +72,18 @@ def check(problem: Problem, got: tuple[Tensor, ...]) -> None:
     accumulator = torch.float64 if problem.dtype == torch.float64 else torch.float32
     # Matrix units cut sums off, so that errors of one sign add up; TF32 alone errs by four to twenty times as much.
     tolerance = 32 * torch.finfo(accumulator).eps + problem.rounded * torch.finfo(problem.dtype).eps
-    if problem.op in ("quantize_rows", "dequantize_rows"):
+    if problem.op == "quantize_bits":
+        check_rows(problem.args[0], *got, problem.args[1])
+        return
+    if problem.op in ("quantize_rows", "dequantize_rows", "dequantize_bits"):
         for one, other in zip(got, results(getattr(ops, problem.op).plain, problem.args), strict=True):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
         return
+    if problem.op == "score_topk_bits":  # as score_topk with the rows that codes stand for
+        q, codes, c_scale, bits, k = problem.args
+        rows = ops.dequantize_bits(codes, c_scale, bits, torch.float64)
+        problem = replace(problem, op="score_topk", args=(q, rows, k, None))
     compress = getattr(ops, problem.op.removesuffix("_int8"))
     want, *rest = results(compress, problem.wide())
     magnitude = results(compress, problem.wide(positive=True))[0]
@@ -211,7 +219,18 @@ def stored_problems(dtype: torch.dtype, scale: int) -> dict[str, Problem]:
         "top-10-int8": Problem("score_topk", (q, int8, 10, c_scale)),
         "quantize": Problem("quantize_rows", (C,), 1),
         "dequantize": Problem("dequantize_rows", (int8, c_scale, dtype), 1),
+        **bits_problems(C, q, c_scale),
     }
+
+
+def bits_problems(C: Tensor, q: Tensor, c_scale: Tensor) -> dict[str, Problem]:
+    found = {}
+    for bits in (1, 2, 4):
+        codes = torch.randint(0, 256, (len(C), C.shape[1] * bits // 8), dtype=torch.uint8)
+        found[f"quantize-{bits}-bits"] = Problem("quantize_bits", (C, bits), 1)
+        found[f"dequantize-{bits}-bits"] = Problem("dequantize_bits", (codes, c_scale, bits, C.dtype), 1)
+        found[f"top-10-{bits}-bits"] = Problem("score_topk_bits", (q, codes, c_scale, bits, 10), 1)
+    return found
 
 
 NAMES = list(problems(torch.float32, 16))

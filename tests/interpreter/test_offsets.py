@@ -69,6 +69,7 @@ def calls(dtype: torch.dtype) -> dict[str, list[Call]]:
     )
     taps = last_of_axis(36, 5, 2, True)
     q, int8, scale = torch.randn(3, 4).to(dtype), torch.randint(-127, 128, (5, 4), dtype=torch.int8), torch.rand(5)
+    codes = torch.randint(0, 256, (5, 4), dtype=torch.uint8)
     return {
         "linear": [
             (ops.compress_linear, (a, g, *left, *right)),
@@ -109,6 +110,11 @@ def calls(dtype: torch.dtype) -> dict[str, list[Call]]:
             (ops.quantize_rows, (q,)),
             (ops.dequantize_rows, (int8, scale)),
         ],
+        "bits": [
+            (ops.quantize_bits, (torch.randn(3, 16).to(dtype), 2)),
+            (ops.dequantize_bits, (codes, scale, 2)),
+            (ops.score_topk_bits, (torch.randn(3, 16).to(dtype), codes, scale, 2, 3)),
+        ],
     }
 
 
@@ -134,6 +140,7 @@ def large_outputs(op: str) -> Iterator[tuple[Callable, tuple, tuple]]:
     a, g, ids = torch.randn(1, 3, 256).half(), torch.randn(1, 3, 256).half(), torch.randint(0, 256, (1, 3))
     x, y, window = torch.randn(1, 2, 4, 4).half(), torch.randn(1, 128, 2, 2).half(), ([3, 3], [1, 1], [0, 0], [1, 1])
     wide, taps = make_table(256, 1024)[0], make_table(18, 512)[0]
+    codes = torch.randint(0, 256, (20, 32), dtype=torch.uint8)
 
     def repeated(elements: int, samples: list[Tensor], *rest):
         """Return samples that differ in nothing, each of which yields so many elements."""
@@ -182,6 +189,11 @@ def large_outputs(op: str) -> Iterator[tuple[Callable, tuple, tuple]]:
         "quantize": [
             (ops.quantize_rows, repeated(256, [a[0, :1]])),
             (ops.dequantize_rows, repeated(256, [a[0, :1].to(torch.int8), torch.rand(1)])),
+        ],
+        "bits": [
+            (ops.quantize_bits, repeated(128, [a[0, :1]], 4)),
+            (ops.dequantize_bits, repeated(256, [codes[:1], torch.rand(1)], 1)),
+            (ops.score_topk_bits, repeated(16, [a[0, :1]], codes, torch.rand(20), 1, 16)),
         ],
     }
     for declared, (large, small) in calls[op]:
