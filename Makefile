@@ -79,7 +79,7 @@ bench-endtoend: $(READY)
 	$(BIN)/python -m bench.endtoend.whole
 	$(BIN)/python -m bench.endtoend.scaling
 
-# Interprets 29 calls and writes bench/results/traffic.md and .csv: three minutes.
+# Interprets 32 calls and writes bench/results/traffic.md and .csv: three minutes.
 bench-traffic: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m bench.traffic
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import faiss
 import numpy as np
@@ -75,6 +76,23 @@ def searches(q: Tensor, c: Tensor) -> dict[str, Callable[[], object]]:
 def test_score(benchmark, method: str) -> None:
     benchmark.group = f"top {TOP} of {SEARCHED} rows of {K}, {QUERIES} queries"
     benchmark.pedantic(searches(random(QUERIES, K, seed=1), random(SEARCHED, K))[method], rounds=7, warmup_rounds=1)
+
+
+def few_bits(q: Tensor, c: Tensor) -> dict[str, Callable[[], object]]:
+    rows, scale = ops.quantize_rows(c)
+    found: dict[str, Callable[[], object]] = {
+        "float32": lambda: ops.score_topk(q, c, TOP),
+        "int8": lambda: ops.score_topk(q, rows, TOP, scale),
+    }
+    for bits in (1, 2, 4):
+        found[f"bits={bits}"] = partial(ops.score_topk_bits, q, *ops.quantize_bits(c, bits), bits, TOP)
+    return found
+
+
+@pytest.mark.parametrize("rows", ["float32", "int8", "bits=1", "bits=2", "bits=4"])
+def test_score_few_bits(benchmark, rows: str) -> None:
+    benchmark.group = f"top {TOP} of {SEARCHED} rows of {K}, {QUERIES} queries, by dtype of the rows"
+    benchmark.pedantic(few_bits(random(QUERIES, K, seed=1), random(SEARCHED, K))[rows], rounds=7, warmup_rounds=1)
 
 
 def convolutions(x: Tensor, g: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:

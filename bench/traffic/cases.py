@@ -215,6 +215,18 @@ def topk_case(queries: int, rows: int, width: int, top: int) -> Problem:
     return Problem(lambda: ops.score_topk.triton(q, c, top, scale), least)
 
 
+def topk_bits_case(queries: int, rows: int, width: int, top: int, bits: int) -> Problem:
+    q, scale = torch.zeros(queries, width, dtype=HALF), torch.ones(rows)
+    codes = torch.zeros(rows, width * bits // 8, dtype=torch.uint8)
+    least = minimum.all_bytes(q, codes, scale) + queries * top * (4 + 8)
+    return Problem(lambda: ops.score_topk_bits.triton(q, codes, scale, bits, top), least)
+
+
+def quantize_bits_case(rows: int, k: int, bits: int) -> Problem:
+    x = torch.zeros(rows, k, dtype=HALF)
+    return Problem(lambda: ops.quantize_bits.triton(x, bits), minimum.all_bytes(x) + rows * (k * bits // 8 + 4))
+
+
 def quantize_case(rows: int, k: int) -> Problem:
     x = torch.zeros(rows, k, dtype=HALF)
     return Problem(lambda: ops.quantize_rows.triton(x), minimum.all_bytes(x) + rows * (k + 4))
@@ -260,5 +272,8 @@ CASES = [
     Case("gram_update 1280", partial(gram_case, 128, 1280)),
     Case("gram_update 1280, split", partial(gram_case, 128, 1280), FULL),
     Case("score_topk 10, int8", partial(topk_case, 32, 2048, 1024, 10), WAVE // 3),
+    Case("score_topk_bits 10, 1 bit", partial(topk_bits_case, 32, 2048, 4096, 10, 1), WAVE // 3),
+    Case("score_topk_bits 10, 2 bits", partial(topk_bits_case, 32, 2048, 4096, 10, 2), WAVE // 3),
     Case("quantize_rows 4096", partial(quantize_case, 64, 4096)),
+    Case("quantize_bits 4096, 1 bit", partial(quantize_bits_case, 64, 4096, 1)),
 ]
