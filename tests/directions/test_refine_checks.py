@@ -72,6 +72,36 @@ def test_batches_that_change_are_refused():
         refine(found._replace(batches=Noisy(found.batches)))
 
 
+def test_a_model_that_is_trained_meanwhile_is_refused(tmp_path):
+    found = work("mlp")
+
+    class Training(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield batch
+                with torch.no_grad():
+                    found.model[0].bias += 1e-3
+
+    with pytest.raises(ValueError, match="the model at the beginning and after a step are of different models"):
+        refine(found._replace(batches=Training(found.batches)), out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="'mark' of 0 was set between two batches"):
+        refine(found._replace(batches=Marking(found.batches, found.model[0])))
+
+
+class Marking(list):
+    """Sets an attribute of a module between batches."""
+
+    def __init__(self, batches, module):
+        super().__init__(batches)
+        self.module = module
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch
+            self.module.mark = 1
+
+
 def test_another_start_is_refused():
     found, other = work("mlp"), work("mlp")
     compressor = dropinf.Compressor(found.model, dropinf.Dropout(3), found.loss_fn)

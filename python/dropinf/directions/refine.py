@@ -31,6 +31,7 @@ from .state import StateFile
 from .system import Progress, System
 
 CurvatureKind = Literal["fisher", "gauss-newton"]
+_MOVED = "What makes the batches must not train the model meanwhile, and no other thread may"
 
 
 class Refined(NamedTuple):
@@ -134,7 +135,7 @@ def refine(
             system = System(curved, helper, *scales, bar)
             state = Conjugate.from_tensors(b, held.tensors) if held else system.begin(b, begun)
             _check_taken(state, steps, tolerance, out)
-            system.solve(state, steps, tolerance, file)
+            system.solve(state, steps, tolerance, lambda: _check_still(inner, known), file)
     return Refined(Direction.dense(state.x, inner), torch.stack(state.residuals), scales[0])
 
 
@@ -193,6 +194,12 @@ def _spread(start: Direction, b: Tensors, model: str) -> Tensors:
 
 class _Known(NamedTuple):
     origin: Origin
+
+
+def _check_still(model: nn.Module, before: str) -> None:
+    """Raise ValueError where the model is not the one that it was before."""
+    parts = [_Known(Origin(one, "")) for one in (before, identity(model))]
+    check_one_model(parts, ["the model at the beginning", "after a step"], _MOVED)
 
 
 def _pair(precondition: object) -> tuple[Fisher, Compressor]:

@@ -39,6 +39,8 @@ class Runs:
 
         Inside, attention and recurrent layers run by kernels that have all the derivatives.
         """
+        self._attributes.check_untouched()
+        self._attributes.refresh()
         changed = renormalised(self.model)
         start = Start(self._attributes, batch, copied=True, changed=changed)
         self._attributes.pending = start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -66,8 +67,12 @@ class System:
         """Return the state before the first step."""
         return Conjugate.begin(b, self.multiply, self.precondition, start)
 
-    def solve(self, state: Conjugate, steps: int, tolerance: float | None, file: StateFile | None) -> None:
+    def solve(
+        self, state: Conjugate, steps: int, tolerance: float | None, check: Callable[[], None], file: StateFile | None
+    ) -> None:
         """Take steps until all residuals are below the tolerance, or as many as are asked for; write each to the file.
+
+        ``check`` is called after each product, before anything is made of it that stays.
 
         Raises:
             ValueError: the tolerance was not reached, or the system is not positive definite.
@@ -77,11 +82,13 @@ class System:
         while True:
             if tolerance is not None and float(state.residuals[-1].max()) <= tolerance:
                 state.renew(self.multiply, self.precondition)
+                check()
                 if float(state.residuals[-1].max()) <= tolerance:
                     return
             if state.steps >= steps:
                 break
             state.step(self.multiply, self.precondition, max(tolerance or 0.0, least))
+            check()
             if file is not None:
                 batches = self._curvature.batches.digest
                 file.write(Held(state.tensors(), batches, self._damping, self._scale))
