@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,12 @@ def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, An
         writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def processor() -> str:
+    """Return the processor's name, on which every measured number depends."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def slug(name: str) -> str:

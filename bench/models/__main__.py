@@ -9,7 +9,6 @@ batches.
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import matplotlib as mpl
 import torch
 
 import dropinf
-from bench.files import read_rows, replacing, write_rows
+from bench.files import processor, read_rows, replacing, write_rows
 from bench.models.zoo import CASES
 from bench.peak import peak_mb
 from dropinf.capture.audit import is_due
@@ -85,11 +84,6 @@ def measure(name: str) -> dict[str, Any]:
         "extract_mb": f"{peak_mb(lambda: compressor.compress([batch])):.0f}",
         "cpu": processor(),
     }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ timed between proofs: the 4th, 16th, 64th, ... forward is proven again, for abou
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from bench.endtoend import models
 from bench.endtoend.contenders import Contender, Job, Unfit
 from bench.endtoend.models import Case
 from bench.endtoend.turns import Worker
-from bench.files import read_rows, write_rows
+from bench.files import processor, read_rows, write_rows
 
 TABLE = Path("bench/results/recording_cost.csv")
 FIELDS = ("case", "contender", "seconds", "over_plain", "peak_mb", "peak_over_plain", "rounds", "cpu")
@@ -168,11 +167,6 @@ def measured(case: str) -> list[dict[str, str]]:
         worker.close()
         rows.append(found)
     return rows
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:
