@@ -74,6 +74,23 @@ def test_score_top(benchmark, index, query):
     assert found.values.shape == (QUERIES, 10)
 
 
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda bits: f"{bits}bit")
+def few(request, compressor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bits")
+    code = dropinf.BitCode.fit(compressor.compress(batches(BATCH, 0)), "diagonal", bits=request.param, again=False)
+    return compressor.compress(batches(ROWS, 0), out=folder / "few", dtype=code)
+
+
+def test_score_top_of_few_bits(benchmark, few, query):
+    """The queries are turned by the code each time: whitened, cut, rotated, shrunk."""
+    report(benchmark, ROWS)
+    benchmark.extra_info["dtype"] = few.manifest.dtype
+    few.code  # noqa: B018  read once, as shards are compared once
+    score = lambda: dropinf.score(query, few, top=10)  # noqa: E731
+    found = benchmark.pedantic(score, rounds=9, warmup_rounds=2)
+    assert found.values.shape == (QUERIES, 10)
+
+
 def test_checksums(benchmark, index):
     report(benchmark, ROWS)
     files = [file.path for file in index._files]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +12,12 @@ from torch import Tensor
 from ..op import op
 from .checks import check_float
 from .plain import BUFFER_BYTES, accumulator
-from .topk import digits_of, dot_digits, in_integers, topk_of_blocks
+from .topk import best_of_blocks, digits_of, dot_digits, in_integers, topk_lowest_index
 
 # Bits, and the step of the uniform quantizer that serves a normal variable best (Max 1960); of one bit any.
 STEPS = {1: 1.0, 2: 0.9957, 4: 0.3352}
+_MANY = 16  # times as many scores as are asked for must there be, for queries of one digit to come first
+_SURE = 6.5  # standard deviations
 _TILE_BYTES = 4 << 20  # of rows that are decoded at a time: what a cache holds
 _ROUNDED = 3e-6  # of |q| |row|: by how much products may be off, as a root mean square; two digits then do for most
 
@@ -146,26 +150,100 @@ def score_topk_bits(
     Source: the rows of q @ dequantize_bits(codes, scale, bits)^T.
     """
     check_topk_bits(q, codes, scale, bits, k)
-    query = q.to(accumulator(q))
+    queries = BitQueries(q.to(accumulator(q)), bits)
+    step = max(1, min(BUFFER_BYTES // (max(1, len(q)) * queries.q.dtype.itemsize), len(codes)))
 
-    def scores(rows: slice) -> Tensor:
-        return dot_bits(query, codes[rows], bits).mul_(scale[rows].to(query.dtype))
+    def best(rows: slice) -> tuple[Tensor, Tensor]:
+        return queries.best(codes[rows], scale[rows], k)
 
-    step = max(1, min(BUFFER_BYTES // (max(1, len(q)) * query.dtype.itemsize), len(codes)))
-    return topk_of_blocks(scores, query, len(codes), step, k, offset)
+    return best_of_blocks(best, queries.q, len(codes), step, k, offset)
 
 
-def dot_bits(q: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """Return `q @ v^T` in q's dtype, for the values v that codes stand for before they are scaled.
+class BitQueries:
+    """Queries [Q, K], float32 or float64, that blocks of rows of few bits are multiplied with."""
 
-    q [Q, K] float32 or float64, codes uint8 [N, K * bits / 8] -> [Q, N].
-    """
-    if q.numel() and in_integers(q, codes):
-        return _dot_in_integers(q, codes, bits)
-    out = q.new_empty(len(codes), len(q))
-    for tile in _tiles(len(codes), q.shape[1] * q.dtype.itemsize):
-        out[tile] = _values(codes[tile], bits, q.dtype) @ q.t()
-    return out.t()
+    def __init__(self, q: Tensor, bits: int) -> None:
+        self.q, self.bits = q, bits
+        self._in_integers = bool(q.numel()) and in_integers(q, torch.empty(0, 0, dtype=torch.uint8, device=q.device))
+
+    def dot(self, codes: Tensor) -> Tensor:
+        """Return `q @ v^T` [Q, N] in q's dtype, for the values v that codes [N, K * bits / 8] stand for unscaled."""
+        if self._in_integers:
+            return self._products(codes, self._fine)
+        out = self.q.new_empty(len(codes), len(self.q))
+        for tile in _tiles(len(codes), self.q.shape[1] * self.q.dtype.itemsize):
+            out[tile] = _values(codes[tile], self.bits, self.q.dtype) @ self.q.t()
+        return out.t()
+
+    def best(self, codes: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k highest scores of every query, and their rows; scale [N] float32.
+
+        Where few are asked for, queries of one digit find the rows that may be among them: products with codes that do
+        not depend on the queries are off by more than `_SURE` deviations once in 10^10. These are scored in full.
+        """
+        scale, k = scale.to(self.q.dtype), min(k, len(codes))
+        if not self._in_integers or _MANY * k * len(self.q) > len(codes) or not bool(scale.isfinite().all()):
+            return topk_lowest_index(self.dot(codes).mul_(scale), k)
+        rough = self._products(codes, self._coarse).mul_(scale)
+        off = _SURE * offset_of(self.bits) * self._coarse.off * self._coarse.largest * scale.abs()  # [Q, N]
+        least = (rough - off).topk(k, 1).values[:, -1:] if k else rough.new_full((len(rough), 1), torch.inf)
+        rows = (rough + off >= least).any(0).nonzero().flatten()
+        if 2 * len(rows) > len(codes):
+            return topk_lowest_index(self.dot(codes).mul_(scale), k)
+        values, places = topk_lowest_index(self.dot(codes[rows]).mul_(scale[rows]), k)
+        return values, rows[places]
+
+    @cached_property
+    def _coarse(self) -> _Digits:
+        return self._digits(1)
+
+    @cached_property
+    def _fine(self) -> _Digits:
+        found = self._digits(2)
+        return found if bool((found.off <= _ROUNDED * self.q.shape[1] ** 0.5 * found.size).all()) else self._digits(3)
+
+    def _digits(self, places: int) -> _Digits:
+        """Return the queries in digits: rounded queries, whose sums are those that count."""
+        largest = self.q.abs().amax(1, keepdim=True)
+        unit = self.q / torch.where(largest > 0, largest, 1.0)
+        powers = _fields_of_half(self.q.shape[1] * self.bits // 8, self.bits)[1]
+        step = (unit / powers).abs().amax(1, keepdim=True) / (127 * 256 ** (places - 1))
+        whole = (unit / powers / torch.where(step > 0, step, 1.0)).round_()
+        rounded = whole * step * powers
+        shift = rounded.sum(1, keepdim=True, dtype=torch.float64).mul_(offset_of(self.bits)).float()
+        off, size = (rounded - unit).norm(dim=1, keepdim=True), unit.norm(dim=1, keepdim=True)
+        return _Digits(*digits_of(whole, places), step, shift, largest, size, off)
+
+    def _products(self, codes: Tensor, queries: _Digits) -> Tensor:
+        """Return what `dot` does, by products in integers of tiles of codes with the queries in digits.
+
+        Of either half of a byte, one AND takes all fields: the code of its field g comes out times 2^(g * bits), at
+        most 15, and the queries are divided by that.
+        """
+        masks, _ = _fields_of_half(codes.shape[1], self.bits)
+        out = self.q.new_empty(len(self.q), len(codes))
+        tiles = _tiles(len(codes), self.q.shape[1])
+        buffer = codes.new_empty(tiles[0].stop if tiles else 0, 2, *masks.shape)
+        for tile in tiles:
+            packed = codes[tile]
+            fields = buffer[: len(packed)]
+            torch.bitwise_and(packed.unsqueeze(1), masks, out=fields[:, 0])
+            torch.bitwise_and((packed >> 4).unsqueeze(1), masks, out=fields[:, 1])
+            found = dot_digits(queries.digits, queries.held, queries.step, fields.flatten(1).view(torch.int8))
+            out[:, tile] = found.sub_(queries.shift).mul_(queries.largest)
+        return out
+
+
+class _Digits(NamedTuple):
+    """Queries in digits to base 256, in units of their largest entries."""
+
+    digits: Tensor  # int8 [places * Q and padding, K]
+    held: int  # of its rows that are not padding
+    step: Tensor  # [Q, 1] what 1 is
+    shift: Tensor  # [Q, 1] what codes are above their values, times the sum of the query
+    largest: Tensor  # [Q, 1]
+    size: Tensor  # [Q, 1] the norm of the query, and
+    off: Tensor  # [Q, 1] of what rounding took from it
 
 
 def _values(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -174,37 +252,6 @@ def _values(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     for f in range(8 // bits):
         fields[:, f] = (codes >> (f * bits)) & (2**bits - 1)
     return fields.sub_(offset_of(bits)).flatten(1)
-
-
-def _dot_in_integers(q: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """Return what `dot_bits` does, by products in integers of tiles of codes with the queries in digits.
-
-    Of either half of a byte, one AND takes all fields: the code of its field g comes out times 2^(g * bits), at most
-    15, and the queries are divided by that. The result is that of rounded queries, whose sums are those that count.
-    """
-    largest = q.abs().amax(1, keepdim=True)
-    unit = q / torch.where(largest > 0, largest, 1.0)
-    masks, powers = _fields_of_half(codes.shape[1], bits)
-    for places in (2, 3):
-        step = (unit / powers).abs().amax(1, keepdim=True) / (127 * 256 ** (places - 1))
-        whole = (unit / powers / torch.where(step > 0, step, 1.0)).round_()
-        rounded = whole * step * powers
-        off = (rounded - unit).square().mean(1).sqrt()
-        if bool((off <= _ROUNDED * unit.norm(dim=1)).all()):
-            break
-    digits, count = digits_of(whole, places)
-    shift = rounded.sum(1, keepdim=True, dtype=torch.float64).mul_(offset_of(bits)).float()
-    out = q.new_empty(len(q), len(codes))
-    tiles = _tiles(len(codes), q.shape[1])
-    buffer = codes.new_empty(tiles[0].stop if tiles else 0, 2, *masks.shape)
-    for tile in tiles:
-        packed = codes[tile]
-        fields = buffer[: len(packed)]
-        torch.bitwise_and(packed.unsqueeze(1), masks, out=fields[:, 0])
-        torch.bitwise_and((packed >> 4).unsqueeze(1), masks, out=fields[:, 1])
-        found = dot_digits(digits, count, step, fields.flatten(1).view(torch.int8))
-        out[:, tile] = found.sub_(shift).mul_(largest)
-    return out
 
 
 def _fields_of_half(width: int, bits: int) -> tuple[Tensor, Tensor]:

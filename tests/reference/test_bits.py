@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dropinf_kernels as kernels
 from dropinf_kernels.ops import bits as module
-from dropinf_kernels.ops.bits import dot_bits
+from dropinf_kernels.ops.bits import BitQueries
 from tests.reference.helpers import DTYPES, layouts
 
 STEPS = {1: 1.0, 2: 0.9957, 4: 0.3352}
@@ -109,7 +109,7 @@ def test_quantize_names_the_row_that_is_not_finite(bad):
 def test_empty_rows(bits, shape):
     packed, scale = kernels.quantize_bits(torch.ones(shape), bits)
     assert kernels.dequantize_bits(packed, scale, bits).shape == shape
-    assert dot_bits(torch.ones(2, shape[1]), packed, bits).tolist() == [[0.0] * shape[0]] * 2
+    assert BitQueries(torch.ones(2, shape[1]), bits).dot(packed).tolist() == [[0.0] * shape[0]] * 2
     assert kernels.score_topk_bits(torch.ones(2, shape[1]), packed, scale, bits, 2)[0].shape == (2, min(2, shape[0]))
 
 
@@ -133,7 +133,7 @@ def _either_way(request, monkeypatch):
 
 
 def check_products(q, packed, bits, limit=1.5e-5):
-    got = dot_bits(q, packed, bits)
+    got = BitQueries(q, bits).dot(packed)
     assert got.dtype == q.dtype
     value = torch.from_numpy(codes_of(packed, bits) - (2**bits - 1) / 2)
     largest = q.double().abs().amax(1, keepdim=True)
@@ -205,7 +205,7 @@ def test_ties_go_to_the_lowest_index(q, n, k, block, bits, integers):
         if not integers:
             patch.setattr(module, "in_integers", lambda q, codes: False)
         values, indices = kernels.score_topk_bits(query, packed, scale, bits, k, offset=100)
-        order = torch.sort(dot_bits(query, kinds, bits)[:, which], dim=1, descending=True, stable=True)
+        order = torch.sort(BitQueries(query, bits).dot(kinds)[:, which], dim=1, descending=True, stable=True)
     torch.testing.assert_close(values, order.values[:, :k])
     assert torch.equal(which[indices - 100], which[order.indices[:, :k]])
     assert torch.equal(indices, order.indices[:, :k] + 100)
@@ -245,3 +245,28 @@ ONES, BYTES = torch.ones(3, 8), torch.zeros(3, 1, dtype=torch.uint8)
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@every_width
+@pytest.mark.parametrize("same", [False, True])
+def test_queries_of_one_digit_lose_none_of_the_best(bits, same, monkeypatch):
+    """Many rows and few asked for: rough products choose, and what they choose is scored in full."""
+    monkeypatch.setattr(module, "in_integers", lambda q, codes: q.dtype == torch.float32)
+    chosen, dot = [], BitQueries.dot
+    monkeypatch.setattr(BitQueries, "dot", lambda self, codes: chosen.append(len(codes)) or dot(self, codes))
+    x = torch.randn(4000, 256) * torch.logspace(-2, 2, 4000)[torch.randperm(4000)].unsqueeze(1)
+    x[1000:1100] = x[:100]  # ties
+    q = torch.randn(4, 256) if not same else x[[3, 30, 300, 1010]].sign() * torch.rand(4, 256)
+    packed, scale = kernels.quantize_bits(x, bits)
+    values, indices = kernels.score_topk_bits.plain(q, packed, scale, bits, 7)
+    assert chosen[0] < 2000
+    whole = BitQueries(q, bits)
+    exact = dot(whole, packed) * scale
+    want = torch.sort(exact, dim=1, descending=True, stable=True)
+    torch.testing.assert_close(values, want.values[:, :7], rtol=1e-4, atol=0)
+    assert torch.equal(indices, want.indices[:, :7])
+    fewer = kernels.score_topk_bits.plain(q, packed, -scale, bits, 7)  # whatever the sign of a scale
+    torch.testing.assert_close(fewer[0], (-exact).topk(7).values, rtol=1e-4, atol=0)
+    spoiled = scale.clone()
+    spoiled[9] = torch.nan
+    assert kernels.score_topk_bits.plain(q, packed, spoiled, bits, 7)[1][:, 0].tolist() == [9] * 4

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropinf_kernels.ops.bits import dot_bits
+from dropinf_kernels import score_topk_bits
+from dropinf_kernels.ops.bits import BitQueries
 from dropinf_kernels.ops.topk import DIGITS_STEP, INT8_COLUMNS, dot_rows, in_integers, query_digits
 
 from .codec import by_layers
@@ -34,6 +35,7 @@ class Products:
 
     def __init__(self, q: Tensor, widths: tuple[int, ...]) -> None:
         self.q, self.widths = q, widths
+        self._queries: BitQueries | None = None
 
     def dot(self, rows: Stored) -> Tensor:
         """Return `q @ rows^T`, [Q, n], in q's dtype."""
@@ -42,7 +44,7 @@ class Products:
             return dot_rows(self.q, values)
         scale = scale.to(self.q)
         if values.dtype == torch.uint8:  # rows of few bits, of one layer
-            return dot_bits(self.q, values, self.bits_of(values)).mul_(scale)
+            return self._of_bits(values).dot(values).mul_(scale)
         if scale.ndim == 1 and len(self.widths) == 1 and values.dtype == torch.int8:
             scale = scale.unsqueeze(1)  # with digits of the queries that are kept
         if scale.ndim == 1:
@@ -55,8 +57,21 @@ class Products:
         total = torch.cat([self._in_integers(*tile) for tile in tiles])
         return (total + self._decoded(values, scale, self._narrow) if self._narrow else total).t()
 
-    def bits_of(self, codes: Tensor) -> int:
-        """Return how many bits a coordinate has in rows of few bits."""
+    def best(self, rows: Stored, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k highest products of every query with rows of few bits, [Q, k], and which rows they are."""
+        codes, scale = rows.values.to(self.q.device), rows.scale
+        assert scale is not None
+        if self.q.device.type == "cpu":
+            return self._of_bits(codes).best(codes, scale, k)
+        return score_topk_bits(self.q, codes, scale.to(self.q.device), self._bits(codes), k)
+
+    def _of_bits(self, codes: Tensor) -> BitQueries:
+        """Return the queries as rows of few bits take them, made once."""
+        if self._queries is None:
+            self._queries = BitQueries(self.q, self._bits(codes))
+        return self._queries
+
+    def _bits(self, codes: Tensor) -> int:
         return 8 * codes.shape[1] // self.widths[0]
 
     def _decoded(self, values: Tensor, scale: Tensor, spans: list[Span]) -> Tensor:
