@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .capture.layer import Layer
 from .capture.targets import LayerFilter
 from .compressor import Compressor
-from .fisher.bits import BitCode, Bits, checked_bits
+from .fisher.bits import SCALE_BYTES, BitCode, Bits, checked_bits
 from .fisher.fisher import Fisher, FisherKind
 from .gradients import GradientSource
 from .sketch.axis import Axis
@@ -115,6 +115,8 @@ def choose(
     if allocate not in get_args(Allocation):
         raise ValueError(f"allocate is {allocate!r}; it must be one of {', '.join(map(repr, get_args(Allocation)))}")
     bits = None if bits is None else checked_bits(bits)
+    if bits is not None and budget_bytes <= SCALE_BYTES:
+        raise ValueError(f"budget_bytes is {budget_bytes}; a row of few bits has at least a byte beside its scale of 2")
     check_batches(batches)
     if iter(batches) is batches:
         raise ValueError("batches: they are read twice; pass a list or a DataLoader, not an iterator")

@@ -31,7 +31,8 @@ from .gradients import (
     placed_blocks,
     share_of,
 )
-from .index.coded import check_few_bits, queries_of
+from .index.coded import check_few_bits, check_one_code, queries_of
+from .index.export import check_outside
 from .index.products import PartProducts, Products, Stored
 from .index.reader import Index
 from .origin import check_one_model
@@ -170,6 +171,7 @@ def score(
     code = train.code if isinstance(train, Index) else None
     if code is not None:
         check_few_bits(fisher, kind, by)
+        check_one_code(Ranks(group), code)
         query, kind = queries_of(code, _in_memory(query), other_model=other_model), "dot"
     _check_arguments(kind, fisher, top, largest)
     if out is not None and (top is not None or group is not None or reduce is not None):
@@ -206,6 +208,7 @@ def score(
             best_of[at] = (block.amax(0) if reduce == "max" else block.mean(0)).to(best_of)
         return ranks.sum(best_of)
     if out is not None:
+        check_outside(out, query, train)
         with new_array(out, (len(q), len(train)), dtype) as file:
             for at, block in _columns(q, train, fisher, kind, ranks):
                 file.write_columns(at, block.to(dtype))

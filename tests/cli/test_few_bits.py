@@ -47,6 +47,21 @@ def test_it_has_no_fisher_matrix_of_its_own(few):
     assert "have no self-influence" in error_of("self-influence", few[0])
 
 
+def test_words_have_shares_of_exact_scores_by_the_fisher_matrix_of_the_code(few, made):
+    folder, _ = few
+    _, _, compressor, model, _ = made
+    found = json.loads(run("query", folder, "--text", QUERIES[0], "--top", 4, "--tokens", "--json").stdout)
+    rows = compressor.compress(model.workload([Passage("", QUERIES[0])]).batches)
+    index, floats = dropinf.Index.open(folder), dropinf.Index.open(made[0])
+    exact = dropinf.score(rows, floats, index.code.fisher)[0]
+    place = {name: i for i, name in enumerate(floats.ids())}
+    for side in ("proponents", "opponents"):
+        for sample in found["queries"][0][side]:
+            want = float(exact[place[sample["id"]]])
+            assert sample["exact"] == pytest.approx(want, rel=1e-3, abs=1e-3 * float(exact.abs().max()))
+            assert sum(share for _, share in sample["words"]) == pytest.approx(sample["exact"], rel=1e-4, abs=1e-6)
+
+
 def test_it_is_exported_and_appended_to(few, common, tmp_path):
     folder, _ = few
     done = run("export", folder, tmp_path / "rows.npy")
@@ -61,18 +76,3 @@ def test_it_is_exported_and_appended_to(few, common, tmp_path):
 
 def test_what_is_there_is_not_written_over(few, made):
     assert "which is there; name a new folder" in error_of("requantize", made[0], "--out", few[0])
-
-
-def test_words_have_shares_of_exact_scores_by_the_fisher_matrix_of_the_code(few, made):
-    folder, _ = few
-    _, _, compressor, model, _ = made
-    found = json.loads(run("query", folder, "--text", QUERIES[0], "--top", 4, "--tokens", "--json").stdout)
-    rows = compressor.compress(model.workload([Passage("", QUERIES[0])]).batches)
-    index, floats = dropinf.Index.open(folder), dropinf.Index.open(made[0])
-    exact = dropinf.score(rows, floats, index.code.fisher)[0]
-    place = {name: i for i, name in enumerate(floats.ids())}
-    for side in ("proponents", "opponents"):
-        for sample in found["queries"][0][side]:
-            want = float(exact[place[sample["id"]]])
-            assert sample["exact"] == pytest.approx(want, rel=1e-3, abs=1e-3 * float(exact.abs().max()))
-            assert sum(share for _, share in sample["words"]) == pytest.approx(sample["exact"], rel=1e-4, abs=1e-6)

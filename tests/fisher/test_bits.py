@@ -103,6 +103,24 @@ def test_a_code_stays_as_it_was_fitted():
     assert torch.equal(code.rows(QUERY).flat, before)
 
 
+def test_what_a_code_shows_changes_nothing_in_it():
+    code = dropinf.BitCode.fit(TRAIN, bits=1)
+    before, digest = code.rows(QUERY).flat, code.digest
+    code.fisher.update(gradients(50, 9))
+    code.kept[:] = 0
+    for name in ("fisher", "again", "kept", "bits", "error"):
+        with pytest.raises(AttributeError):
+            setattr(code, name, None)
+    assert torch.equal(code.rows(QUERY).flat, before)
+    assert code.digest == digest
+
+
+def test_rows_of_no_sample_are_none():
+    code = dropinf.BitCode.fit(TRAIN, bits=1)
+    assert code.rows(TRAIN[:0]).flat.shape == (0, WIDTH)
+    assert code.queries(TRAIN[:0]).flat.shape == (0, WIDTH)
+
+
 def test_a_code_is_its_file(tmp_path):
     code = dropinf.BitCode.fit(TRAIN, bits=2, bytes_per_sample=12, seed=3)
     code.save(tmp_path / "code")
@@ -123,6 +141,11 @@ def test_a_damaged_file_is_refused(tmp_path):
             dropinf.BitCode.load(tmp_path / "code")
     with pytest.raises(FileNotFoundError):
         dropinf.BitCode.load(tmp_path / "none")
+    for place in range(0, len(data), 97):  # every byte counts
+        changed = bytearray(data)
+        changed[place] ^= 1
+        with pytest.raises(ValueError, match="damaged"):
+            dropinf.BitCode(bytes(changed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -144,7 +167,11 @@ def test_what_cannot_be_fitted_is_refused():
         (lambda: fit(TRAIN, dropinf.build_fisher(others), bits=1), "layer 'c' has the same shape but different masks"),
         (lambda: fit(TRAIN, dropinf.Fisher(), bits=1), "fisher has no samples"),
         (lambda: fit(TRAIN, bits=1, bytes_per_sample=2), "bytes_per_sample is 2; a row has a scale of 2 bytes"),
-        (lambda: fit(TRAIN, bits=1, seed=-1), "seed is -1"),
+        (lambda: fit(TRAIN, bits=1, seed=-1), "seed is -1; it must be a whole number"),
+        (lambda: fit(TRAIN, bits=1.0), "bits is 1.0; it must be one of"),
+        (lambda: fit(TRAIN, bits=1, bytes_per_sample=2.5), "bytes_per_sample is 2.5; it must be a whole number"),
+        (lambda: fit(TRAIN, None, bits=1), "fisher is None; it must be a Fisher"),
+        (lambda: fit(fit(TRAIN, bits=1).rows(TRAIN), bits=1), "its rows were made by a code already"),
         (lambda: fit(TRAIN[:0], bits=1), "train has 0 samples"),
         (lambda: fit(TRAIN, bits=1).rows(others), "layer 'c' has the same shape but different masks"),
         (lambda: fit(TRAIN, bits=1).queries(others), "layer 'c' has the same shape but different masks"),

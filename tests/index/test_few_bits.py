@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def test_what_does_not_belong_together_is_refused(few, code, train, query, tmp_p
     other = dropinf.BitCode.fit(train, "block", bits=code.bits, seed=8)
     floats = compressor.compress(batches, out=tmp_path / "floats")
     elsewhere = make_compressor(5)
+    doubled = dropinf.Compressor(make_model(), dropinf.Dropout(6), twice)
+    theirs = dropinf.BitCode.fit(doubled.compress(batches), bits=code.bits)
     for call, message in (
         (lambda: compressor.compress(batches, out=few.path, ids=names, dtype=other), "holds rows of another code"),
         (
@@ -154,6 +157,14 @@ def test_what_does_not_belong_together_is_refused(few, code, train, query, tmp_p
         ),
         (lambda: compressor.compress(batches, out=floats.path, dtype=code), "dtype is '.bit'; .* holds float64"),
         (lambda: elsewhere.compress(batches, out=tmp_path / "new", dtype=code), "code and compressor are of different"),
+        (
+            lambda: doubled.compress(batches, out=tmp_path / "new", dtype=code),
+            "code and compressor are of different losses",
+        ),
+        (lambda: floats.requantize(tmp_path / "other", theirs), "code and index are of different losses"),
+        (lambda: floats.requantize(floats.path / "new", code), "in the folder of the index itself"),
+        (lambda: dropinf.score(query, few, out=few.path / "sketch.safetensors"), "a file of the index itself"),
+        (lambda: dropinf.score(query, floats, kind="dot", out=floats.path / "manifest.json"), "a file of the index"),
         (lambda: compressor.compress(batches, out=tmp_path / "new", dtype="1bit"), "'1bit', which needs to know what"),
         (lambda: compressor.compress(batches, out=tmp_path / "new", dtype="3bit"), "dtype is 3bit; it must be one of"),
         (lambda: compressor.compress(batches, out=tmp_path / "new", dtype=code, fisher="block"), "leave fisher out"),
@@ -165,6 +176,7 @@ def test_what_does_not_belong_together_is_refused(few, code, train, query, tmp_p
         (lambda: dropinf.self_influence(few, dropinf.build_fisher(train)), "have no self-influence"),
         (lambda: few.save_fisher(dropinf.build_fisher(few)), "have their Fisher matrix in their code"),
         (lambda: few.requantize(tmp_path / "again", code), "few bits already"),
+        (lambda: dropinf.choose(make_model(), batches, loss_fn, budget_bytes=2, bits=1), "budget_bytes is 2; a row"),
         (lambda: floats.requantize(few.path, code), "which is there; name a new folder"),
         (lambda: few.whitened(tmp_path / "x.npy", dropinf.build_fisher(train)), "leave it out"),
     ):
@@ -222,6 +234,15 @@ def test_a_requantization_that_fails_leaves_nothing(code, tmp_path, monkeypatch)
         index.requantize(tmp_path / "few", code)
     assert [path.name for path in tmp_path.iterdir()] == ["idx"]
     monkeypatch.undo()
+    left, written = tmp_path / ".few.0123.tmp", tmp_path / ".few.4567.tmp"  # by a killed call, and by another one
+    for folder in (left, written):
+        (folder / "shards").mkdir(parents=True)
+    held = requantizing._hold(written)
+    index.requantize(tmp_path / "few", code)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".few.4567.tmp", "few", "idx"]
+    os.close(held)
+    shutil.rmtree(written)
+    shutil.rmtree(tmp_path / "few")
     shard = next((tmp_path / "idx" / "shards").iterdir())
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

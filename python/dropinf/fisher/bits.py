@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from dropinf_kernels import dequantize_bits, quantize_bits
 
 from ..files import checksum, metadata_of, read_header, serialize, whole_number, write_whole
-from ..gradients import Gradients, GradientSource, Shapes, block_rows, check_same_sketch, placed_blocks
+from ..gradients import Gradients, GradientSource, Shapes, Sketched, block_rows, check_same_sketch, placed_blocks
 from ..origin import check_one_model
 from .fisher import CPU, Fisher, FisherKind, build_fisher
 from .fisher import FORMAT as FISHER_FORMAT
@@ -46,6 +47,8 @@ class BitCode:
         try:
             tensors = load(data)
             header = read_header(metadata_of(data), Path(path), FORMAT)
+            if _sealed(tensors, {name: x for name, x in header.items() if name != "checksum"}) != data:
+                raise ValueError("its bytes do not match their checksum")
             self._take(header, tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"{path}: truncated, damaged, or of another kind ({error}); save it again") from error
@@ -53,15 +56,14 @@ class BitCode:
     def _take(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._headers, kept = header["parts"], tensors["kept"]
         self._placed = {CPU: self._read(tensors, CPU)}
-        self.fisher, self.bits, self.kept = self._placed[CPU]["fisher"], checked_bits(header["bits"]), kept
-        self.again = self._placed[CPU].get("again")
-        self.error, self.seed = float(header["error"]), whole_number(header["seed"], "seed", 0)
-        width = sum(map(math.prod, self.fisher.shapes.values()))
-        if kept.dtype != torch.int64 or kept.ndim != 1 or not len(kept) or len(kept) * self.bits % 8:
+        self._bits, self._kept = checked_bits(header["bits"]), kept
+        self._error = float(header["error"])
+        width = sum(map(math.prod, self.sketch_shapes.values()))
+        if kept.dtype != torch.int64 or kept.ndim != 1 or not len(kept) or len(kept) * self._bits % 8:
             raise ValueError(f"kept is {kept.dtype} {list(kept.shape)}")
         if bool((kept.diff() <= 0).any()) or int(kept[0]) < 0 or int(kept[-1]) >= width:
             raise ValueError(f"the kept columns are not columns of {width}, in order")
-        self._rotation = Rotation(len(kept), self.seed)
+        self._rotation = Rotation(len(kept), whole_number(header["seed"], "seed", 0))
 
     def _read(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Fisher]:
         def of(part: str) -> Callable[[str], Tensor]:
@@ -106,6 +108,7 @@ class BitCode:
                 or fewer coordinates than fill a byte.
         """
         bits = checked_bits(bits)
+        _check_fit(train, fisher, bytes_per_sample, seed)
         if "joint" in (fisher, getattr(fisher, "kind", None)):
             raise ValueError(
                 'fisher is "joint"; codes of rows that it whitens keep half to four fifths of the quality of their '
@@ -115,7 +118,7 @@ class BitCode:
         first.check(train, "fisher and train")
         check_one_model([first, train], ["fisher", "train"], "Use build_fisher(train)")
         parts, kept = {"fisher": first}, _most(_energies(train, first), bits, bytes_per_sample)
-        about = {"bits": bits, "seed": whole_number(seed, "seed", 0), "error": 0.0}
+        about: dict[str, Any] = {"bits": bits, "seed": seed, "error": 0.0}
         code = cls(_serialized(parts, kept, about))
         if again:
             parts["again"] = code._second_moments(train, Fisher("block", "auto"))
@@ -137,19 +140,44 @@ class BitCode:
         total = 0.0
         for _, part in placed_blocks(train, block_rows(train)):
             rows = self._rotation(self._whitened(part))
-            codes, scale = quantize_bits(rows, self.bits)
-            total += float((dequantize_bits(codes, scale, self.bits) - rows).square().sum(dtype=torch.float64))
+            codes, scale = quantize_bits(rows, self._bits)
+            total += float((dequantize_bits(codes, scale, self._bits) - rows).square().sum(dtype=torch.float64))
         return total / (len(train) * self.width)
+
+    @property
+    def fisher(self) -> Fisher:
+        """A copy of the Fisher matrix that whitens."""
+        return copy.deepcopy(self._placed[CPU]["fisher"])
+
+    @property
+    def again(self) -> Fisher | None:
+        """A copy of the Fisher matrix of the kept coordinates, by which they are whitened once more, or None."""
+        return copy.deepcopy(self._placed[CPU].get("again"))
+
+    @property
+    def kept(self) -> Tensor:
+        """Which columns of whitened rows are kept, int64 [K], ascending."""
+        return self._kept.clone()
+
+    @property
+    def bits(self) -> Bits:
+        """How many bits a coordinate has."""
+        return self._bits
+
+    @property
+    def error(self) -> float:
+        """The mean squared error of a coordinate's code; 0 where queries are not shrunk."""
+        return self._error
 
     @property
     def width(self) -> int:
         """How many coordinates a row has, K."""
-        return len(self.kept)
+        return len(self._kept)
 
     @property
     def bytes_per_sample(self) -> int:
         """What a stored row takes: its codes and its scale."""
-        return self.width * self.bits // 8 + SCALE_BYTES
+        return self.width * self._bits // 8 + SCALE_BYTES
 
     @property
     def shared_bytes(self) -> int:
@@ -159,7 +187,12 @@ class BitCode:
     @property
     def sketch_shapes(self) -> Shapes:
         """The layers of the gradients that it takes."""
-        return self.fisher.shapes
+        return self._placed[CPU]["fisher"].shapes
+
+    @property
+    def origins(self) -> tuple[tuple[str, str], ...]:
+        """The models and losses of the gradients that it was fitted to, as `Fisher.origins`."""
+        return self._placed[CPU]["fisher"].origins
 
     @property
     def shapes(self) -> Shapes:
@@ -183,7 +216,7 @@ class BitCode:
         Raises:
             ValueError: gradients of another sketch.
         """
-        check_same_sketch(self.fisher, gradients, "code and gradients")
+        self.check(gradients, "code and gradients")
         flat = self._rotation(self._whitened(gradients))
         kept = torch.bfloat16 if gradients.dtype == torch.float16 else gradients.dtype
         return _as_gradients(flat.to(kept), ROTATED, self._digest, gradients.origin)
@@ -194,18 +227,22 @@ class BitCode:
         Raises:
             ValueError: gradients of another sketch.
         """
-        check_same_sketch(gradients, self.fisher, "query and code")
+        self.check(gradients, "code and query")
         white, shrinking = self._whitened(gradients), self._on(gradients.device).get("shrinking")
         if shrinking is not None:
             lost = shrinking.solve(_as_gradients(white, "kept", "")).flat
-            white = white - self.error * lost.to(white)
+            white = white - self._error * lost.to(white)
         return _as_gradients(self._rotation(white), ROTATED, self._digest, gradients.origin)
+
+    def check(self, gradients: Sketched, what: str = "code and gradients") -> None:
+        """Raise ValueError where gradients are of another sketch than those that it was fitted to."""
+        check_same_sketch(self._placed[CPU]["fisher"], gradients, what)
 
     def _whitened(self, gradients: Gradients) -> Tensor:
         """Return the kept coordinates of whitened rows [n, K]; whitened again, where the code has it so."""
         wide, parts = torch.promote_types(gradients.dtype, torch.float32), self._on(gradients.device)
         white = parts["fisher"].whiten(gradients).flat
-        cut = white.index_select(1, self.kept.to(white.device)).to(wide)
+        cut = white.index_select(1, self._kept.to(white.device)).to(wide)
         return parts["again"].whiten(_as_gradients(cut, "kept", "")).flat.to(wide) if "again" in parts else cut
 
     def to_bytes(self) -> bytes:
@@ -228,9 +265,10 @@ class BitCode:
         return type(self), (self._data,)
 
     def __repr__(self) -> str:
-        again = "" if self.again is None else ", whitened again"
+        again = ", whitened again" if "again" in self._headers else ""
         size = f"{self.width} of {sum(map(math.prod, self.sketch_shapes.values()))} coordinates"
-        return f"BitCode({self.bits} bits, {self.bytes_per_sample} bytes a sample, {size}, {self.fisher.kind}{again})"
+        kind = self._placed[CPU]["fisher"].kind
+        return f"BitCode({self._bits} bits, {self.bytes_per_sample} bytes a sample, {size}, {kind}{again})"
 
     def __str__(self) -> str:
         return f"{self!r}; {self.shared_bytes:,} bytes for all samples together"
@@ -243,7 +281,24 @@ def _serialized(parts: Mapping[str, Fisher], kept: Tensor, about: Mapping[str, o
         data = fisher.to_bytes()
         headers[part] = read_header(metadata_of(data), Path(part), FISHER_FORMAT)
         tensors |= {f"{part}/{name}": x for name, x in load(data).items()}
-    return serialize(tensors, {"format": FORMAT, "parts": headers, **about})
+    return _sealed(tensors, {"format": FORMAT, "parts": headers, **about})
+
+
+def _sealed(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
+    """Return a safetensors file whose header has the checksum of the file without it."""
+    return serialize(tensors, {**header, "checksum": checksum(serialize(tensors, header))})
+
+
+def _check_fit(train: GradientSource, fisher: object, bytes_per_sample: object, seed: object) -> None:
+    """Raise TypeError or ValueError for arguments that no code is fitted with."""
+    if not isinstance(fisher, Fisher) and fisher not in get_args(FisherKind):
+        raise ValueError(f"fisher is {fisher!r}; it must be a Fisher, or 'kronecker', 'block' or 'diagonal'")
+    if bytes_per_sample is not None and type(bytes_per_sample) is not int:
+        raise ValueError(f"bytes_per_sample is {bytes_per_sample!r}; it must be a whole number, or None for all")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number of at least 0")
+    if list(train.shapes) == [ROTATED]:
+        raise ValueError("train: its rows were made by a code already; fit another to the gradients that these are of")
 
 
 def _energies(train: GradientSource, fisher: Fisher) -> Tensor:
@@ -272,7 +327,7 @@ def _most(energies: Tensor, bits: int, bytes_per_sample: int | None) -> Tensor:
 
 def checked_bits(bits: object) -> Bits:
     """Return a number of bits that codes have; raise ValueError for others."""
-    if isinstance(bits, bool) or bits not in get_args(Bits):
+    if type(bits) is not int or bits not in get_args(Bits):
         raise ValueError(f"bits is {bits!r}; it must be one of {', '.join(map(str, get_args(Bits)))}")
     return bits  # type: ignore[return-value]
 

@@ -48,8 +48,8 @@ class Rotation:
     def _transform(self, part: Tensor) -> None:
         """Write the Hadamard transform of columns over them, as the product of two small ones."""
         left, right = (factor.to(part) for factor in self._factors)
-        blocks = part.reshape(len(part), len(left), len(right))
-        part.copy_((left @ blocks @ right).reshape(len(part), -1))
+        blocks = part.reshape(part.shape[0], len(left), len(right))
+        part.copy_((left @ blocks @ right).reshape(part.shape))
 
 
 def _hadamard(size: int) -> Tensor:

@@ -17,13 +17,14 @@ from ..fisher.fisher import Fisher
 from ..loss_name import HELD
 from ..ranks import Ranks
 from ..workload import count_of
+from .codec import BITS
 from .probe import rows_of
 from .rows_alike import apart
 from .source import RowSource
 
 _SHOWS = 10.0  # seconds until a file that one rank wrote shows on others
 
-_CHECKSUMS = ("model", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
+_CHECKSUMS = ("model", "code", "sketch", "first batch", "order")  # facts whose values say nothing to a reader
 _WAY_OUT = "every rank must make the same call: the same model, sketch and options, and all batches in the same order"
 
 
@@ -41,13 +42,14 @@ def facts_of(
     """Return what must be the same on all ranks, by name. ``names``: the ids of the first batch, or None."""
     return {
         "model": None if source.is_sharded else source.fingerprint(),  # each rank has its own shards
+        "dtype": dtype,
+        "code": dict(source.digest()) if dtype in BITS else None,
         "sketch": dict(source.digest()),
         "number of batches": count_of(batches),
         "first batch": first,
         "loss": source.loss_name().partition(HELD)[0],  # ranks may hold their own numbers
         "order": None if places is None else checksum(places.numpy().tobytes()),
         "folder": os.path.realpath(folder),
-        "dtype": dtype,
         "fisher": None if fisher is None else (fisher.kind, fisher.damping, fisher.absolute),
         "choice of ids": names,
         "append": append,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..files import file_checksum, is_whole
 from ..fisher.bits import BitCode
-from ..gradients import Gradients, check_same_sketch
-from ..origin import Origin, check_one_model
+from ..gradients import Gradients
+from ..loss_name import is_same_loss
+from ..origin import Origin, check_one_model, difference
+from ..ranks import Ranks
 from ..workload import CuSeqlens
 from .folder import CODE, write_whole
 from .manifest import Manifest
@@ -26,9 +28,8 @@ class Coded:
     """
 
     def __init__(self, source: RowSource, bit_code: BitCode) -> None:
-        rows = _Rows(source)
-        check_same_sketch(bit_code.fisher, rows, "code and compressor")
-        check_one_model([bit_code.fisher, rows], ["code", "compressor"], "Fit a code to rows of this model")
+        bit_code.check(_Rows(source), "code and compressor")
+        check_its_origin(bit_code, source.origin(), "compressor")
         self.source, self.bit_code = source, bit_code
 
     @property
@@ -102,23 +103,52 @@ def check_few_bits(fisher: object, kind: str, by: object) -> None:
         raise ValueError(f"by is {by!r}; rows of few bits are turned over all layers, and have by='source' alone")
 
 
+def check_one_code(ranks: Ranks, code: BitCode) -> None:
+    """Raise ValueError where a rank would score rows of another code than rank 0."""
+    every = ranks.everyone(dict(code.digest))
+    odd = [rank for rank, found in enumerate(every) if found != every[0]]
+    if odd:
+        raise ValueError(
+            f"group: rank {odd[0]} has an index of another code than rank 0; every rank must pass the same index"
+        )
+
+
 def queries_of(code: BitCode, query: Gradients, *, other_model: bool = False) -> Gradients:
     """Return what queries multiply rows of few bits with, where the queries are: the products are influence scores.
 
     Raises:
         ValueError: queries of another sketch, or of another model unless ``other_model``.
     """
-    check_same_sketch(query, code.fisher, "query and train")
+    code.check(query, "train and query")
     if not other_model:
-        check_one_model([query, code.fisher], ["query", "train"], "Compress both with one model")
+        check_one_model([query, _Fitted(code.origins)], ["query", "train"], "Compress both with one model")
     return code.queries(query)
 
 
+class _Fitted(NamedTuple):
+    """What a code was fitted to, as a Fisher matrix says it."""
+
+    origins: tuple[tuple[str, str], ...]
+
+
 class _Rows:
-    """The layers of a source and their origin, as gradients have them."""
+    """The layers of a source, as gradients have them."""
 
     def __init__(self, source: RowSource) -> None:
-        self.shapes, self.digest, self.origin = source.shapes, source.digest(), source.origin()
+        self.shapes, self.digest = source.shapes, source.digest()
+
+
+def check_its_origin(code: BitCode, origin: Origin | None, what: str) -> None:
+    """Raise ValueError where a code is known to be fitted to gradients of another model or loss than ``what``'s."""
+    way_out = "Use the model and the loss that the code was fitted with, or fit another, and name a new folder"
+    if origin is None:
+        return
+    for model, loss in code.origins:
+        found = difference(model, origin.model)
+        if found is not None:
+            raise ValueError(f"code and {what} are of different models: {found}. {way_out}")
+        if loss and not is_same_loss(origin.loss, loss):
+            raise ValueError(f"code and {what} are of different losses: {loss} and {origin.loss}. {way_out}")
 
 
 def write_code(source: RowSource, folder: Path) -> str | None:

@@ -46,6 +46,14 @@ def check_beside(out: str | os.PathLike[str], folder: Path) -> None:
         raise ValueError(f"out is {os.fspath(out)!r}, a file of the index itself; name a file beside it")
 
 
+def check_outside(out: str | os.PathLike[str], *sources: object) -> None:
+    """Raise ValueError for the name of a file of an index among ``sources``."""
+    for source in sources:
+        folder = getattr(source, "path", None)
+        if folder is not None:
+            check_beside(out, folder)
+
+
 def check_out(out: str | os.PathLike[str], factory: str | None, folder: Path) -> None:
     """Raise ValueError for a name that says no known kind of file or one of an index's own files in its ``folder``, or
     for a factory that has no use for it."""

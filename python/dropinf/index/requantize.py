@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -13,10 +15,11 @@ import safetensors.torch
 
 from ..files import TEMPORARY, checksum, serialize, sync_folder
 from ..fisher.bits import BitCode
-from ..gradients import Gradients, GradientSource, check_same_sketch
-from ..origin import check_one_model
+from ..gradients import Gradients, GradientSource
+from ..origin import Origin
+from .coded import check_its_origin
 from .compact import compact
-from .folder import CODE, FISHER, SHARDS, make_place, shard_path, write_whole
+from .folder import CODE, FISHER, LOCK, SHARDS, make_place, shard_path, write_whole
 from .manifest import DECODED_FROM, LayerEntry, Manifest, Run, ShardEntry
 from .order import order_path
 from .runs import Plan
@@ -29,6 +32,9 @@ class _Source(GradientSource, Protocol):
     path: Path
     manifest: Manifest
 
+    @property
+    def origin(self) -> Origin | None: ...
+
 
 def requantize(index: _Source, out: Path, code: BitCode) -> None:
     """Write the rows of an index as few bits into another folder, which is complete once it has its name.
@@ -38,17 +44,23 @@ def requantize(index: _Source, out: Path, code: BitCode) -> None:
             a damaged shard, or a folder that is there.
     """
     folder, manifest = index.path, index.manifest
+    if not isinstance(code, BitCode):
+        raise TypeError(f"code is {code!r}; it must be a dropinf.BitCode, as BitCode.fit returns it")
     if manifest.codec.bits is not None:
         raise ValueError(f"{folder}: its rows are of few bits already; requantize the index that they were made of")
     if manifest.unfinished:
         raise ValueError(f"{folder}: a run is not finished; finish it, or give it up with Index.discard()")
     if out.exists() or out.is_symlink():
         raise ValueError(f"out is {os.fspath(out)!r}, which is there; name a new folder")
-    check_same_sketch(code.fisher, index, "code and index")
-    check_one_model([code.fisher, index], ["code", "index"], "Fit a code to rows of this index")
+    if out.is_relative_to(folder.resolve()) or out.is_relative_to(folder):
+        raise ValueError(f"out is {os.fspath(out)!r}, in the folder of the index itself; name one beside it")
+    code.check(index, "code and index")
+    check_its_origin(code, index.origin, "index")
+    _sweep(out)
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex}{TEMPORARY}"
     try:
         make_place(temporary / SHARDS)
+        held = _hold(temporary)
         made = _written(folder, manifest, temporary, code)
         made.save(temporary)
         compact(temporary, made)
@@ -58,6 +70,28 @@ def requantize(index: _Source, out: Path, code: BitCode) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(out.parent)
+    if held is not None:
+        os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Return the lock of a folder that is being written, held until it is closed; None where another call has it."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _sweep(out: Path) -> None:
+    """Remove what calls that were killed have left of this folder."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*{TEMPORARY}"):
+        held = _hold(left) if left.is_dir() else None
+        if held is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
 
 
 def _written(folder: Path, manifest: Manifest, into: Path, code: BitCode) -> Manifest:
