@@ -152,12 +152,15 @@ class KroneckerBlock(Block):
         return self._basis
 
     def _eigh(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues and eigenvectors; a solver that fails in fp32 is asked again in fp64."""
+        """Return eigenvalues and eigenvectors; one that fails in fp32, or gives NaN, is asked in fp64."""
         if not bool(factor.diagonal().sum().isfinite()):
             raise self._not_finite()
         try:
             values, basis = torch.linalg.eigh(factor)
+            failed = not bool(values.sum().isfinite() & basis.sum().isfinite())
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            failed = True
+        if failed:
             values, basis = (x.to(factor.dtype) for x in torch.linalg.eigh(factor.double()))
         return values, basis
 
