@@ -1,12 +1,14 @@
 """LDS of rows of few bits against their bytes, beside every other way to make rows of that size.
 
 python -m bench.fidelity.bits gpt-brown            # one task; all sizes and methods, where they are not in the table
+python -m bench.fidelity.bits gpt-brown --kept     # what codes keep of float rows of 16 KB, none cut
 python -m bench.fidelity.bits --report             # the table and the picture, of what is there
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,8 @@ from .retrain import losses_of
 from .tasks import Task, task
 
 PATH = Path("bench/results/fidelity/bits.csv")
+KEPT = Path("bench/results/fidelity/bits_kept.csv")
+WHOLE = 16384
 SIZES = (64, 128, 256, 512, 1024, 4096)
 TASKS = ("mlp-fashion", "resnet9-fashion", "gpt-brown", "words-brown")
 KINDS = ("block", "joint", "kronecker")
@@ -217,6 +221,27 @@ def rank_one(train: dropinf.Gradients) -> dropinf.Gradients:
     return dropinf.Gradients(torch.cat(parts, 1), train.shapes, train.digest, train.origin)
 
 
+def kept(name: str) -> None:
+    """What codes of all coordinates keep of the float rows that they are of: 16 KB a sample, a 32nd with one bit."""
+    rows, bench = [r for r in read_rows(KEPT) if r["task"] != name], Bench(task(name))
+    pairs = bench.chosen(bench.choices(budget_bytes=WHOLE))
+    for kind in ("block", "kronecker"):
+        fishers = [dropinf.build_fisher(train, kind, "auto") for train, _ in pairs]
+        floats = [dropinf.score(q, train, fisher) for (train, q), fisher in zip(pairs, fishers, strict=True)]
+        base = bench.plain_lds(floats)
+        for bits, parts in itertools.product((1, 2, 4), ({"again": False, "shrink": False}, {"again": False}, {})):
+            scores = [
+                codes_of(dropinf.BitCode.fit(train, fisher, bits=bits, **parts), train, query)
+                for (train, query), fisher in zip(pairs, fishers, strict=True)
+            ]
+            found = bench.plain_lds(scores)
+            name_ = "whitened again, shrunk" if not parts else "shrunk" if len(parts) == 1 else "plain"
+            row = {"task": name, "kind": kind, "bits": bits, "codes": name_, "float_lds": f"{base:.4f}"}
+            rows.append({**row, "lds": f"{found:.4f}", "kept": f"{found / base:.4f}"})
+            print(rows[-1], flush=True)
+    write_rows(KEPT, ("task", "kind", "bits", "codes", "float_lds", "lds", "kept"), rows)
+
+
 def run(name: str, sizes: list[int]) -> None:
     rows = read_rows(PATH)
     bench = Bench(task(name))
@@ -242,10 +267,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS, nargs="?")
     parser.add_argument("--bytes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--kept", action="store_true")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.task:
+    if arguments.task and arguments.kept:
+        kept(arguments.task)
+    elif arguments.task:
         run(arguments.task, arguments.bytes)
     if arguments.report:
         from .bits_report import report
