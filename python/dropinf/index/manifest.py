@@ -21,7 +21,7 @@ DECODED_FROM = "rows were"  # the dtype of the rows that those of few bits were 
 FUNCTIONS = "functions"  # of a model's classes, in what is known of its code
 FORMAT = "dropinf.index"
 # Of 1: no fingerprints of batches, no run in shards, no order, int8 rows with one scale. Of 2: no first batch.
-VERSION = 4  # of rows of few bits; others are written as 3, which has none
+VERSION, NEWEST = 3, 4  # the newest has rows of few bits
 FILES = (SKETCH, CODE, FISHER, PASSAGES, PROBE)
 _NOW = "now: "  # of a run that went on with another loss or code, which gave all of its rows again
 _MOST = 1 << 31  # bytes of a manifest that is still read
@@ -169,7 +169,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file: JSON in one fixed form, so that no byte can change unnoticed."""
-        body = {"format": FORMAT, "version": VERSION if self.dtype in BITS else VERSION - 1, **asdict(self)}
+        body = {"format": FORMAT, "version": NEWEST if self.dtype in BITS else VERSION, **asdict(self)}
         return _canonical({**body, "checksum": checksum(_canonical(body))})
 
     def save(self, folder: Path) -> None:
@@ -208,9 +208,9 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(f"{path}: not the manifest of an index")
         version = body.get("version")
-        if type(version) is int and version > VERSION:
+        if type(version) is int and version > NEWEST:
             raise ValueError(
-                f"{path}: format version {version}, newer than this dropinf reads ({VERSION}); upgrade dropinf"
+                f"{path}: format version {version}, newer than this dropinf reads ({NEWEST}); upgrade dropinf"
             )
         try:
             given = body.pop("checksum", None)
@@ -235,7 +235,7 @@ def _refuse(text: str) -> None:
 
 def _parse(body: Mapping[str, Any]) -> Manifest:
     version = body["version"]
-    if type(version) is not int or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= NEWEST:
         raise ValueError(f"version is {version!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
     order = origin = None
