@@ -48,3 +48,12 @@ def processor() -> str:
 def slug(name: str) -> str:
     """A method's name as part of a file name."""
     return name.replace(", ", "-").replace(" ", "-")
+
+
+def write_between(path: Path, mark: str, text: str) -> None:
+    """Put text in the place of what stands between ``<!-- mark -->`` and ``<!-- end of mark -->``."""
+    whole = path.read_text(encoding="utf-8")
+    start = whole.index(f"<!-- {mark} -->") + len(f"<!-- {mark} -->")
+    stop = whole.index(f"<!-- end of {mark} -->")
+    with replacing(path) as temporary:
+        temporary.write_text(f"{whole[:start]}\n{text}\n{whole[stop:]}", encoding="utf-8")

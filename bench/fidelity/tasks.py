@@ -63,11 +63,16 @@ def classification(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def next_word(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean over positions, so that a sample's loss does not grow with its length."""
+def word_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of predicting each word of a chunk but its first, [N, T]."""
     (chunk,) = batch
     logits = model(chunk[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="none").view(len(chunk), -1).mean(1)
+    return F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="none").view(len(chunk), -1)
+
+
+def next_word(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean over positions, so that a sample's loss does not grow with its length."""
+    return word_losses(model, batch).mean(1)
 
 
 class Attention(nn.Module):
