@@ -98,8 +98,8 @@ class BitCode:
             bits: 1, 2 or 4. One at the smallest sizes; two where a quarter of the coordinates still fit.
             bytes_per_sample: of a stored row, its scale of 2 bytes included; the coordinates of least energy are cut.
                 None: all coordinates are kept, but for what does not fill a byte.
-            again: whiten what is kept once more, by one Fisher matrix over all layers. Scores then rank samples better by
-                themselves, and are those of another matrix than ``fisher``: where the best are scored again by it
+            again: whiten what is kept once more, by one Fisher matrix over all layers. Scores then rank samples better
+                by themselves, and are those of another matrix than ``fisher``: where the best are scored again by it
                 (`dropinf.rerank`), recall them with ``again=False``.
             shrink: multiply queries by ``S (S + e I)^-1``, with S the second moments of the rows before they are
                 rotated and e the mean squared error of their codes: what has little energy comes back as noise.
