@@ -180,6 +180,8 @@ def fits(bench: Bench, name: str, size_bytes: int) -> tuple[int, Any]:
     """Return the dim of a method's rows of so many bytes, and its layers; 0 where not even one value a layer fits."""
     method = METHODS[name]
     layers = tracked(bench.models[0], method)
+    if layers == []:  # the output layer is the only one
+        return 0, layers
     dim = size(bench.models[0], method, size_bytes, bench.task.loss_fn)
     probe = dropinf.Compressor(bench.models[0], dropinf.Dropout(dim), bench.task.loss_fn, layers=layers)
     stored = 4 * sum(torch.Size(layer.stored_shape).numel() for layer in probe.layers.values())
