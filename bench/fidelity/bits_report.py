@@ -13,6 +13,10 @@ import matplotlib.pyplot as plt
 from bench.files import read_rows, replacing
 
 PATH = Path("bench/results/fidelity/bits.csv")
+KEPT = Path("bench/results/fidelity/bits_kept.csv")
+KEPT_TEXT = (
+    "What codes of all coordinates keep of float rows of 16 KB (`--kept`): a 32nd, a 16th and an 8th of the bytes."
+)
 README = Path("bench/fidelity/README.md")
 BEGIN, END = "<!-- bits -->", "<!-- end of bits -->"
 FEW = ("1 bit", "2 bits", "4 bits")
@@ -59,6 +63,20 @@ def parts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def codes_kept() -> str:
+    """What codes of all coordinates keep of the LDS of float rows of 16 KB."""
+    rows = read_rows(KEPT)
+    columns = list(dict.fromkeys((r["task"], r["kind"]) for r in rows))
+    lines = ["| codes | " + " | ".join(", ".join(c) for c in columns) + " |", "|---|" + "---:|" * len(columns)]
+    floats = {(r["task"], r["kind"]): float(r["float_lds"]) for r in rows}
+    lines.append("| LDS of the float rows | " + " | ".join(f"{floats[c]:.3f}" for c in columns) + " |")
+    table = {(r["bits"], r["codes"], r["task"], r["kind"]): float(r["kept"]) for r in rows}
+    for bits, codes in dict.fromkeys((r["bits"], r["codes"]) for r in rows):
+        cells = [f"{table[bits, codes, *c]:.2f}" for c in columns]
+        lines.append(f"| {bits} bit{'s' * (bits != '1')}, {codes} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[Row]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4), sharey=True, squeeze=False)
@@ -91,4 +109,7 @@ def report() -> None:
     text = README.read_text(encoding="utf-8")
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
     with replacing(README) as temporary:
-        temporary.write_text(f"{text[:start]}\n{by_size(rows)}\n\n{parts(rows)}\n{text[stop:]}", encoding="utf-8")
+        tables = "\n\n".join(
+            (by_size(rows), "What each part of the recipe buys, LDS:", parts(rows), KEPT_TEXT, codes_kept())
+        )
+        temporary.write_text(f"{text[:start]}\n{tables}\n{text[stop:]}", encoding="utf-8")
