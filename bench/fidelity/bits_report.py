@@ -72,7 +72,7 @@ def codes_kept() -> str:
     lines.append("| LDS of the float rows | " + " | ".join(f"{floats[c]:.3f}" for c in columns) + " |")
     table = {(r["bits"], r["codes"], r["task"], r["kind"]): float(r["kept"]) for r in rows}
     for bits, codes in dict.fromkeys((r["bits"], r["codes"]) for r in rows):
-        cells = [f"{table[bits, codes, *c]:.2f}" for c in columns]
+        cells = [f"{table[bits, codes, task, kind]:.2f}" for task, kind in columns]
         lines.append(f"| {bits} bit{'s' * (bits != '1')}, {codes} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
