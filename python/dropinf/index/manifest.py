@@ -238,10 +238,9 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     if type(version) is not int or not 1 <= version <= NEWEST:
         raise ValueError(f"version is {version!r}")
     expected = {"format", "version", "layers", "dtype", "model", "ids", "runs", "files", "about"}
-    order = origin = None
+    order, origin = body.get("order"), body.get("origin")
     if version > 1:
         expected |= {"order", "origin"}
-        order, origin = body["order"], body["origin"]
         if origin is not None:
             model, loss = map(_string, _list(origin, "origin"))
             origin = model, loss
@@ -249,8 +248,9 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"order is {order!r}")
     if body.keys() != expected:
         raise ValueError(f"its fields are {sorted(body)}")
-    if body["dtype"] not in (*DTYPES, *BITS) or (body["dtype"] in BITS) != (CODE in body["files"]):
-        raise ValueError(f"dtype is {body['dtype']!r}, and files are {sorted(body['files'])}")
+    few_bits = {body["dtype"] in BITS, CODE in body["files"], version == NEWEST}
+    if body["dtype"] not in (*DTYPES, *BITS) or len(few_bits) > 1:
+        raise ValueError(f"dtype is {body['dtype']!r}, files are {sorted(body['files'])}, version is {version}")
     if type(body["ids"]) is not bool:
         raise ValueError(f"ids is {body['ids']!r}")
     layers = tuple(_layer(entry) for entry in _list(body["layers"], "layers"))
