@@ -12,12 +12,10 @@ from torch import Tensor
 from ..op import op
 from .checks import check_float
 from .plain import BUFFER_BYTES, accumulator
-from .topk import best_of_blocks, digits_of, dot_digits, in_integers, topk_lowest_index
+from .topk import digits_of, dot_digits, in_integers, topk_of_blocks
 
 # Bits, and the step of the uniform quantizer that serves a normal variable best (Max 1960); of one bit any.
 STEPS = {1: 1.0, 2: 0.9957, 4: 0.3352}
-_MANY = 16  # times as many scores as are asked for must there be, for queries of one digit to come first
-_SURE = 6.5  # standard deviations
 _TILE_BYTES = 4 << 20  # of rows that are decoded at a time: what a cache holds
 _ROUNDED = 3e-6  # of |q| |row|: by how much products may be off, as a root mean square; two digits then do for most
 
@@ -153,10 +151,10 @@ def score_topk_bits(
     queries = BitQueries(q.to(accumulator(q)), bits)
     step = max(1, min(BUFFER_BYTES // (max(1, len(q)) * queries.q.dtype.itemsize), len(codes)))
 
-    def best(rows: slice) -> tuple[Tensor, Tensor]:
-        return queries.best(codes[rows], scale[rows], k)
+    def scores(rows: slice) -> Tensor:
+        return queries.dot(codes[rows]).mul_(scale[rows].to(queries.q.dtype))
 
-    return best_of_blocks(best, queries.q, len(codes), step, k, offset)
+    return topk_of_blocks(scores, queries.q, len(codes), step, k, offset)
 
 
 class BitQueries:
@@ -169,40 +167,21 @@ class BitQueries:
     def dot(self, codes: Tensor) -> Tensor:
         """Return `q @ v^T` [Q, N] in q's dtype, for the values v that codes [N, K * bits / 8] stand for unscaled."""
         if self._in_integers:
-            return self._products(codes, self._fine)
+            return self._products(codes)
         out = self.q.new_empty(len(codes), len(self.q))
         for tile in _tiles(len(codes), self.q.shape[1] * self.q.dtype.itemsize):
             out[tile] = _values(codes[tile], self.bits, self.q.dtype) @ self.q.t()
         return out.t()
 
-    def best(self, codes: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k highest scores of every query, and their rows; scale [N] float32.
-
-        Where few are asked for, queries of one digit find the rows that may be among them: products with codes that do
-        not depend on the queries are off by more than `_SURE` deviations once in 10^10. These are scored in full.
-        """
-        scale, k = scale.to(self.q.dtype), min(k, len(codes))
-        if not self._in_integers or _MANY * k * len(self.q) > len(codes) or not bool(scale.isfinite().all()):
-            return topk_lowest_index(self.dot(codes).mul_(scale), k)
-        rough = self._products(codes, self._coarse).mul_(scale)
-        off = _SURE * offset_of(self.bits) * self._coarse.off * self._coarse.largest * scale.abs()  # [Q, N]
-        least = (rough - off).topk(k, 1).values[:, -1:] if k else rough.new_full((len(rough), 1), torch.inf)
-        rows = (rough + off >= least).any(0).nonzero().flatten()
-        if 2 * len(rows) > len(codes):
-            return topk_lowest_index(self.dot(codes).mul_(scale), k)
-        values, places = topk_lowest_index(self.dot(codes[rows]).mul_(scale[rows]), k)
-        return values, rows[places]
-
     @cached_property
-    def _coarse(self) -> _Digits:
-        return self._digits(1)
+    def _digits(self) -> _Digits:
+        """The queries in two digits, or three where rounding to two takes too much."""
+        found = self._in_digits(2)
+        return (
+            found if bool((found.off <= _ROUNDED * self.q.shape[1] ** 0.5 * found.size).all()) else self._in_digits(3)
+        )
 
-    @cached_property
-    def _fine(self) -> _Digits:
-        found = self._digits(2)
-        return found if bool((found.off <= _ROUNDED * self.q.shape[1] ** 0.5 * found.size).all()) else self._digits(3)
-
-    def _digits(self, places: int) -> _Digits:
+    def _in_digits(self, places: int) -> _Digits:
         """Return the queries in digits: rounded queries, whose sums are those that count."""
         largest = self.q.abs().amax(1, keepdim=True)
         unit = self.q / torch.where(largest > 0, largest, 1.0)
@@ -214,13 +193,13 @@ class BitQueries:
         off, size = (rounded - unit).norm(dim=1, keepdim=True), unit.norm(dim=1, keepdim=True)
         return _Digits(*digits_of(whole, places), step, shift, largest, size, off)
 
-    def _products(self, codes: Tensor, queries: _Digits) -> Tensor:
+    def _products(self, codes: Tensor) -> Tensor:
         """Return what `dot` does, by products in integers of tiles of codes with the queries in digits.
 
         Of either half of a byte, one AND takes all fields: the code of its field g comes out times 2^(g * bits), at
         most 15, and the queries are divided by that.
         """
-        masks, _ = _fields_of_half(codes.shape[1], self.bits)
+        queries, (masks, _) = self._digits, _fields_of_half(codes.shape[1], self.bits)
         out = self.q.new_empty(len(self.q), len(codes))
         tiles = _tiles(len(codes), self.q.shape[1])
         buffer = codes.new_empty(tiles[0].stop if tiles else 0, 2, *masks.shape)

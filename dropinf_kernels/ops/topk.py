@@ -58,22 +58,11 @@ def topk_of_blocks(
     scores: Callable[[slice], Tensor], q: Tensor, rows: int, step: int, k: int, offset: int
 ) -> tuple[Tensor, Tensor]:
     """Return the top k of every query over `rows` rows, whose scores [Q, n] are asked for `step` rows at a time."""
-
-    def best(part: slice) -> tuple[Tensor, Tensor]:
-        block = scores(part)
-        return topk_lowest_index(block, min(k, block.shape[1]))
-
-    return best_of_blocks(best, q, rows, step, k, offset)
-
-
-def best_of_blocks(
-    best: Callable[[slice], tuple[Tensor, Tensor]], q: Tensor, rows: int, step: int, k: int, offset: int
-) -> tuple[Tensor, Tensor]:
-    """Return the top k of every query over `rows` rows, whose best are asked for `step` rows at a time."""
     values = q.new_empty(len(q), 0)
     indices = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     for n in range(0, rows, step):
-        block_values, block_indices = best(slice(n, n + step))
+        block = scores(slice(n, n + step))
+        block_values, block_indices = topk_lowest_index(block, min(k, block.shape[1]))
         merged = torch.cat([values, block_values], 1)
         # Earlier blocks come first, so a stable sort leaves ties at the lowest index.
         order = torch.sort(merged, dim=1, descending=True, stable=True).indices[:, :k]

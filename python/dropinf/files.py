@@ -247,6 +247,16 @@ def serialize(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> by
     return data
 
 
+def sealed(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
+    """Return a safetensors file whose header has the checksum of the file without it."""
+    return serialize(tensors, {**header, "checksum": checksum(serialize(tensors, header))})
+
+
+def is_sealed(data: bytes, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bool:
+    """Return whether a file is what `sealed` made of the tensors and header that were read from it."""
+    return sealed(tensors, {name: x for name, x in header.items() if name != "checksum"}) == data
+
+
 def metadata_of(data: bytes) -> dict[str, str]:
     """Return the metadata of the bytes of a safetensors file."""
     size = int.from_bytes(data[:8], "little")

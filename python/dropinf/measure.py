@@ -41,6 +41,10 @@ def margin(logits_of: LogitsOf | None = None) -> LossFn:
         _check_labels("batch[1]", labels, tuple(logits.shape[:1]))
         if logits.shape[1] < 2:
             raise ValueError(f"logits are {list(logits.shape)}; a margin needs at least 2 classes: [N, C]")
+        if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+            raise ValueError(
+                f"batch[1]: labels are {labels.tolist()[:8]}...; they must lie within {logits.shape[1]} classes"
+            )
         right = F.one_hot(labels, logits.shape[1]).bool()
         return logits.masked_fill(right, -torch.inf).logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
 
@@ -80,10 +84,14 @@ def completion(logits_of: LogitsOf | None = None) -> LossFn:
         _check_shape("logits", logits, ("N", "T", "V"))
         if logits.shape[:2] != ids.shape:
             raise ValueError(f"logits are {list(logits.shape)} for ids {list(ids.shape)}; they must be [N, T, V]")
-        losses = F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
         place = torch.arange(1, ids.shape[1], device=ids.device)
         counts = (place >= starts[:, None]) & (place < ends[:, None])
-        return (losses * counts.to(losses)).sum(1)
+        if not bool(((ids[:, 1:] >= 0) & (ids[:, 1:] < logits.shape[2]))[counts].all()):
+            raise ValueError(f"batch[0]: an id of a completion is none of {logits.shape[2]} words")
+        # What does not count is no part of it, whatever its logits.
+        chosen = logits[:, :-1].masked_fill(~counts[:, :, None], 0.0).mT
+        losses = F.cross_entropy(chosen, ids[:, 1:].where(counts, 0), reduction="none")
+        return losses.where(counts, 0.0).sum(1)
 
     return completions
 
@@ -152,14 +160,14 @@ def probe(
         named = dict(model.named_modules())
         if module not in named:
             raise ValueError(f"module: {module!r} is not in the model; it has {', '.join(list(named)[1:6])}, ...")
-        handle = named[module].register_forward_hook(lambda _module, _inputs, output: found.append(output))
+        handle = named[module].register_forward_hook(lambda _module, _inputs, output: found.append(_kept(output)))
         try:
             call(model, batch)
         finally:
             handle.remove()
         if len(found) != 1:
             raise ValueError(f"module: {module!r} was called {len(found)} times in a forward; it must be called once")
-        output = found[0][0] if isinstance(found[0], tuple | list) else found[0]
+        output = found[0]
         if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[-1] != len(vector):
             what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"module: the output of {module!r} is {what}; it must be [N, ..., {len(vector)}]")
@@ -168,6 +176,12 @@ def probe(
         return rows @ vector.to(rows)
 
     return projections
+
+
+def _kept(output: Any) -> Any:
+    """Return a module's output, or its first member, which no op in place behind it changes."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first.clone() if isinstance(first, Tensor) else first
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

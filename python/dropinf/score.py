@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dropinf_kernels import score_topk
 from dropinf_kernels.ops.plain import BUFFER_BYTES
 from dropinf_kernels.ops.topk import topk_lowest_index
 
@@ -345,11 +344,8 @@ def _stream_top(
     for at, part, rows in blocks:
         if part is not None:
             rows = Stored(rows.values, _train_scale(part, fisher, kind, q))
-        if rows.values.dtype == torch.uint8 and isinstance(at, slice):  # of few bits
-            values, places = products.best(rows, top)
-            best = _merge([best, TopK(values, places + at.start)], top)
-            continue
-        if rows.scale is not None and rows.scale.ndim == 1 and q.dtype == torch.float64:
+        few_bits = rows.values.dtype == torch.uint8
+        if rows.scale is not None and rows.scale.ndim == 1 and q.dtype == torch.float64 and not few_bits:
             rows = Stored(rows.values * rows.scale.unsqueeze(1), None)  # the op takes fp32 scales
         small = part is None and q.device.type == "cpu"
         if small or isinstance(at, Tensor) or (rows.scale is not None and rows.scale.ndim > 1):
@@ -360,7 +356,7 @@ def _stream_top(
             continue
         flat, scale = rows.values.to(q.device), rows.scale
         scale = None if scale is None else scale.to(q.device)
-        best = _merge([best, TopK(*score_topk(q, flat, top, c_scale=scale, offset=at.start))], top)
+        best = _merge([best, TopK(*products.top(flat, scale, top, at.start))], top)
     if held:
         best = _merge([best, _best_of(held, top)], top)
     if ranks.world > 1:

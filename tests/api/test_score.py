@@ -145,7 +145,7 @@ def test_top_never_holds_the_matrix(kind: ScoreKind, monkeypatch: pytest.MonkeyP
         rows.append(len(c))
         return score_topk(q, c, *args, **kwargs)
 
-    monkeypatch.setitem(score.__globals__, "score_topk", recorded)
+    monkeypatch.setattr("dropinf.index.products.score_topk", recorded)
     n, q = 20_000, 64
     flat = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
     train = Gradients(flat, {"w": (8,)}, {"w": "a"})

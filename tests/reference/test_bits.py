@@ -245,28 +245,3 @@ ONES, BYTES = torch.ones(3, 8), torch.zeros(3, 1, dtype=torch.uint8)
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-@every_width
-@pytest.mark.parametrize("same", [False, True])
-def test_queries_of_one_digit_lose_none_of_the_best(bits, same, monkeypatch):
-    """Many rows and few asked for: rough products choose, and what they choose is scored in full."""
-    monkeypatch.setattr(module, "in_integers", lambda q, codes: q.dtype == torch.float32)
-    chosen, dot = [], BitQueries.dot
-    monkeypatch.setattr(BitQueries, "dot", lambda self, codes: chosen.append(len(codes)) or dot(self, codes))
-    x = torch.randn(4000, 256) * torch.logspace(-2, 2, 4000)[torch.randperm(4000)].unsqueeze(1)
-    x[1000:1100] = x[:100]  # ties
-    q = torch.randn(4, 256) if not same else x[[3, 30, 300, 1010]].sign() * torch.rand(4, 256)
-    packed, scale = kernels.quantize_bits(x, bits)
-    values, indices = kernels.score_topk_bits.plain(q, packed, scale, bits, 7)
-    assert chosen[0] < 2000
-    whole = BitQueries(q, bits)
-    exact = dot(whole, packed) * scale
-    want = torch.sort(exact, dim=1, descending=True, stable=True)
-    torch.testing.assert_close(values, want.values[:, :7], rtol=1e-4, atol=0)
-    assert torch.equal(indices, want.indices[:, :7])
-    fewer = kernels.score_topk_bits.plain(q, packed, -scale, bits, 7)  # whatever the sign of a scale
-    torch.testing.assert_close(fewer[0], (-exact).topk(7).values, rtol=1e-4, atol=0)
-    spoiled = scale.clone()
-    spoiled[9] = torch.nan
-    assert kernels.score_topk_bits.plain(q, packed, spoiled, bits, 7)[1][:, 0].tolist() == [9] * 4

@@ -66,7 +66,9 @@ class Direction:
                     f"tensors[{name!r}] is {list(x.shape)}; the first has {list(count)} queries: [Q, *shape]"
                 )
         found = cls({clean_name(name): Part(x.detach(), None) for name, x in tensors.items()}, identity(inner))
-        found.check_parameters(inner)
+        known = found.check_parameters(inner)
+        if len({id(p) for p in known.values()}) < len(known):
+            raise ValueError("tensors: two names are of one parameter, which the model ties; name it once")
         return found
 
     @property
@@ -177,7 +179,8 @@ class Direction:
         return cls(*load_parts(path))
 
     def _map(self, values: Callable[[str, Part], Tensor]) -> Direction:
-        return Direction({name: part.of(values(name, part)) for name, part in self._parts.items()}, self._model)
+        wide = {name: part.of(part.values.to(self.dtype)) for name, part in self._parts.items()}  # no half precision
+        return Direction({name: part.of(values(name, part)) for name, part in wide.items()}, self._model)
 
     def __repr__(self) -> str:
         return f"Direction({len(self)} queries, {self.dtype}, {len(self._parts)} parameters)"

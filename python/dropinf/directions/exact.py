@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import sharded
-from ..capture.audit import TOLERANCE
+from ..capture.audit import TOLERANCE, is_due
 from ..capture.checks import check_batchnorm, check_surroundings, explain_batch
 from ..capture.identity import identity
 from ..capture.ladder import AttributionError
@@ -24,6 +24,7 @@ from .products import Named, backward_products, forward_product
 from .reference import Reference
 
 Way = Literal["auto", "forward", "backward"]
+_PROBES = 3  # products with directions that tell a gradient's size
 _WAY_OUT = (
     "take the compressed scores of these samples, dropinf.score(query, train, fisher), or have the model compute this "
     "by ops that PyTorch can differentiate twice"
@@ -54,6 +55,9 @@ class Exact:
         self.forward, self.may_turn = way != "backward", way == "auto"
         self.flags, self.attributes = state
         self.batches = 0
+        self.versions = self._versions()
+        self.losses: list[Tensor] = []  # of the batch, of each forward
+        self.probes: list[Tensor] = []  # its products with random directions
 
     def __call__(self, batch: Any, check: Callable[[Any, Any], None]) -> Tensor:
         """Return the products of one batch, [Q, *shape of the losses], and leave the model as it was."""
@@ -69,30 +73,50 @@ class Exact:
             start.check_parameters(self.model, changed)
             return losses
 
+        self._check_weights()
         with self.flags.frozen():
+            rows, reason = self._forward(start, losses_of) if self.forward else ([], "")
+            start.restore()
             try:
                 with self.flags.own(self.parameters.values()):
-                    reference = Reference(self.model, losses_of, self.parameters, self.batches)
+                    reference = Reference(self.model, losses_of, self.parameters, self.batches, self._sizes(rows))
             except Exception as error:
                 explained = explain_batch(self.model, batch, error)
                 if explained is None:
                     raise
                 raise explained from error
-            found = self._products(start, losses_of, reference)
+            found = self._products(start, losses_of, reference, rows, reason)
             start.restore()
         self.attributes.pending = None
         self.batches += 1
         return found
 
-    def _products(self, start: Start, losses_of: Callable[[], Tensor], reference: Reference) -> Tensor:
+    def _check_weights(self) -> None:
+        """Raise ValueError where a weight of the direction was written to since the call began."""
+        if self._versions() != self.versions:
+            raise ValueError(f"model: its weights changed while {self.what} read batches; make the direction again")
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((p.data_ptr(), p._version) for p in self.parameters.values() if not p.is_inference())
+
+    def _products(
+        self,
+        start: Start,
+        losses_of: Callable[[], Tensor],
+        reference: Reference,
+        rows: list[Tensor],
+        reason: str,
+    ) -> Tensor:
+        """Return what forward mode found, where it agrees with plain autograd, or what a backward finds instead."""
         if not bool(reference.losses.isfinite().all()):
             raise ValueError(
                 f"loss_fn: a loss of batch {self.batches} is not finite (NaN or inf); leave that sample out"
             )
         if self.forward:
-            found, reason = self._forward(start, losses_of, reference)
-            if found is not None:
-                return found
+            reason = reason or self._difference(rows, reference)
+            if not reason:
+                scaled = [row.double() * self._along(q).scale for q, row in enumerate(rows)]
+                return self._finished(scaled, reference)
             if not self.may_turn:
                 raise AttributionError(f"{self.what}: forward mode is not right here: {reason}; pass way='auto'")
             self.forward = False
@@ -104,11 +128,10 @@ class Exact:
         start.restore()
         return self._backward(losses_of, reference)
 
-    def _forward(
-        self, start: Start, losses_of: Callable[[], Tensor], reference: Reference
-    ) -> tuple[Tensor | None, str]:
-        """Return the products, or why there are none."""
-        rows = []
+    def _forward(self, start: Start, losses_of: Callable[[], Tensor]) -> tuple[list[Tensor], str]:
+        """Return the products with each direction as it is multiplied with, or why there are none."""
+        rows: list[Tensor] = []
+        self.losses, self.probes = [], []
         for q in range(len(self.direction)):
             along = self._along(q)
             cast = {name: x.to(self.parameters[name].dtype) for name, x in along.whole.items()}
@@ -118,12 +141,40 @@ class Exact:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of an op, whose kinds are many
-                return None, _first_line(error)
-            apart = reference.error(along.whole, losses, products)
+                return [], _first_line(error)
+            self.losses.append(losses)
+            rows.append(products)
+        self.probes = [self._probe(start, losses_of, i) for i in range(_PROBES) if self._is_due()]
+        return rows, ""
+
+    def _is_due(self) -> bool:
+        """Return whether a batch's samples are compared by their own sizes: the first, and 4, 16, 64, ..."""
+        return self.batches == 0 or is_due(self.batches + 1)
+
+    def _probe(self, start: Start, losses_of: Callable[[], Tensor], i: int) -> Tensor:
+        """Return products with a random direction: what tells how large each gradient is."""
+        start.restore()
+        generator = torch.Generator().manual_seed(i)
+        along = {
+            name: torch.randn(p.shape, generator=generator, device="cpu").to(p) for name, p in self.parameters.items()
+        }
+        return forward_product(self.model, losses_of, self.parameters, along)[1]
+
+    def _sizes(self, rows: list[Tensor]) -> Tensor | None:
+        """Return how large each loss's gradient seems to be, relative to the others'; None where that is not known."""
+        found = [row.double() for row in (*rows, *self.probes)]
+        if len(found) < _PROBES or any(row.shape != found[0].shape for row in found):
+            return None
+        scaled = [row / row.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny) for row in found]
+        return torch.stack(scaled).square().mean(0).sqrt()
+
+    def _difference(self, rows: list[Tensor], reference: Reference) -> str:
+        """Return in what products differ from plain autograd's, or nothing."""
+        for q, (losses, products) in enumerate(zip(self.losses, rows, strict=True)):
+            apart = reference.error(self._along(q).whole, losses, products)
             if not reference.agrees(apart):
-                return None, f"its sum differs from plain autograd's by {apart:.1e}"
-            rows.append(products.double() * along.scale)
-        return self._finished(rows, reference), ""
+                return f"its sum differs from plain autograd's by {apart:.1e}"
+        return ""
 
     def _backward(self, losses_of: Callable[[], Tensor], reference: Reference) -> Tensor:
         scales = []
@@ -185,6 +236,8 @@ def exact(model: nn.Module, direction: Direction, loss_fn: LossFn, way: Way, wha
         raise TypeError(
             f"direction must be a dropinf.Direction, as dropinf.direction(...) returns it, got {direction!r}"
         )
+    if not len(direction):
+        raise ValueError("direction has no queries; select at least one")
     if way not in get_args(Way):
         raise ValueError(f"way is {way!r}; it must be one of {', '.join(map(repr, get_args(Way)))}")
     check_surroundings(what)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from ..capture.layer import Layer, LayerKind
 from ..capture.masks import axes_of, checked_axis, layer_digest
-from ..files import plain_name, read_header, serialize, whole_number, write_whole
+from ..files import is_sealed, metadata_of, read_header, sealed, whole_number, write_whole
 from ..sketch.axis import Axis
 
 FORMAT = "dropinf-direction-1"
@@ -54,7 +55,7 @@ def save_parts(parts: Mapping[str, Part], model: str, path: str | os.PathLike[st
         plan[name] = None if part.layer is None else _plain(part.layer)
         for side, axis in () if part.layer is None else axes_of(part.layer):
             tensors |= {f"{name}/{side}/{field}": table for field, table in axis.tensors().items()}
-    write_whole(Path(path), serialize(tensors, {"format": FORMAT, "model": model, "parts": plan, "order": list(parts)}))
+    write_whole(Path(path), sealed(tensors, {"format": FORMAT, "model": model, "parts": plan, "order": list(parts)}))
 
 
 def _plain(layer: Layer) -> dict[str, Any]:
@@ -71,9 +72,10 @@ def load_parts(path: str | os.PathLike[str]) -> tuple[dict[str, Part], str]:
         ValueError: another kind of file, or a damaged one.
     """
     try:
-        with plain_name(path) as opened, safe_open(opened, "pt") as file:
-            header = read_header(file.metadata(), Path(path), FORMAT)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        data = Path(path).read_bytes()
+        tensors, header = load(data), read_header(metadata_of(data), Path(path), FORMAT)
+        if not is_sealed(data, tensors, header):
+            raise ValueError("its bytes do not match their checksum")
         parts = {name: _part(name, header["parts"][name], tensors) for name in header["order"]}
         if not parts or len({len(part.values) for part in parts.values()}) > 1 or len(parts) < len(header["parts"]):
             raise ValueError("its parts are not of as many queries each")

@@ -21,7 +21,8 @@ from .products import Named
 class Reference:
     """The gradient of the weighted sum of a batch's losses, as plain autograd has it.
 
-    ``parameters`` must require gradients.
+    ``parameters`` must require gradients. ``sizes`` [*losses.shape]: of the products that will be compared; each is
+    then weighed by about its inverse, so that none hides behind larger ones.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Reference:
         losses_of: Callable[[], Tensor],
         parameters: Mapping[str, nn.Parameter],
         place: int,
+        sizes: Tensor | None = None,
     ) -> None:
         self._gradients: dict[str, Tensor] = {}
         seen = _Dtypes()
@@ -38,9 +40,15 @@ class Reference:
             with seen:
                 losses = losses_of()
             self.dtype = coarsest({*seen.found, *(p.dtype for p in parameters.values()), losses.dtype})
-            self._r = random_weights(losses.flatten(), None, self.dtype, None, place).view_as(losses)
-            if losses.requires_grad:
-                losses.backward(self._r)
+            if not losses.requires_grad:
+                raise ValueError(
+                    "loss_fn: its losses do not depend on any parameter of the direction; compute them without "
+                    "torch.no_grad, detach or item"
+                )
+            usable = sizes is not None and sizes.shape == losses.shape and bool(sizes.isfinite().all())
+            of_each = sizes.flatten() if sizes is not None and usable else None
+            self._r = random_weights(losses.flatten(), of_each, self.dtype, None, place).view_as(losses)
+            losses.backward(self._r)
         self.losses = losses.detach()
 
     def _take(self, name: str, g: Tensor) -> None:

@@ -21,10 +21,11 @@ def rerank(
     """Return ``<grad l_n, v_q>`` [Q, N] of every sample of the batches and every direction, with whole gradients.
 
     One forward-mode product a batch and query (Pearlmutter 1994), and for each batch one ordinary forward and
-    backward with which the products are compared. No gradient of a single sample is formed. With a direction of
-    :func:`direction` these are the scores of :func:`score` that no rounding of stored rows has touched; with one of
-    :meth:`Direction.dense` they are what no compressed score is. A loss that depends on other samples of its batch
-    is taken as it stands in its batch. To search first and look again at what was found::
+    backward with which the products are compared; of the first batch and of 4, 16, 64, ... three products more tell
+    how large each gradient is, so that none hides behind larger ones. No gradient of a single sample is formed. With a
+    direction of :func:`direction` these are the scores of :func:`score` that no rounding of stored rows has touched;
+    with one of :meth:`Direction.dense` they are what no compressed score is. A loss that depends on other samples of
+    its batch is taken as it stands there. To search first and look again at what was found::
 
         best = dropinf.score(query, index, fisher, top=1000)  # TopK(values, indices [Q, 1000])
         rows = best.indices.unique()  # positions in the training set
@@ -78,7 +79,7 @@ def tokens(model: nn.Module, direction: Direction, batch: Any, loss_fn: LossFn, 
 
 
 def _check_samples(losses: Any, batch: Any) -> None:
-    check_losses(losses, batch, None, len(losses) if isinstance(losses, Tensor) and losses.ndim else None)
+    check_losses(losses, batch, None)
 
 
 def _check_tokens(losses: Any, batch: Any) -> None:  # noqa: ARG001

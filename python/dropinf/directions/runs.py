@@ -16,7 +16,7 @@ from .products import backward_products, differentiable, forward_product
 Tensors = dict[str, Tensor]  # name of a parameter -> [Q, *its shape], of Q queries
 Function = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> losses [N], or outputs of any shape
 # How far <w, J v> and <J^T w, v> may lie apart: relative to them, and to |J^T w| |v|.
-_APART = {torch.float64: (1e-7, 1e-12), torch.float32: (1e-2, 1e-4)}
+_APART = {torch.float64: (1e-7, 1e-12), torch.float32: (1e-3, 1e-5)}
 _APART_HALF = (0.2, 1e-2)
 
 

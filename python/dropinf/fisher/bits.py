@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dropinf_kernels import dequantize_bits, quantize_bits
 
-from ..files import checksum, metadata_of, read_header, serialize, whole_number, write_whole
+from ..files import checksum, is_sealed, metadata_of, read_header, sealed, whole_number, write_whole
 from ..gradients import Gradients, GradientSource, Shapes, Sketched, block_rows, check_same_sketch, placed_blocks
 from ..origin import check_one_model
 from .fisher import CPU, Fisher, FisherKind, build_fisher
@@ -47,7 +47,7 @@ class BitCode:
         try:
             tensors = load(data)
             header = read_header(metadata_of(data), Path(path), FORMAT)
-            if _sealed(tensors, {name: x for name, x in header.items() if name != "checksum"}) != data:
+            if not is_sealed(data, tensors, header):
                 raise ValueError("its bytes do not match their checksum")
             self._take(header, tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -283,12 +283,7 @@ def _serialized(parts: Mapping[str, Fisher], kept: Tensor, about: Mapping[str, o
         data = fisher.to_bytes()
         headers[part] = read_header(metadata_of(data), Path(part), FISHER_FORMAT)
         tensors |= {f"{part}/{name}": x for name, x in load(data).items()}
-    return _sealed(tensors, {"format": FORMAT, "parts": headers, **about})
-
-
-def _sealed(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
-    """Return a safetensors file whose header has the checksum of the file without it."""
-    return serialize(tensors, {**header, "checksum": checksum(serialize(tensors, header))})
+    return sealed(tensors, {"format": FORMAT, "parts": headers, **about})
 
 
 def _check_fit(train: GradientSource, fisher: object, bytes_per_sample: object, seed: object) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropinf_kernels import score_topk_bits
+from dropinf_kernels import score_topk, score_topk_bits
 from dropinf_kernels.ops.bits import BitQueries
 from dropinf_kernels.ops.topk import DIGITS_STEP, INT8_COLUMNS, dot_rows, in_integers, query_digits
 
@@ -57,13 +57,12 @@ class Products:
         total = torch.cat([self._in_integers(*tile) for tile in tiles])
         return (total + self._decoded(values, scale, self._narrow) if self._narrow else total).t()
 
-    def best(self, rows: Stored, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k highest products of every query with rows of few bits, [Q, k], and which rows they are."""
-        codes, scale = rows.values.to(self.q.device), rows.scale
+    def top(self, values: Tensor, scale: Tensor | None, k: int, offset: int) -> tuple[Tensor, Tensor]:
+        """Return the k highest products of every query and their rows, by the op; `scale` [n] or None for 1."""
+        if values.dtype != torch.uint8:
+            return score_topk(self.q, values, k, c_scale=scale, offset=offset)
         assert scale is not None
-        if self.q.device.type == "cpu":
-            return self._of_bits(codes).best(codes, scale, k)
-        return score_topk_bits(self.q, codes, scale.to(self.q.device), self._bits(codes), k)
+        return score_topk_bits(self.q, values, scale, self._bits(values), k, offset=offset)
 
     def _of_bits(self, codes: Tensor) -> BitQueries:
         """Return the queries as rows of few bits take them, made once."""
