@@ -1,7 +1,8 @@
 """Are the tokens that dropinf.tokens names those that matter? The small GPT is trained again without their loss.
 
 For each query, the 1 % of training tokens with the highest shares lose their weight in the training loss. How much that
-raises the query's loss is compared with as many random tokens, and random masks of 10 to 50 % with what shares predict.
+raises the query's loss is compared with as many random tokens, and with as many of the same words. What random masks of
+10 to 50 % do is compared with what shares predict.
 
 python -m bench.fidelity.token_masks               # resumes; a table of one line for each training
 python -m bench.fidelity.token_masks --report      # the results, of what is there
@@ -29,8 +30,9 @@ PATH = Path("bench/results/fidelity/token_masks.csv")
 QUERIES = tuple(range(0, 100, 5))
 BUDGET = 16384  # bytes of a float row
 SHARE = 0.01  # of all training tokens, left out for one query
-DRAWS, SEEDS = 4, 4  # of as many random tokens, and of trainings with each mask
-SHARES, EACH, SUBSET_SEEDS = (0.1, 0.3, 0.5), 12, 2  # random masks shared by all queries
+DRAWS = 4  # of as many random tokens
+SHARES, EACH = (0.1, 0.3, 0.5), 12  # random masks shared by all queries
+SEEDS = {"none": 4, "random": 4, "top": 4, "same words": 2, "subset": 2}  # trainings with each mask of a kind
 FIELDS = ("mask", "number", "share", "seed", *map(str, QUERIES))
 PREDICTED = "predicted"  # in the place of a seed: the sum of the shares that the mask takes away
 Mask = tuple[str, int, float, Tensor]  # kind, number, share, and which tokens are left out, bool [N, T]
@@ -60,7 +62,8 @@ def shares(found: Task) -> Tensor:
     return torch.cat([dropinf.tokens(model, direction, b, token_losses) for b in found.batches("train")], 1)
 
 
-def masks(scores: Tensor) -> Iterator[Mask]:
+def masks(scores: Tensor, words: Tensor) -> Iterator[Mask]:
+    """Yield the masks of tokens with these shares [Q, N, T], which predict these words [N, T]."""
     _, n, t = scores.shape
     yield "none", 0, 0.0, torch.zeros(n, t, dtype=torch.bool)
     for draw in range(DRAWS):
@@ -69,10 +72,20 @@ def masks(scores: Tensor) -> Iterator[Mask]:
         best = torch.zeros(n * t, dtype=torch.bool)
         best[scores[row].flatten().topk(round(SHARE * n * t)).indices] = True
         yield "top", query, SHARE, best.view(n, t)
+        yield "same words", query, SHARE, same_words(best, words.flatten(), query).view(n, t)
     for number in range(EACH):
         for share in SHARES:
             seed = 2000 + round(100 * share) * EACH + number
             yield "subset", number, share, metrics.sample_subsets(n * t, 1, fraction=share, seed=seed).view(n, t)
+
+
+def same_words(mask: Tensor, words: Tensor, seed: int) -> Tensor:
+    """Draw, of each word, as many of its tokens as a mask has, bool [tokens]."""
+    order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.zeros_like(mask)
+    for word, count in zip(*words[mask].unique(return_counts=True), strict=True):
+        drawn[order[words[order] == word][:count]] = True
+    return drawn
 
 
 def trained(found: Task, left_out: Tensor, seed: int) -> Tensor:
@@ -86,11 +99,14 @@ def run() -> None:
     found, rows = task("gpt-brown"), read_rows(PATH)
     scores = shares(found)
     done = {(r["mask"], int(r["number"]), float(r["share"]), r["seed"]) for r in rows}
-    every = list(masks(scores))
-    for seed in (PREDICTED, *range(SEEDS)):  # whole rounds, so that what is there is balanced whenever it stops
+    every = list(masks(scores, found.train[0][:, 1:]))
+    for seed in (
+        PREDICTED,
+        *range(max(SEEDS.values())),
+    ):  # whole rounds, so that what is there is balanced whenever it stops
         for kind, number, share, left_out in every:
             known = (kind, number, share, str(seed)) in done
-            if known or (kind == "subset" and seed != PREDICTED and int(seed) >= SUBSET_SEEDS):
+            if known or (seed != PREDICTED and int(seed) >= SEEDS[kind]):
                 continue
             values = scores[:, left_out].sum(1) if seed == PREDICTED else trained(found, left_out, int(seed))
             about: dict[str, Any] = {"mask": kind, "number": number, "share": share, "seed": seed}

@@ -51,28 +51,30 @@ def report() -> None:
 
 
 def effects(found: Trainings, seeds: list[str]) -> dict[str, Tensor]:
-    """Return by how much a query's loss rises without its top tokens, and without as many random ones, [Q]."""
+    """Return by how much each query's loss rises, [Q], without its top tokens and with each control there is."""
     base = found.loss("none", 0, 0.0, seeds)
-    top = torch.stack([found.loss("top", query, SHARE, seeds)[row] for row, query in enumerate(QUERIES)])
     random = torch.stack([found.loss("random", *mask, seeds) for mask in found.masks("random")]).mean(0)
-    return {"top": top - base, "random": random - base}
+    rises = {"random": random - base}
+    for kind in ("top", "same words"):
+        if set(seeds) <= set(found.seeds(kind)):
+            own = [found.loss(kind, query, SHARE, seeds)[row] for row, query in enumerate(QUERIES)]
+            rises[kind] = torch.stack(own) - base
+    return rises
 
 
 def left_out(found: Trainings) -> str:
     lines = [
-        "| trainings | loss without top 1 % | without random 1 % | difference | queries where top is worse |",
+        "| trainings | loss without top 1 % | without random 1 % | of the same words | queries where top is worst |",
         "|---|---|---|---|---:|",
     ]
-    every = [s for s in found.seeds("none") if s in found.seeds("top") and s in found.seeds("random")]
-    parts = {"seed 0, of the scored model": ["0"], f"all {len(every)} seeds": every}
-    parts[f"the other {len(every) - 1} seeds"] = every[1:]
+    every, both = found.seeds("top"), found.seeds("same words")
+    parts = {"seed 0, of the scored model": every[:1], "seeds 0 and 1": both}
+    parts |= {f"all {len(every)} seeds": every, f"the other {len(every) - 1} seeds": every[1:]}
     for name, seeds in parts.items():
-        if not seeds:
-            continue
-        effect = effects(found, seeds)
-        apart = effect["top"] - effect["random"]
-        cells = [_mean(x) for x in (effect["top"], effect["random"], apart)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {int((apart > 0).sum())} of {len(apart)} |")
+        rises = effects(found, seeds)
+        cells = [_mean(rises[kind]) if kind in rises else "" for kind in ("top", "random", "same words")]
+        controls = torch.stack([rises[kind] for kind in rises if kind != "top"]).amax(0)
+        lines.append(f"| {name} | {' | '.join(cells)} | {int((rises['top'] > controls).sum())} of {len(controls)} |")
     return "\n".join(lines)
 
 

@@ -50,10 +50,20 @@ def test_a_mask_takes_the_gradients_of_its_tokens_away_and_no_others() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_same_words_are_as_many_of_each_word_and_no_other_choice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words, mask = torch.randint(9, (400,), generator=generator), torch.rand(400, generator=generator) < 0.1
+    drawn = [token_masks.same_words(mask, words, seed) for seed in range(2)]
+    for one in drawn:
+        assert words[one].sort().values.tolist() == words[mask].sort().values.tolist()
+    assert not torch.equal(*drawn)
+
+
 def table(loss: Any) -> list[dict[str, str]]:
     """Return the rows of a table whose losses are given as loss(mask, number, share, seed, query)."""
     queries = token_masks.QUERIES
     every = [("none", 0, 0.0), *(("random", draw, 0.01) for draw in range(2)), *(("top", q, 0.01) for q in queries)]
+    every += [("same words", q, 0.01) for q in queries]
     every += [("subset", number, share) for number in range(4) for share in token_masks.SHARES]
     return [
         {"mask": kind, "number": str(number), "share": str(share), "seed": str(seed)}
@@ -67,11 +77,12 @@ def test_effects_are_taken_of_each_query_alone_and_against_the_same_seeds() -> N
     def loss(kind: str, number: int, share: float, seed: Any, q: int) -> float:
         if seed == token_masks.PREDICTED:
             return 1000.0
-        own = 0.5 + 0.01 * q if kind == "top" and number == q else 0.0
+        own = {"top": 0.5 + 0.01 * q, "same words": 0.25}.get(kind, 0.0) if number == q else 0.0
         return 3.0 + seed + own + (0.1 * (number + 1) if kind == "random" else 0.0)
 
     found = effects(Trainings(table(loss)), ["0", "1"])
     torch.testing.assert_close(found["top"], 0.5 + 0.01 * torch.tensor(token_masks.QUERIES, dtype=torch.float64))
+    torch.testing.assert_close(found["same words"], torch.full((20,), 0.25, dtype=torch.float64))
     torch.testing.assert_close(found["random"], torch.full((20,), 0.15, dtype=torch.float64))
 
 
