@@ -79,7 +79,9 @@ def codes_kept() -> str:
 
 def plot(rows: list[Row]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4.2 * len(tasks), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, task in zip(axes[0], tasks, strict=True):
         for number, method in enumerate((*FEW, *OTHERS)):
             points = sorted(
@@ -96,8 +98,8 @@ def plot(rows: list[Row]) -> None:
         axis.set(xscale="log", title=task, xlabel="bytes per sample")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("LDS")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    fullest = max(axes[0], key=lambda axis: len(axis.lines))
+    figure.legend(handles=fullest.lines, fontsize=7, loc="outside lower center", ncols=len(fullest.lines))
     figure.savefig(PATH.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
