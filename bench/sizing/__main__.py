@@ -35,7 +35,6 @@ MODELS = {
 }
 TOKENS = 512
 SAMPLES = (10**6, 10**8, 10**9)
-RANKS = 64
 
 
 class Batches(Sequence):
@@ -83,11 +82,6 @@ def measure() -> dict[str, float]:
             files = [file.path for file in index._files]
             found["checksum, bytes/s"] = size / median(lambda files=files: [file_checksum(f) for f in files])
         rows = index[: 2 * BATCH]
-        for bits in BITS:
-            code = dropinf.BitCode.fit(rows, "diagonal", bits=bits, again=False, shrink=False)
-            few = dropinf.Index.open(Path(folder) / "float32").requantize(Path(folder) / f"{bits}bit", code)
-            job = lambda few=few: dropinf.score(query, few, top=10)  # noqa: E731
-            found[f"score {bits} bit, values/s"] = len(few) * SIDE * SIDE / median(job)
         found["Fisher, operations/s"] = len(rows) * (SIDE * SIDE) ** 2 / median(lambda: dropinf.build_fisher(rows), 3)
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(16)))
     x, k = torch.randn(16, 128, 1024), 32
@@ -134,18 +128,17 @@ def tables(found: dict[str, float]) -> str:
             lines.append(f"| {model} | {dim} | {columns(model, dim):,} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Rows of few bits, of any model, {max(SAMPLES):,} samples; 16 queries over them on {RANKS} ranks, predicted:",
+        f"Rows of few bits, of any model, {max(SAMPLES):,} samples; beside the Fisher matrix of their float rows, all share:",
         "",
     ]
     lines += [
-        "| bytes a sample | bits | coordinates | all samples | matrices that they share | 16 queries |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| bytes a sample | bits | coordinates | all samples | at most |",
+        "|---:|---:|---:|---:|---:|",
     ]
     for size in FEW_BYTES:
         for bits in BITS:
             width = (size - 2) * 8 // bits
-            seconds = max(SAMPLES) * width / found[f"score {bits} bit, values/s"] / RANKS
-            cells = [bytes_text(max(SAMPLES) * size), bytes_text(2 * 4 * width**2), time_text(seconds)]
+            cells = [bytes_text(max(SAMPLES) * size), bytes_text(2 * 4 * width**2)]
             lines.append(f"| {size:,} | {bits} | {width:,} | {' | '.join(cells)} |")
     lines += [
         "",
