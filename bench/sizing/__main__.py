@@ -128,7 +128,7 @@ def tables(found: dict[str, float]) -> str:
             lines.append(f"| {model} | {dim} | {columns(model, dim):,} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Rows of few bits, of any model, {max(SAMPLES):,} samples; beside the Fisher matrix of their float rows, all share:",
+        f"Rows of few bits of {max(SAMPLES):,} samples; beside the Fisher matrix of their float rows, all share:",
         "",
     ]
     lines += [
