@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..capture.checks import check_losses
 from ..capture.sweep import progress_bar
-from ..workload import LossFn
+from ..workload import LossFn, tensors
 from .direction import Direction
 from .exact import Way, exact
 
@@ -79,7 +79,9 @@ def tokens(model: nn.Module, direction: Direction, batch: Any, loss_fn: LossFn, 
 
 
 def _check_samples(losses: Any, batch: Any) -> None:
-    check_losses(losses, batch, None)
+    count = len(losses) if isinstance(losses, Tensor) and losses.ndim else 0
+    edges = (t for t in tensors(batch) if t.ndim == 1 and not t.is_floating_point() and len(t) == count + 1)
+    check_losses(losses, batch, None, count if any(bool((t.diff() > 0).all()) for t in edges) else None)  # documents
 
 
 def _check_tokens(losses: Any, batch: Any) -> None:  # noqa: ARG001
