@@ -29,7 +29,9 @@ from .topk import best_rows, keep_best, operand_of, store_lists
 def value_of(packed, f: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Return the values of field f of bytes, before they are scaled: exact in 16 bits."""
     LOW: tl.constexpr = (1 << BITS) - 1
-    return ((packed >> (f * BITS)) & LOW).to(DTYPE) - LOW / 2
+    # In float32 first, for 16 bits: interpreters have no constant in bfloat16.
+    WIDE: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    return (((packed >> (f * BITS)) & LOW).to(WIDE) - LOW / 2).to(DTYPE)
 
 
 @triton.jit
