@@ -177,9 +177,8 @@ class BitQueries:
     def _digits(self) -> _Digits:
         """The queries in two digits, or three where rounding to two takes too much."""
         found = self._in_digits(2)
-        return (
-            found if bool((found.off <= _ROUNDED * self.q.shape[1] ** 0.5 * found.size).all()) else self._in_digits(3)
-        )
+        most = _ROUNDED * self.q.shape[1] ** 0.5 * found.size
+        return found if bool((found.off <= most).all()) else self._in_digits(3)
 
     def _in_digits(self, places: int) -> _Digits:
         """Return the queries in digits: rounded queries, whose sums are those that count."""

@@ -38,6 +38,18 @@ class _Along(NamedTuple):
     scale: float
 
 
+class _Forward(NamedTuple):
+    """What forward mode gave for a batch; no rows where it has none, for a reason."""
+
+    rows: list[Tensor]  # products with each direction, as it is multiplied with
+    losses: list[Tensor]  # of each of these forwards
+    probes: list[Tensor]  # products with random directions, which tell how large each gradient is
+    reason: str
+
+
+_NONE = _Forward([], [], [], "")
+
+
 class Exact:
     """A model in the middle of a call, and the way that products are found."""
 
@@ -56,8 +68,6 @@ class Exact:
         self.flags, self.attributes = state
         self.batches = 0
         self.versions = self._versions()
-        self.losses: list[Tensor] = []  # of the batch, of each forward
-        self.probes: list[Tensor] = []  # its products with random directions
 
     def __call__(self, batch: Any, check: Callable[[Any, Any], None]) -> Tensor:
         """Return the products of one batch, [Q, *shape of the losses], and leave the model as it was."""
@@ -75,17 +85,17 @@ class Exact:
 
         self._check_weights()
         with self.flags.frozen():
-            rows, reason = self._forward(start, losses_of) if self.forward else ([], "")
+            ahead = self._forward(start, losses_of) if self.forward else _NONE
             start.restore()
             try:
                 with self.flags.own(self.parameters.values()):
-                    reference = Reference(self.model, losses_of, self.parameters, self.batches, self._sizes(rows))
+                    reference = Reference(self.model, losses_of, self.parameters, self.batches, _sizes(ahead))
             except Exception as error:
                 explained = explain_batch(self.model, batch, error)
                 if explained is None:
                     raise
                 raise explained from error
-            found = self._products(start, losses_of, reference, rows, reason)
+            found = self._products(start, losses_of, reference, ahead)
             start.restore()
         self.attributes.pending = None
         self.batches += 1
@@ -99,23 +109,16 @@ class Exact:
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.parameters.values() if not p.is_inference())
 
-    def _products(
-        self,
-        start: Start,
-        losses_of: Callable[[], Tensor],
-        reference: Reference,
-        rows: list[Tensor],
-        reason: str,
-    ) -> Tensor:
+    def _products(self, start: Start, losses_of: Callable[[], Tensor], reference: Reference, ahead: _Forward) -> Tensor:
         """Return what forward mode found, where it agrees with plain autograd, or what a backward finds instead."""
         if not bool(reference.losses.isfinite().all()):
             raise ValueError(
                 f"loss_fn: a loss of batch {self.batches} is not finite (NaN or inf); leave that sample out"
             )
         if self.forward:
-            reason = reason or self._difference(rows, reference)
+            reason = ahead.reason or self._difference(ahead, reference)
             if not reason:
-                scaled = [row.double() * self._along(q).scale for q, row in enumerate(rows)]
+                scaled = [row.double() * self._along(q).scale for q, row in enumerate(ahead.rows)]
                 return self._finished(scaled, reference)
             if not self.may_turn:
                 raise AttributionError(f"{self.what}: forward mode is not right here: {reason}; pass way='auto'")
@@ -128,10 +131,9 @@ class Exact:
         start.restore()
         return self._backward(losses_of, reference)
 
-    def _forward(self, start: Start, losses_of: Callable[[], Tensor]) -> tuple[list[Tensor], str]:
-        """Return the products with each direction as it is multiplied with, or why there are none."""
-        rows: list[Tensor] = []
-        self.losses, self.probes = [], []
+    def _forward(self, start: Start, losses_of: Callable[[], Tensor]) -> _Forward:
+        """Return the products with each direction, or why there are none."""
+        rows, every = list[Tensor](), list[Tensor]()
         for q in range(len(self.direction)):
             along = self._along(q)
             cast = {name: x.to(self.parameters[name].dtype) for name, x in along.whole.items()}
@@ -141,11 +143,11 @@ class Exact:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of an op, whose kinds are many
-                return [], _first_line(error)
-            self.losses.append(losses)
+                return _Forward([], [], [], _first_line(error))
+            every.append(losses)
             rows.append(products)
-        self.probes = [self._probe(start, losses_of, i) for i in range(_PROBES) if self._is_due()]
-        return rows, ""
+        probes = [self._probe(start, losses_of, i) for i in range(_PROBES)] if self._is_due() else []
+        return _Forward(rows, every, probes, "")
 
     def _is_due(self) -> bool:
         """Return whether a batch's samples are compared by their own sizes: the first, and 4, 16, 64, ..."""
@@ -160,17 +162,9 @@ class Exact:
         }
         return forward_product(self.model, losses_of, self.parameters, along)[1]
 
-    def _sizes(self, rows: list[Tensor]) -> Tensor | None:
-        """Return how large each loss's gradient seems to be, relative to the others'; None where that is not known."""
-        found = [row.double() for row in (*rows, *self.probes)]
-        if len(found) < _PROBES or any(row.shape != found[0].shape for row in found):
-            return None
-        scaled = [row / row.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny) for row in found]
-        return torch.stack(scaled).square().mean(0).sqrt()
-
-    def _difference(self, rows: list[Tensor], reference: Reference) -> str:
+    def _difference(self, ahead: _Forward, reference: Reference) -> str:
         """Return in what products differ from plain autograd's, or nothing."""
-        for q, (losses, products) in enumerate(zip(self.losses, rows, strict=True)):
+        for q, (losses, products) in enumerate(zip(ahead.losses, ahead.rows, strict=True)):
             apart = reference.error(self._along(q).whole, losses, products)
             if not reference.agrees(apart):
                 return f"its sum differs from plain autograd's by {apart:.1e}"
@@ -253,6 +247,15 @@ def exact(model: nn.Module, direction: Direction, loss_fn: LossFn, way: Way, wha
 
 class _Origin(NamedTuple):
     origin: Origin
+
+
+def _sizes(ahead: _Forward) -> Tensor | None:
+    """Return how large each loss's gradient seems to be, relative to the others'; None where that is not known."""
+    found = [row.double() for row in (*ahead.rows, *ahead.probes)]
+    if len(found) < _PROBES or any(row.shape != found[0].shape for row in found):
+        return None
+    scaled = [row / row.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny) for row in found]
+    return torch.stack(scaled).square().mean(0).sqrt()
 
 
 def _first_line(error: Exception) -> str:

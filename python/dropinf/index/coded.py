@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..files import file_checksum, is_whole
+from ..files import checksum, is_whole
 from ..fisher.bits import BitCode
 from ..gradients import Gradients
 from ..loss_name import is_same_loss
@@ -155,8 +155,9 @@ def write_code(source: RowSource, folder: Path) -> str | None:
     """Write what makes rows of few bits into an index's folder and return its checksum; None for other rows."""
     if not isinstance(source, Coded):
         return None
-    write_whole(folder / CODE, source.bit_code.to_bytes())
-    return file_checksum(folder / CODE)
+    data = source.bit_code.to_bytes()
+    write_whole(folder / CODE, data)
+    return checksum(data)
 
 
 def write_code_again(source: RowSource, folder: Path, manifest: Manifest) -> None:
